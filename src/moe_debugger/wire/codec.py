@@ -10,6 +10,7 @@ A batch of 2 tokens at 2 layers with k = 2 holds 4 decisions: the token columns 
 
 import zlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,8 +133,8 @@ def check_format_version(version: pb.FormatVersion, what: str) -> None:
         raise WireFormatError(f"{what} has no format_version; expected major {FORMAT_MAJOR}")
     if version.major > FORMAT_MAJOR:
         raise UnsupportedFormatError(
-            f"{what} has format version {version.major}.{version.minor}, this program reads up to major {FORMAT_MAJOR}; "
-            "upgrade the analyzer"
+            f"{what} has format version {version.major}.{version.minor}, this program reads up to major "
+            f"{FORMAT_MAJOR}; upgrade the analyzer"
         )
 
 
@@ -211,8 +212,9 @@ def decode_batch(batch: pb.RoutingBatch, num_experts: dict[int, int]) -> Routing
         raise WireFormatError(f"RoutingBatch: checksum {_checksum(batch):#010x}, expected {batch.crc32:#010x}")
     n = batch.num_tokens
     columns = {
-        name: _column(getattr(batch, name), dtype, (n,), name, optional=name == "token_id")
+        name: _column(getattr(batch, name), dtype, (n,), name)
         for name, dtype in _TOKEN_COLUMNS
+        if name != "token_id" or batch.token_id
     }
     request_index = columns["request_index"]
     if n and (not batch.request_ids or int(request_index.max()) >= len(batch.request_ids)):
@@ -225,7 +227,7 @@ def decode_batch(batch: pb.RoutingBatch, num_experts: dict[int, int]) -> Routing
         position=columns["position"],
         phase=columns["phase"],
         is_padding=columns["is_padding"].astype(np.bool_),
-        token_id=columns["token_id"] if len(columns["token_id"]) == n else None,
+        token_id=columns.get("token_id"),
         layers=[_decode_layer(layer, n, num_experts) for layer in batch.layers],
         captured_at_unix_ns=batch.captured_at_unix_ns,
     )
@@ -237,32 +239,29 @@ def _decode_layer(layer: pb.LayerRoutes, num_tokens: int, num_experts: dict[int,
     experts = num_experts[layer.layer_index]
     rows, k = layer.num_rows, layer.top_k
     where = f"layer {layer.layer_index}: "
-    row_index = _column(layer.row_index, "<u4", (rows,), where + "row_index", optional=True)
-    if not layer.row_index and rows != num_tokens:
+
+    def optional(name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
+        data = getattr(layer, name)
+        return _column(data, dtype, shape, where + name) if data else None
+
+    row_index = optional("row_index", "<u4", (rows,))
+    if row_index is None and rows != num_tokens:
         raise WireFormatError(f"{where}{rows} rows without row_index in a batch of {num_tokens} tokens")
-    if len(row_index) and int(row_index.max()) >= num_tokens:
+    if row_index is not None and int(row_index.max()) >= num_tokens:
         raise WireFormatError(f"{where}row_index goes past the {num_tokens} tokens of the batch")
-    row_columns = {
-        name: _column(getattr(layer, name), "<f4", (rows,), where + name, optional=True) if getattr(layer, name) else None
-        for name in _LAYER_ROW_COLUMNS
-    }
+    width = layer.expert_id_width
+    intended = layer.intended_expert_ids
     return LayerColumns(
         layer_index=layer.layer_index,
         num_experts=experts,
-        expert_ids=_widen(layer.expert_ids, layer.expert_id_width, (rows, k), experts, where + "expert_ids"),
-        gate_weights=_column(layer.gate_weights, "<f2", (rows, k), where + "gate_weights") if layer.gate_weights else None,
-        row_index=row_index if layer.row_index else None,
-        slot_status=_column(layer.slot_status, "u1", (rows, k), where + "slot_status") if layer.slot_status else None,
-        intended_expert_ids=(
-            _widen(layer.intended_expert_ids, layer.expert_id_width, (rows, k), experts, where + "intended_expert_ids")
-            if layer.intended_expert_ids
-            else None
-        ),
-        logits=_column(layer.logits, "<f2", (rows, experts), where + "logits") if layer.logits else None,
-        probability_sum=(
-            _column(layer.probability_sum, "<f8", (experts,), where + "probability_sum") if layer.probability_sum else None
-        ),
-        **row_columns,
+        expert_ids=_widen(layer.expert_ids, width, (rows, k), experts, where + "expert_ids"),
+        gate_weights=optional("gate_weights", "<f2", (rows, k)),
+        row_index=row_index,
+        slot_status=optional("slot_status", "u1", (rows, k)),
+        intended_expert_ids=_widen(intended, width, (rows, k), experts, where + "intended") if intended else None,
+        logits=optional("logits", "<f2", (rows, experts)),
+        probability_sum=optional("probability_sum", "<f8", (experts,)),
+        **{name: optional(name, "<f4", (rows,)) for name in _LAYER_ROW_COLUMNS},
     )
 
 
@@ -276,9 +275,7 @@ def _widen(data: bytes, width: int, shape: tuple[int, int], num_experts: int, wh
     return ids
 
 
-def _column(data: bytes, dtype: str, shape: tuple[int, ...], what: str, *, optional: bool = False) -> npt.NDArray[np.generic]:
-    if optional and not data:
-        return np.empty(0, dtype)
+def _column(data: bytes, dtype: str, shape: tuple[int, ...], what: str) -> npt.NDArray[Any]:
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if len(data) != expected:
         raise WireFormatError(f"{what} has {len(data)} bytes, expected {expected} for shape {shape}")

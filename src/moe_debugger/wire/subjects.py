@@ -37,9 +37,7 @@ OPEN_SESSION_SUBJECTS = "moe.v1.ctl.*.open_session"
 
 def event_subject(tenant: str, session_id: str, source_id: str) -> str:
     """Return the subject on which a source publishes."""
-    return (
-        f"moe.v1.ev.{check_tenant(tenant)}.{check_id(session_id, 'session_id')}.{check_id(source_id, 'source_id')}"
-    )
+    return f"moe.v1.ev.{check_tenant(tenant)}.{check_id(session_id, 'session_id')}.{check_id(source_id, 'source_id')}"
 
 
 def open_session_subject(tenant: str) -> str:
