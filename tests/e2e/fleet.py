@@ -28,7 +28,7 @@ MARKER = "MOE_TEST_FLEET"
 T = TypeVar("T")
 
 
-def eventually(check: Callable[[], T | None | bool], deadline_s: float, what: str) -> T:
+def eventually(check: Callable[[], T | bool | None], deadline_s: float, what: str) -> T:
     """Return the first true answer of `check`; fail with `what` after the deadline."""
     end = time.monotonic() + deadline_s
     while True:
