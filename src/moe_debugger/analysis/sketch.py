@@ -1,0 +1,69 @@
+"""Hashes and distinct counters, vectorised, that give the same value on every machine and in every process.
+
+A distinct counter is HyperLogLog (Flajolet et al. 2007) with 256 one-byte registers: a set of hashes becomes 256 small
+numbers, and the union of two sets is the maximum of their registers. So it is bounded, order does not matter, and
+nothing is counted twice. Up to about 600 the estimate is linear counting on the empty registers (Whang et al. 1990),
+right to a few per cent; above it the standard error is 6.5 %.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["NUM_REGISTERS", "combine", "distinct_estimate", "hash_strings", "mix", "observe"]
+
+NUM_REGISTERS = 256
+# 52 bits convert to float64 without rounding, so that frexp gives the exact bit length.
+_RANK_BITS = 52
+# Characters of a request id that take part in its hash.
+_MAX_CHARACTERS = 128
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return `values` through the finaliser of splitmix64: every input bit reaches every output bit."""
+    x = values + np.uint64(_GOLDEN)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+_CHARACTER_KEYS = mix(np.arange(1, _MAX_CHARACTERS + 1, dtype=np.uint64)) | np.uint64(1)
+_COLUMN_KEYS = mix(np.arange(1001, 1001 + 512, dtype=np.uint64)) | np.uint64(1)
+
+
+def hash_strings(values: list[str]) -> npt.NDArray[np.uint64]:
+    """Return a 64-bit hash of each string (of its first 128 characters)."""
+    if not values:
+        return np.empty(0, np.uint64)
+    width = min(max(map(len, values)), _MAX_CHARACTERS) or 1
+    # numpy's fixed-width text is 4 bytes a character, padded with zeros, which add nothing to the sum.
+    characters = np.array(values, dtype=f"<U{width}").view("<u4").reshape(len(values), width)
+    return mix((characters.astype(np.uint64) * _CHARACTER_KEYS[:width]).sum(axis=1, dtype=np.uint64))
+
+
+def combine(hashes: npt.NDArray[np.uint64], columns: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint64]:
+    """Return `hashes` with the numbers of each row of `columns` ([n, c] unsigned, c <= 512) mixed in."""
+    keys = _COLUMN_KEYS[: columns.shape[1]]
+    return mix(hashes + (columns.astype(np.uint64) * keys).sum(axis=1, dtype=np.uint64))
+
+
+def observe(registers: npt.NDArray[np.uint8], hashes: npt.NDArray[np.uint64]) -> None:
+    """Add `hashes` to the distinct counter `registers` ([256] uint8), in place."""
+    if not len(hashes):
+        return
+    cells = (hashes & np.uint64(NUM_REGISTERS - 1)).astype(np.intp)
+    tail = (hashes >> np.uint64(64 - _RANK_BITS)).astype(np.float64)
+    ranks = (_RANK_BITS + 1 - np.frexp(tail)[1]).astype(np.uint8)
+    np.maximum.at(registers, cells, ranks)
+
+
+def distinct_estimate(registers: npt.NDArray[np.uint8]) -> int:
+    """Return about how many different hashes `registers` has seen."""
+    m = NUM_REGISTERS
+    num_empty = int((registers == 0).sum())
+    raw = (0.7213 / (1 + 1.079 / m)) * m * m / float(np.ldexp(1.0, -registers.astype(np.int64)).sum())
+    if num_empty and raw <= 2.5 * m:
+        return round(m * math.log(m / num_empty))
+    return round(raw)

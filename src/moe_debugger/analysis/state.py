@@ -1,0 +1,538 @@
+"""The foldable state of the analysis: bounded, and the same for any split and order of the rows.
+
+Glossary:
+    load    assignments of valid tokens whose slot was routed. Padding, dropped, skipped, identity and unused slots are
+            none.
+    block   a fixed group of whole requests. Tokens of one request resemble each other, so every variance comes from
+            the differences between blocks, never from tokens as if they were independent. A request belongs to block
+            ``hash(request id) mod num_blocks``; in training, where every step brings new sequences under old names, to
+            ``hash(request id, step) mod num_blocks``. So a request lands in one block however its rows are split over
+            batches, which is what makes the state the same for every split.
+
+Everything is an integer sum, a maximum or a minimum (means are kept as fixed-point sums), so ``merge`` is exactly
+associative and commutative.
+
+Example: 3 tokens with k = 2 through 4 experts, the last one padding::
+
+    state = RoutingState.empty([LayerShape(layer_index=0, num_experts=4, top_k=2)])
+    state.fold(columns)                      # expert_ids [[0, 1], [0, 2], [3, 3]], is_padding [0, 0, 1]
+    state.layers[0].counts                   # [2, 1, 1, 0]
+    state.layers[0].num_tokens               # 2
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger.analysis.sketch import NUM_REGISTERS, combine, distinct_estimate, hash_strings, mix, observe
+from moe_debugger.errors import InvalidInputError
+from moe_debugger.v1 import routing_pb2 as pb
+from moe_debugger.wire.codec import LayerColumns, RoutingColumns
+
+__all__ = [
+    "MAX_EXPERTS",
+    "NUM_PHASES",
+    "FixedSum",
+    "LayerShape",
+    "LayerState",
+    "RoutingState",
+    "merge_all",
+    "num_blocks",
+]
+
+MAX_EXPERTS = 65_535
+NUM_PHASES = len(pb.Phase.values())
+# Means are kept as sums of round(value * 2**20): exact to 1e-6 a value, and independent of the order of addition.
+_FIXED_POINT = 1 << 20
+# Beyond this a router statistic is no statistic any more; the bound keeps a batch's sum inside int64.
+_MAX_ABSOLUTE = float(1 << 26)
+
+_U64 = npt.NDArray[np.uint64]
+
+
+def num_blocks(num_experts: int) -> int:
+    """Return how many blocks a layer with that many experts keeps: 64, down to 16 for wide layers (bounded memory)."""
+    return max(16, min(64, 4096 // num_experts))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerShape:
+    """Identity and size of one MoE layer.
+
+    Raises:
+        InvalidInputError: E is not in 1..65535, or k not in 1..E.
+    """
+
+    layer_index: int
+    num_experts: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise InvalidInputError(
+                f"layer {self.layer_index}: {self.num_experts} experts, expected 1 to {MAX_EXPERTS} routed experts"
+            )
+        if not 1 <= self.top_k <= self.num_experts:
+            raise InvalidInputError(
+                f"layer {self.layer_index}: top_k is {self.top_k}, expected 1 to {self.num_experts} (its experts)"
+            )
+        if self.layer_index < 0:
+            raise InvalidInputError(f"layer_index is {self.layer_index}, expected 0 or more")
+
+
+@dataclass(slots=True)
+class FixedSum:
+    """A sum of real values in fixed point, with its sample size."""
+
+    total: int = 0
+    num_values: int = 0
+
+    def add(self, values: npt.NDArray[np.floating]) -> None:
+        """Add the finite ones of `values`."""
+        finite = values[np.isfinite(values)].astype(np.float64)
+        clipped = np.clip(finite, -_MAX_ABSOLUTE, _MAX_ABSOLUTE)
+        self.total += int(np.rint(clipped * _FIXED_POINT).astype(np.int64).sum())
+        self.num_values += len(finite)
+
+    def plus(self, other: "FixedSum") -> "FixedSum":
+        """Return the sum of both."""
+        return FixedSum(self.total + other.total, self.num_values + other.num_values)
+
+    @property
+    def mean(self) -> float:
+        """The mean, NaN without a value."""
+        return self.total / _FIXED_POINT / self.num_values if self.num_values else float("nan")
+
+
+@dataclass(slots=True)
+class LayerState:
+    """What is kept of one layer.
+
+    Attributes:
+        counts: [E] uint64, load per expert.
+        block_counts: [B, E] uint64, the part of `counts` whose request is known, per block.
+        block_tokens: [B] uint64, valid tokens per block.
+        num_tokens: valid tokens.
+        num_padding: padding rows; never part of anything else.
+        num_dropped_slots: slots of valid tokens that were dropped for capacity.
+        num_other_slots: slots of valid tokens that reached no routed expert for another reason.
+        router_entropy, top1_probability, margin, z_squared: sums over valid tokens, where captured.
+            `z_squared` is the square of the logits' logsumexp (router z-loss).
+        probability_sum: [E] int64, fixed-point sum of the router's probability per expert.
+        num_probability_tokens: valid tokens in `probability_sum`.
+        content_registers: [256] uint8, distinct counter over the tokens' fingerprints (experts, applied weights,
+            router entropy, token id): repeated text repeats its fingerprints.
+        num_fingerprints: valid tokens that have a fingerprint.
+        first_step, last_step: None before the first token.
+    """
+
+    shape: LayerShape
+    counts: _U64
+    block_counts: _U64
+    block_tokens: _U64
+    probability_sum: npt.NDArray[np.int64]
+    content_registers: npt.NDArray[np.uint8]
+    num_tokens: int = 0
+    num_padding: int = 0
+    num_dropped_slots: int = 0
+    num_other_slots: int = 0
+    num_probability_tokens: int = 0
+    num_fingerprints: int = 0
+    router_entropy: FixedSum = field(default_factory=FixedSum)
+    top1_probability: FixedSum = field(default_factory=FixedSum)
+    margin: FixedSum = field(default_factory=FixedSum)
+    z_squared: FixedSum = field(default_factory=FixedSum)
+    first_step: int | None = None
+    last_step: int | None = None
+
+    @classmethod
+    def empty(cls, shape: LayerShape) -> Self:
+        """Return the state of a layer that has seen nothing."""
+        blocks = num_blocks(shape.num_experts)
+        return cls(
+            shape=shape,
+            counts=np.zeros(shape.num_experts, np.uint64),
+            block_counts=np.zeros((blocks, shape.num_experts), np.uint64),
+            block_tokens=np.zeros(blocks, np.uint64),
+            probability_sum=np.zeros(shape.num_experts, np.int64),
+            content_registers=np.zeros(NUM_REGISTERS, np.uint8),
+        )
+
+    @property
+    def num_assignments(self) -> int:
+        """Load of all experts together."""
+        return int(self.counts.sum())
+
+    @property
+    def num_occupied_blocks(self) -> int:
+        """Blocks that hold at least one valid token."""
+        return int((self.block_tokens > 0).sum())
+
+    @property
+    def num_distinct_fingerprints(self) -> int:
+        """About how many different tokens (by fingerprint) the layer has seen."""
+        return distinct_estimate(self.content_registers)
+
+    @property
+    def mean_probability(self) -> npt.NDArray[np.float64]:
+        """[E] float64 mean router probability per expert; NaN where not captured."""
+        if not self.num_probability_tokens:
+            return np.full(self.shape.num_experts, np.nan)
+        return self.probability_sum.astype(np.float64) / (_FIXED_POINT * self.num_probability_tokens)
+
+    def merge(self, other: "LayerState") -> "LayerState":
+        """Return the state of both sets of rows.
+
+        Raises:
+            InvalidInputError: the layers differ in E or k.
+        """
+        if self.shape != other.shape:
+            raise InvalidInputError(
+                f"layer {self.shape.layer_index}: {self.shape} cannot be merged with {other.shape}; "
+                "they are layers of different models"
+            )
+        return LayerState(
+            shape=self.shape,
+            counts=self.counts + other.counts,
+            block_counts=self.block_counts + other.block_counts,
+            block_tokens=self.block_tokens + other.block_tokens,
+            probability_sum=self.probability_sum + other.probability_sum,
+            content_registers=np.maximum(self.content_registers, other.content_registers),
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_padding=self.num_padding + other.num_padding,
+            num_dropped_slots=self.num_dropped_slots + other.num_dropped_slots,
+            num_other_slots=self.num_other_slots + other.num_other_slots,
+            num_probability_tokens=self.num_probability_tokens + other.num_probability_tokens,
+            num_fingerprints=self.num_fingerprints + other.num_fingerprints,
+            router_entropy=self.router_entropy.plus(other.router_entropy),
+            top1_probability=self.top1_probability.plus(other.top1_probability),
+            margin=self.margin.plus(other.margin),
+            z_squared=self.z_squared.plus(other.z_squared),
+            first_step=_extreme(min, self.first_step, other.first_step),
+            last_step=_extreme(max, self.last_step, other.last_step),
+        )
+
+    def see_steps(self, first: int, last: int) -> None:
+        """Widen the range of steps by `first`..`last`."""
+        self.first_step = _extreme(min, self.first_step, first)
+        self.last_step = _extreme(max, self.last_step, last)
+
+
+class RoutingState:
+    """The state of all MoE layers over any set of rows; see the module's text.
+
+    Attributes:
+        layers: `LayerState` by layer index.
+        request_registers: [256] uint8, distinct counter over requests.
+        phase_tokens: [5] uint64, valid token rows by `Phase`.
+    """
+
+    __slots__ = ("layers", "phase_tokens", "request_registers")
+
+    def __init__(
+        self,
+        layers: dict[int, LayerState],
+        request_registers: npt.NDArray[np.uint8] | None = None,
+        phase_tokens: _U64 | None = None,
+    ) -> None:
+        self.layers = dict(sorted(layers.items()))
+        self.request_registers = np.zeros(NUM_REGISTERS, np.uint8) if request_registers is None else request_registers
+        self.phase_tokens = np.zeros(NUM_PHASES, np.uint64) if phase_tokens is None else phase_tokens
+
+    @classmethod
+    def empty(cls, shapes: Iterable[LayerShape]) -> "RoutingState":
+        """Return a state that has seen nothing.
+
+        Raises:
+            InvalidInputError: a layer index occurs twice.
+        """
+        layers: dict[int, LayerState] = {}
+        for shape in shapes:
+            if shape.layer_index in layers:
+                raise InvalidInputError(f"layer {shape.layer_index} is described twice")
+            layers[shape.layer_index] = LayerState.empty(shape)
+        return cls(layers)
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Shapes of all layers, by layer index."""
+        return tuple(layer.shape for layer in self.layers.values())
+
+    @property
+    def num_requests(self) -> int:
+        """About how many different requests (in training: sequences) were seen; right to a few per cent."""
+        return distinct_estimate(self.request_registers)
+
+    @property
+    def num_tokens(self) -> int:
+        """Valid tokens of the layer that has seen most."""
+        return max((layer.num_tokens for layer in self.layers.values()), default=0)
+
+    @property
+    def first_step(self) -> int | None:
+        """The first step that any layer has seen."""
+        return min((x.first_step for x in self.layers.values() if x.first_step is not None), default=None)
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step that any layer has seen."""
+        return max((x.last_step for x in self.layers.values() if x.last_step is not None), default=None)
+
+    def fold(self, columns: RoutingColumns) -> None:
+        """Add the rows of one batch, in place.
+
+        Raises:
+            InvalidInputError: a layer, k or an expert id is not of this state's shapes; nothing was added.
+        """
+        for layer in columns.layers:
+            self._check(layer, columns.num_tokens)
+        hashes = _request_hashes(columns)
+        valid = ~columns.is_padding
+        known = valid & _has_request(columns)
+        observe(self.request_registers, np.unique(hashes[known]))
+        phases = np.minimum(columns.phase[valid], NUM_PHASES - 1)
+        self.phase_tokens += np.bincount(phases, minlength=NUM_PHASES).astype(np.uint64)
+        for layer in columns.layers:
+            _fold_layer(self.layers[layer.layer_index], layer, columns, hashes, known)
+
+    def _check(self, layer: LayerColumns, num_tokens: int) -> None:
+        state = self.layers.get(layer.layer_index)
+        if state is None:
+            raise InvalidInputError(
+                f"layer {layer.layer_index} is not among the layers {sorted(self.layers)} of this state"
+            )
+        where = f"layer {layer.layer_index}: "
+        ids, shape = layer.expert_ids, state.shape
+        if ids.ndim != 2 or (len(ids) and ids.shape[1] != shape.top_k):
+            raise InvalidInputError(f"{where}expert_ids has shape {ids.shape}, expected (n, {shape.top_k})")
+        if ids.size and not -1 <= int(ids.min()) <= int(ids.max()) < shape.num_experts:
+            raise InvalidInputError(
+                f"{where}expert ids reach from {int(ids.min())} to {int(ids.max())}, expected 0 to "
+                f"{shape.num_experts - 1}, or -1 for no expert"
+            )
+        rows = len(ids)
+        if layer.row_index is None:
+            if rows != num_tokens:
+                raise InvalidInputError(f"{where}{rows} rows without row_index in a batch of {num_tokens} tokens")
+        elif len(layer.row_index) != rows or (rows and int(layer.row_index.max()) >= num_tokens):
+            raise InvalidInputError(f"{where}row_index does not fit {rows} rows of a batch of {num_tokens} tokens")
+
+    def fold_counts(
+        self,
+        layer_index: int,
+        expert_counts: npt.ArrayLike,
+        *,
+        num_tokens: int,
+        first_step: int,
+        last_step: int,
+        probability_sum: npt.ArrayLike | None = None,
+        num_dropped_slots: int = 0,
+        phase: int = 0,
+    ) -> None:
+        """Add sums of the `counts` level, in place; they belong to no block, so no interval comes from them.
+
+        Args:
+            layer_index: one of this state's layers.
+            expert_counts: [E] assignments of valid tokens.
+            num_tokens: valid tokens.
+            first_step: first step of the sums.
+            last_step: last step of the sums.
+            probability_sum: [E] sums of the router's probability, or None.
+            num_dropped_slots: slots that were dropped for capacity.
+            phase: value of `Phase`, counted once per call for the state's first layer.
+
+        Raises:
+            InvalidInputError: the layer is unknown or a column does not have E entries.
+        """
+        state = self.layers.get(layer_index)
+        if state is None:
+            raise InvalidInputError(f"layer {layer_index} is not among the layers {sorted(self.layers)} of this state")
+        counts = np.asarray(expert_counts, np.uint64)
+        experts = state.shape.num_experts
+        if counts.shape != (experts,):
+            raise InvalidInputError(f"layer {layer_index}: counts have shape {counts.shape}, expected ({experts},)")
+        if probability_sum is not None:
+            _add_probabilities(state, np.asarray(probability_sum, np.float64), num_tokens)
+        state.counts += counts
+        state.num_tokens += num_tokens
+        state.num_dropped_slots += num_dropped_slots
+        missing = num_tokens * state.shape.top_k - int(counts.sum()) - num_dropped_slots
+        state.num_other_slots += max(missing, 0)
+        state.see_steps(first_step, last_step)
+        if layer_index == next(iter(self.layers)):
+            self.phase_tokens[min(phase, NUM_PHASES - 1)] += np.uint64(num_tokens)
+
+    def merge(self, other: "RoutingState") -> "RoutingState":
+        """Return the state of both sets of rows; layers that only one of them has are taken as they are.
+
+        Raises:
+            InvalidInputError: a layer differs in E or k.
+        """
+        layers = {**self.layers, **other.layers}
+        for index in self.layers.keys() & other.layers.keys():
+            layers[index] = self.layers[index].merge(other.layers[index])
+        for index in self.layers.keys() ^ other.layers.keys():
+            # A copy: folding into the result must not change its parts.
+            layers[index] = layers[index].merge(LayerState.empty(layers[index].shape))
+        return RoutingState(
+            layers,
+            np.maximum(self.request_registers, other.request_registers),
+            self.phase_tokens + other.phase_tokens,
+        )
+
+    def copy(self) -> "RoutingState":
+        """Return an independent copy."""
+        return self.merge(RoutingState({}))
+
+    def to_bytes(self) -> bytes:
+        """Return a compact, versioned, checksummed form; `from_bytes` reads it."""
+        from moe_debugger.analysis._state_codec import encode_state
+
+        return encode_state(self)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "RoutingState":
+        """Return the state that `to_bytes` wrote.
+
+        Raises:
+            WireFormatError: the bytes are damaged or cut.
+            UnsupportedFormatError: written by a newer major version.
+        """
+        from moe_debugger.analysis._state_codec import decode_state
+
+        return decode_state(data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RoutingState) and self.to_bytes() == other.to_bytes()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"RoutingState({len(self.layers)} layers, {self.num_tokens} tokens, ~{self.num_requests} requests)"
+
+
+def merge_all(states: Sequence[RoutingState]) -> RoutingState:
+    """Return the merge of all `states`, an empty state for none."""
+    merged = RoutingState({})
+    for state in states:
+        merged = merged.merge(state)
+    return merged
+
+
+def _request_hashes(columns: RoutingColumns) -> _U64:
+    """Hash of each row's request; in training of its request and step."""
+    if not columns.num_tokens or not columns.request_ids:
+        return np.zeros(columns.num_tokens, np.uint64)
+    hashes = hash_strings(columns.request_ids)[columns.request_index]
+    is_train = columns.phase == pb.PHASE_TRAIN
+    if is_train.any():
+        stepped = combine(hashes, columns.step.reshape(-1, 1))
+        hashes = np.where(is_train, stepped, hashes)
+    return hashes
+
+
+def _has_request(columns: RoutingColumns) -> npt.NDArray[np.bool_]:
+    """Rows whose request is known: an empty id names none."""
+    if not columns.request_ids:
+        return np.zeros(columns.num_tokens, np.bool_)
+    return np.array([bool(name) for name in columns.request_ids])[columns.request_index]
+
+
+def _fold_layer(
+    state: LayerState, layer: LayerColumns, columns: RoutingColumns, hashes: _U64, known: npt.NDArray[np.bool_]
+) -> None:
+    rows = slice(None) if layer.row_index is None else layer.row_index
+    padding = columns.is_padding[rows]
+    num_padding = int(padding.sum())
+    state.num_padding += num_padding
+    if num_padding == len(padding):
+        return
+    valid = ~padding
+    steps = columns.step[rows][valid]
+    state.see_steps(int(steps.min()), int(steps.max()))
+    state.num_tokens += len(steps)
+    ids = layer.expert_ids[valid]
+    _fold_load(state, layer, ids, valid, hashes[rows][valid], known[rows][valid])
+    for name, total in (
+        ("router_entropy", state.router_entropy),
+        ("top1_probability", state.top1_probability),
+        ("margin", state.margin),
+    ):
+        column = getattr(layer, name)
+        if column is not None:
+            total.add(column[valid])
+    if layer.router_logsumexp is not None:
+        state.z_squared.add(np.square(layer.router_logsumexp[valid].astype(np.float64)))
+    if layer.probability_sum is not None:
+        _add_probabilities(state, layer.probability_sum, len(steps))
+    _fold_content(state, layer, ids, valid, columns.token_id, rows)
+
+
+def _fold_load(
+    state: LayerState,
+    layer: LayerColumns,
+    ids: npt.NDArray[np.int32],
+    valid: npt.NDArray[np.bool_],
+    hashes: _U64,
+    known: npt.NDArray[np.bool_],
+) -> None:
+    experts, blocks = state.shape.num_experts, len(state.block_tokens)
+    is_load = ids >= 0
+    num_dropped = 0
+    if layer.slot_status is not None:
+        status = layer.slot_status[valid]
+        is_load &= (status == pb.SLOT_STATUS_ROUTED) | (status == pb.SLOT_STATUS_UNSPECIFIED)
+        num_dropped = int((status == pb.SLOT_STATUS_DROPPED).sum())
+    state.num_dropped_slots += num_dropped
+    state.num_other_slots += ids.size - int(is_load.sum()) - num_dropped
+    # Rows of unknown requests go to one more block, which is dropped after counting.
+    block = np.where(known, (hashes >> np.uint64(32)) % np.uint64(blocks), np.uint64(blocks)).astype(np.intp)
+    cells = (block[:, None] * experts + ids)[is_load]
+    table = np.bincount(cells, minlength=(blocks + 1) * experts).astype(np.uint64).reshape(blocks + 1, experts)
+    state.counts += table.sum(axis=0)
+    state.block_counts += table[:blocks]
+    state.block_tokens += np.bincount(block, minlength=blocks + 1)[:blocks].astype(np.uint64)
+
+
+def _fold_content(
+    state: LayerState,
+    layer: LayerColumns,
+    ids: npt.NDArray[np.int32],
+    valid: npt.NDArray[np.bool_],
+    token_id: npt.NDArray[np.uint32] | None,
+    rows: slice | npt.NDArray[np.uint32],
+) -> None:
+    """Add the fingerprints of rows that have something continuous or a token id to tell them apart."""
+    parts: list[npt.NDArray[np.unsignedinteger]] = []
+    if layer.gate_weights is not None:
+        parts.append(np.ascontiguousarray(layer.gate_weights[valid], np.float16).view(np.uint16))
+    if layer.router_entropy is not None:
+        parts.append(layer.router_entropy[valid].astype(np.float16).view(np.uint16).reshape(-1, 1))
+    if token_id is not None:
+        parts.append(token_id[rows][valid].reshape(-1, 1))
+    if not parts:
+        return
+    fingerprint = mix(np.zeros(len(ids), np.uint64))
+    for part in (ids.astype(np.uint32), *parts):
+        fingerprint = combine(fingerprint, part)
+    observe(state.content_registers, fingerprint)
+    state.num_fingerprints += len(ids)
+
+
+def _add_probabilities(state: LayerState, sums: npt.NDArray[np.float64], num_tokens: int) -> None:
+    if sums.shape != state.counts.shape:
+        raise InvalidInputError(
+            f"layer {state.shape.layer_index}: probability_sum has shape {sums.shape}, expected {state.counts.shape}"
+        )
+    if not np.isfinite(sums).all():
+        return
+    state.probability_sum += np.rint(np.clip(sums, 0, _MAX_ABSOLUTE) * _FIXED_POINT).astype(np.int64)
+    state.num_probability_tokens += num_tokens
+
+
+def _extreme(choose: Callable[[list[int]], int], a: int | None, b: int | None) -> int | None:
+    known = [x for x in (a, b) if x is not None]
+    return choose(known) if known else None
