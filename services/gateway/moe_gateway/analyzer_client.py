@@ -1,0 +1,93 @@
+"""Calls to the analyzers: deadlines, the tenant of the settings, and errors that say what happens next."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from moe_debugger.v1 import analyzer_pb2 as pb
+from moe_debugger.v1 import analyzer_pb2_grpc, session_pb2
+from moe_gateway.errors import upstream_error
+
+__all__ = ["CHANNEL_OPTIONS", "AnalyzerClient"]
+
+_MAX_RESPONSE_BYTES = 64 << 20
+# A proxy in the environment must not see loopback calls; reconnects within about a second.
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
+)
+
+
+class AnalyzerClient:
+    """The queries that the gateway asks, for one tenant.
+
+    Every method raises `FleetError` while no analyzer answers, `NotFoundError` for an unknown session or request.
+    """
+
+    def __init__(self, target: str, tenant: str, timeout_s: float) -> None:
+        self.target = target
+        self.channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._stub: analyzer_pb2_grpc.AnalyzerServiceAsyncStub = analyzer_pb2_grpc.AnalyzerServiceStub(self.channel)
+        self._tenant = tenant
+        self._timeout_s = timeout_s
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self.channel.close()
+
+    async def list_sessions(self, remaining_s: float | None = None) -> list[session_pb2.Session]:
+        """Return all sessions of the tenant."""
+        request = pb.AnalyzerServiceListSessionsRequest(tenant=self._tenant)
+        return list((await self._call(self._stub.ListSessions, request, remaining_s)).sessions)
+
+    async def get_snapshot(
+        self, session_id: str, remaining_s: float | None = None
+    ) -> tuple[session_pb2.SessionSnapshot, dict[int, int]]:
+        """Return a session's snapshot and the flush number of each of its partitions."""
+        request = pb.AnalyzerServiceGetSnapshotRequest(tenant=self._tenant, session_id=session_id)
+        response = await self._call(self._stub.GetSnapshot, request, remaining_s)
+        return response.snapshot, dict(response.partition_flushes)
+
+    async def get_history(
+        self, session_id: str, resolution_s: int, max_points: int, remaining_s: float | None = None
+    ) -> list[session_pb2.RollUp]:
+        """Return a session's roll-ups."""
+        request = pb.AnalyzerServiceGetHistoryRequest(
+            tenant=self._tenant, session_id=session_id, resolution_s=resolution_s, max_points=max_points
+        )
+        return list((await self._call(self._stub.GetHistory, request, remaining_s)).points)
+
+    async def list_requests(
+        self, session_id: str, max_results: int, remaining_s: float | None = None
+    ) -> list[session_pb2.RequestSummary]:
+        """Return a session's newest requests."""
+        request = pb.AnalyzerServiceListRequestsRequest(
+            tenant=self._tenant, session_id=session_id, max_results=max_results
+        )
+        return list((await self._call(self._stub.ListRequests, request, remaining_s)).requests)
+
+    async def get_request_routes(
+        self, session_id: str, request_id: str, remaining_s: float | None = None
+    ) -> session_pb2.RequestRoutes:
+        """Return the kept decisions of one request."""
+        request = pb.AnalyzerServiceGetRequestRoutesRequest(
+            tenant=self._tenant, session_id=session_id, request_id=request_id
+        )
+        return (await self._call(self._stub.GetRequestRoutes, request, remaining_s)).routes
+
+    async def close_session(self, session_id: str, remaining_s: float | None = None) -> session_pb2.Session:
+        """Close a session and return it."""
+        request = pb.AnalyzerServiceCloseSessionRequest(tenant=self._tenant, session_id=session_id)
+        return (await self._call(self._stub.CloseSession, request, remaining_s)).session
+
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, remaining_s: float | None) -> Any:
+        timeout_s = self._timeout_s if remaining_s is None else min(self._timeout_s, remaining_s)
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            advice = "captured data is kept in the stream and is counted once it is back; try again in a moment"
+            raise upstream_error(error, f"the analyzer at {self.target}", advice) from error
