@@ -177,8 +177,8 @@ def _check_folder(folder: Path) -> dict[str, Any]:
     ):
         if values.get("auto_map"):
             raise ModelNotSupportedError(
-                f"model {str(folder)!r}: {name} has auto_map, so the model needs Python code that comes with it, and such "
-                "code is never run here; use a checkpoint whose architecture is part of transformers"
+                f"model {str(folder)!r}: {name} has auto_map, so the model needs Python code that comes with it, and "
+                "such code is never run here; use a checkpoint whose architecture is part of transformers"
             )
     _check_weight_files(folder)
     return config_values
