@@ -24,10 +24,9 @@ def _bring_loopback_up() -> None:
 
 def can_make_namespaces() -> bool:
     unshare = shutil.which("unshare")
-    return (
-        unshare is not None
-        and subprocess.run([unshare, "-n", "true"], capture_output=True, check=False).returncode == 0
-    )
+    if unshare is None:
+        return False
+    return subprocess.run([unshare, "-n", "true"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.netns
