@@ -1,0 +1,7 @@
+"""The durable catalogue: sessions and sources in SQL (SQLite embedded, PostgreSQL in production). Extra: [sql]."""
+
+from moe_debugger.catalogue.migrate import upgrade
+from moe_debugger.catalogue.models import Base, SessionRow, SourceRow
+from moe_debugger.catalogue.repository import Catalogue, OpenedSession
+
+__all__ = ["Base", "Catalogue", "OpenedSession", "SessionRow", "SourceRow", "upgrade"]

@@ -1,0 +1,55 @@
+"""The one SQL schema. The tenant stands in every row; times are Unix nanoseconds, as on the wire."""
+
+from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, MetaData, String, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+__all__ = ["Base", "SessionRow", "SourceRow"]
+
+_IS_OPEN = text("closed_at_unix_ns = 0")
+
+
+class Base(DeclarativeBase):
+    """All tables; constraints have names, so that migrations can speak of them on every database."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class SessionRow(Base):
+    """A session. Open while `closed_at_unix_ns` is 0; one open session of a name in a tenant."""
+
+    __tablename__ = "sessions"
+    __table_args__ = (
+        Index("uq_sessions_open_name", "tenant", "name", unique=True, sqlite_where=_IS_OPEN, postgresql_where=_IS_OPEN),
+        Index("ix_sessions_tenant_created", "tenant", "created_at_unix_ns"),
+    )
+
+    session_id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(32))
+    name: Mapped[str] = mapped_column(String(128))
+    model_name: Mapped[str] = mapped_column(String(256), default="")
+    model_type: Mapped[str] = mapped_column(String(128), default="")
+    created_at_unix_ns: Mapped[int] = mapped_column(BigInteger)
+    last_seen_at_unix_ns: Mapped[int] = mapped_column(BigInteger)
+    closed_at_unix_ns: Mapped[int] = mapped_column(BigInteger, default=0)
+    close_reason: Mapped[str] = mapped_column(String(256), default="")
+
+
+class SourceRow(Base):
+    """A source with its manifest, as it was sent: a batch can be read even where the stream has lost the manifest."""
+
+    __tablename__ = "sources"
+    __table_args__ = (Index("ix_sources_tenant_session", "tenant", "session_id"),)
+
+    source_id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(32))
+    session_id: Mapped[str] = mapped_column(String(26), ForeignKey("sessions.session_id", ondelete="CASCADE"))
+    manifest: Mapped[bytes] = mapped_column(LargeBinary)
+    started_at_unix_ns: Mapped[int] = mapped_column(BigInteger)
