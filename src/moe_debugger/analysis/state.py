@@ -123,8 +123,8 @@ class LayerState:
             `z_squared` is the square of the logits' logsumexp (router z-loss).
         probability_sum: [E] int64, fixed-point sum of the router's probability per expert.
         num_probability_tokens: valid tokens in `probability_sum`.
-        content_registers: [256] uint8, distinct counter over the tokens' fingerprints (experts, applied weights,
-            router entropy, token id): repeated text repeats its fingerprints.
+        content_registers: [256] uint8, distinct counter over the tokens' fingerprints (position, experts, applied
+            weights, router entropy, token id): a repeated prompt repeats its fingerprints.
         num_fingerprints: valid tokens that have a fingerprint.
         first_step, last_step: None before the first token.
     """
@@ -289,10 +289,9 @@ class RoutingState:
         """
         for layer in columns.layers:
             self._check(layer, columns.num_tokens)
-        hashes = _request_hashes(columns)
+        hashes, known = _blocks(columns)
         valid = ~columns.is_padding
-        known = valid & _has_request(columns)
-        observe(self.request_registers, np.unique(hashes[known]))
+        observe(self.request_registers, np.unique(hashes[valid & known]))
         phases = np.minimum(columns.phase[valid], NUM_PHASES - 1)
         self.phase_tokens += np.bincount(phases, minlength=NUM_PHASES).astype(np.uint64)
         for layer in columns.layers:
@@ -422,23 +421,29 @@ def merge_all(states: Sequence[RoutingState]) -> RoutingState:
     return merged
 
 
-def _request_hashes(columns: RoutingColumns) -> _U64:
-    """Hash of each row's request; in training of its request and step."""
-    if not columns.num_tokens or not columns.request_ids:
-        return np.zeros(columns.num_tokens, np.uint64)
-    hashes = hash_strings(columns.request_ids)[columns.request_index]
-    is_train = columns.phase == pb.PHASE_TRAIN
+def _blocks(columns: RoutingColumns) -> tuple[_U64, npt.NDArray[np.bool_]]:
+    """Hash of what each row belongs to (request; in training sequence and step), and whether that is known.
+
+    Rows whose request has no name belong to their forward pass, except in decoding, where one forward holds single
+    tokens of requests that go on: their block is unknown.
+    """
+    n = columns.num_tokens
+    if not n:
+        return np.zeros(0, np.uint64), np.zeros(0, np.bool_)
+    phase = columns.phase
+    names = columns.request_ids or [""]
+    index = columns.request_index if columns.request_ids else np.zeros(n, np.uint32)
+    is_named = np.array([bool(name) for name in names])[index]
+    hashes = hash_strings(names)[index]
+    is_train = phase == pb.PHASE_TRAIN
     if is_train.any():
-        stepped = combine(hashes, columns.step.reshape(-1, 1))
-        hashes = np.where(is_train, stepped, hashes)
-    return hashes
-
-
-def _has_request(columns: RoutingColumns) -> npt.NDArray[np.bool_]:
-    """Rows whose request is known: an empty id names none."""
-    if not columns.request_ids:
-        return np.zeros(columns.num_tokens, np.bool_)
-    return np.array([bool(name) for name in columns.request_ids])[columns.request_index]
+        # Names of rows ("row 3 of the batch") come again in every step with other text.
+        hashes = np.where(is_train, combine(hashes, columns.step.reshape(-1, 1)), hashes)
+    if is_named.all():
+        return hashes, is_named
+    forwards = combine(mix(np.ones(n, np.uint64)), np.column_stack([columns.step, columns.forward_index]))
+    is_whole_forward = is_train | (phase == pb.PHASE_EVAL) | (phase == pb.PHASE_PREFILL)
+    return np.where(is_named, hashes, forwards), is_named | is_whole_forward
 
 
 def _fold_layer(
@@ -468,7 +473,7 @@ def _fold_layer(
         state.z_squared.add(np.square(layer.router_logsumexp[valid].astype(np.float64)))
     if layer.probability_sum is not None:
         _add_probabilities(state, layer.probability_sum, len(steps))
-    _fold_content(state, layer, ids, valid, columns.token_id, rows)
+    _fold_content(state, layer, ids, valid, columns, rows)
 
 
 def _fold_load(
@@ -502,7 +507,7 @@ def _fold_content(
     layer: LayerColumns,
     ids: npt.NDArray[np.int32],
     valid: npt.NDArray[np.bool_],
-    token_id: npt.NDArray[np.uint32] | None,
+    columns: RoutingColumns,
     rows: slice | npt.NDArray[np.uint32],
 ) -> None:
     """Add the fingerprints of rows that have something continuous or a token id to tell them apart."""
@@ -511,11 +516,12 @@ def _fold_content(
         parts.append(np.ascontiguousarray(layer.gate_weights[valid], np.float16).view(np.uint16))
     if layer.router_entropy is not None:
         parts.append(layer.router_entropy[valid].astype(np.float16).view(np.uint16).reshape(-1, 1))
-    if token_id is not None:
-        parts.append(token_id[rows][valid].reshape(-1, 1))
+    if columns.token_id is not None:
+        parts.append(columns.token_id[rows][valid].reshape(-1, 1))
     if not parts:
         return
-    fingerprint = mix(np.zeros(len(ids), np.uint64))
+    position = columns.position[rows][valid]
+    fingerprint = mix(position.astype(np.uint64))
     for part in (ids.astype(np.uint32), *parts):
         fingerprint = combine(fingerprint, part)
     observe(state.content_registers, fingerprint)
