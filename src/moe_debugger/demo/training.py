@@ -26,10 +26,10 @@ __all__ = [
 
 CONTEXT_TOKENS: Final = 2048
 
-# One batch is always this many tokens. Most rows are short, which is what a CPU is fast at; the long ones are there
-# because rotary positions do not reach beyond the lengths that were trained.
+# Most rows are short, which is what a CPU is fast at; the long ones are there because rotary positions do not reach
+# beyond the lengths that were trained (measured: trained to 1024, the loss at 2048 is 0.8 nats a byte higher).
 _BATCH_TOKENS: Final = 2048
-_ROW_LENGTHS: Final = (128, 128, 128, 512, 128, 128, 128, 1024)
+_ROW_LENGTHS: Final = (*[128] * 5, 512, *[128] * 5, 512, *[128] * 3, CONTEXT_TOKENS)
 
 
 def build_network(*, seed: int) -> Any:
@@ -145,13 +145,15 @@ class Trainer:
         self._rng = random.Random(f"{seed}/batches")  # noqa: S311
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
 
-    def next_batch(self, step: int, *, row_lengths: Sequence[int] = _ROW_LENGTHS) -> Batch:
+    def next_batch(
+        self, step: int, *, row_lengths: Sequence[int] = _ROW_LENGTHS, batch_tokens: int = _BATCH_TOKENS
+    ) -> Batch:
         """Return a batch in which the kinds take turns, row by row."""
         import torch
 
         length = row_lengths[step % len(row_lengths)]
-        num_rows = _BATCH_TOKENS // length
         # Short batches hold every kind equally often; a batch of two rows has two of the kinds, then the other two.
+        num_rows = max(2, batch_tokens // length)
         first = step // len(row_lengths) * num_rows
         kinds = tuple(KINDS[(first + row) % len(KINDS)] for row in range(num_rows))
         rows = [list(self._corpus.window(kind, length, self._rng)) for kind in kinds]
@@ -186,7 +188,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
         counts = tuple(_slot_counts(layer.detach(), top_k) for layer in layers)
