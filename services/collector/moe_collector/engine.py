@@ -187,6 +187,7 @@ class GenerationEngine:
         self._waiting: deque[_Request] = deque()
         self._joining: list[_Request] = []
         self._known: dict[str, _Request] = {}
+        self._is_refusing = False
         self._is_closed = False
         self._running: list[_Request] = []
         self._batch = KVBatch()
@@ -234,6 +235,16 @@ class GenerationEngine:
             num_active = len(self._running) + len(self._joining)
             return EngineStatistics(num_active, len(self._waiting), self._num_forwards, self._num_forward_rows)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the worker thread runs."""
+        return self._thread.is_alive()
+
+    def refuse(self) -> None:
+        """Take no more requests; those that are here go on."""
+        with self._condition:
+            self._is_refusing = True
+
     def close(self, timeout_s: float = 5.0) -> None:
         """End all requests with `EngineClosedError` and stop the worker thread."""
         with self._condition:
@@ -247,7 +258,7 @@ class GenerationEngine:
     def _admit(self, generation: Generation, emit: Callable[[Event | BaseException], None]) -> _Request:
         request = self._checked(generation, emit)
         with self._condition:
-            if self._is_closed:
+            if self._is_closed or self._is_refusing:
                 raise EngineClosedError("the worker is stopping; send the request again when it is back")
             if len(self._waiting) >= self.limits.max_waiting:
                 raise QueueFullError(
