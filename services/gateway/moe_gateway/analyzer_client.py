@@ -77,12 +77,16 @@ class AnalyzerClient:
         request = pb.AnalyzerServiceGetRequestRoutesRequest(
             tenant=self._tenant, session_id=session_id, request_id=request_id
         )
-        return (await self._call(self._stub.GetRequestRoutes, request, remaining_s)).routes
+        response: pb.AnalyzerServiceGetRequestRoutesResponse
+        response = await self._call(self._stub.GetRequestRoutes, request, remaining_s)
+        return response.routes
 
     async def close_session(self, session_id: str, remaining_s: float | None = None) -> session_pb2.Session:
         """Close a session and return it."""
         request = pb.AnalyzerServiceCloseSessionRequest(tenant=self._tenant, session_id=session_id)
-        return (await self._call(self._stub.CloseSession, request, remaining_s)).session
+        response: pb.AnalyzerServiceCloseSessionResponse
+        response = await self._call(self._stub.CloseSession, request, remaining_s)
+        return response.session
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, remaining_s: float | None) -> Any:
         timeout_s = self._timeout_s if remaining_s is None else min(self._timeout_s, remaining_s)

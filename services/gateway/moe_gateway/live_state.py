@@ -1,9 +1,10 @@
 """One session's live counts: a snapshot with deltas applied on top. Pure logic, no I/O.
 
-Each partition numbers its flushes; a delta leads from flush - 1 to flush. An older one is in the snapshot already, a hole
-means that one was lost and that only a new snapshot helps. The session's sequence is the sum over its partitions.
+Each partition numbers its flushes; a delta leads from flush - 1 to flush. An older one is in the snapshot already, a
+hole means that one was lost and that only a new snapshot helps. The session's sequence is the sum over its partitions.
 
-Example: a snapshot with flushes {3: 7} and count 10, then a delta of partition 3, flush 8, count 2: count 12, sequence 8.
+Example: a snapshot with flushes {3: 7} and count 10, then a delta of partition 3, flush 8, count 2: count 12,
+sequence 8.
 """
 
 from collections.abc import Mapping

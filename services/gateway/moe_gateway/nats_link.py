@@ -24,8 +24,8 @@ class Topic:
 
     Attributes:
         on_message: gets each message's bytes.
-        on_ready: called whenever the server has confirmed the subscription, after which nothing is missed any more; what
-            came before may be, so take a snapshot then.
+        on_ready: called whenever the server has confirmed the subscription. Nothing is missed from then on, but
+            something before may have been: take a snapshot.
     """
 
     subject: str
@@ -95,7 +95,7 @@ class NatsLink:
             self._url,
             name="moe-gateway",
             connect_timeout=2,
-            reconnect_time_wait=_RETRY_S,
+            reconnect_time_wait=_RETRY_S,  # type: ignore[arg-type]  # any number of seconds
             max_reconnect_attempts=-1,
             ping_interval=5,
             max_outstanding_pings=2,

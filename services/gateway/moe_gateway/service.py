@@ -1,0 +1,197 @@
+"""DebuggerService, once, for both ports: queries by the analyzer, generation by the worker, live data by the hub."""
+
+import contextlib
+import math
+from collections.abc import AsyncGenerator, Callable
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+import structlog
+
+from moe_debugger.errors import FleetError, InvalidInputError
+from moe_debugger.v1 import collector_pb2, collector_pb2_grpc, gateway_pb2_grpc
+from moe_debugger.v1 import gateway_pb2 as pb
+from moe_debugger.wire.ids import check_id, new_id
+from moe_gateway.analyzer_client import AnalyzerClient
+from moe_gateway.components import ComponentMonitor
+from moe_gateway.errors import BusyError, upstream_error
+from moe_gateway.settings import GatewaySettings
+from moe_gateway.watch import WatchService
+
+__all__ = ["DebuggerService", "WorkerClient"]
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_RESOLUTIONS_S = (1, 10, 60)
+_DEFAULT_POINTS, _MAX_POINTS = 300, 10_000
+_DEFAULT_RESULTS, _MAX_RESULTS = 100, 1000
+_MAX_TEMPERATURE = 100.0
+
+
+class WorkerClient:
+    """The worker's stub, the credential for it, and its address for messages."""
+
+    def __init__(self, target: str, token: str, channel: grpc.aio.Channel) -> None:
+        self.target = target
+        self.stub: collector_pb2_grpc.WorkerServiceAsyncStub = collector_pb2_grpc.WorkerServiceStub(channel)
+        self.metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {token}"),) if token else ()
+
+
+class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
+    """The public API. Errors are raised; the error interceptor turns them into statuses.
+
+    Args:
+        worker: None in a fleet without a worker.
+        probe_worker_now: called after a call to the worker failed, so that its health is known at once.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        analyzer: AnalyzerClient,
+        watches: WatchService,
+        monitor: ComponentMonitor,
+        worker: WorkerClient | None,
+        probe_worker_now: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings = settings
+        self._analyzer = analyzer
+        self._watches = watches
+        self._monitor = monitor
+        self._worker = worker
+        self._probe_worker_now = probe_worker_now
+        self._num_generations = 0
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+        """Return limits and the health of the fleet's parts."""
+        return pb.GetServerInfoResponse(
+            version=version("moe-debugger"),
+            components=self._monitor.components(),
+            max_prompt_bytes=self._settings.max_prompt_bytes,
+            max_watch_hz=self._settings.max_watch_hz,
+            has_worker=self._worker is not None,
+        )
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
+        """Return all sessions."""
+        return pb.ListSessionsResponse(sessions=await self._analyzer.list_sessions(context.time_remaining()))
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
+        """Return a session's snapshot."""
+        session_id = check_id(request.session_id, "session_id")
+        snapshot, _ = await self._analyzer.get_snapshot(session_id, context.time_remaining())
+        return pb.GetSessionResponse(snapshot=snapshot)
+
+    async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
+        """Return a session's roll-ups."""
+        session_id = check_id(request.session_id, "session_id")
+        if request.resolution_s not in _RESOLUTIONS_S:
+            raise InvalidInputError(f"resolution_s is {request.resolution_s}; expected 1, 10 or 60")
+        max_points = _bounded("max_points", request.max_points, _DEFAULT_POINTS, _MAX_POINTS)
+        points = await self._analyzer.get_history(
+            session_id, request.resolution_s, max_points, context.time_remaining()
+        )
+        return pb.GetHistoryResponse(points=points)
+
+    async def ListRequests(self, request: pb.ListRequestsRequest, context: Context) -> pb.ListRequestsResponse:
+        """Return a session's newest requests."""
+        session_id = check_id(request.session_id, "session_id")
+        max_results = _bounded("max_results", request.max_results, _DEFAULT_RESULTS, _MAX_RESULTS)
+        requests = await self._analyzer.list_requests(session_id, max_results, context.time_remaining())
+        return pb.ListRequestsResponse(requests=requests)
+
+    async def GetRequestRoutes(
+        self, request: pb.GetRequestRoutesRequest, context: Context
+    ) -> pb.GetRequestRoutesResponse:
+        """Return the kept decisions of one request."""
+        session_id = check_id(request.session_id, "session_id")
+        request_id = check_id(request.request_id, "request_id")
+        routes = await self._analyzer.get_request_routes(session_id, request_id, context.time_remaining())
+        return pb.GetRequestRoutesResponse(routes=routes)
+
+    async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
+        """Close a session."""
+        session_id = check_id(request.session_id, "session_id")
+        session = await self._analyzer.close_session(session_id, context.time_remaining())
+        log.info("session_closed", session_id=session_id)
+        return pb.CloseSessionResponse(session=session)
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncGenerator[pb.WatchResponse, None]:
+        """Stream a session's live state, the list of sessions and the health of the fleet's parts."""
+        if not math.isfinite(request.max_hz) or request.max_hz < 0:
+            raise InvalidInputError(f"max_hz is {request.max_hz}; expected a number of frames a second, 0 = default")
+        async with contextlib.aclosing(self._watches.watch(request)) as events:
+            async for event in events:
+                yield event
+
+    async def Generate(
+        self, request: pb.DebuggerServiceGenerateRequest, context: Context
+    ) -> AsyncGenerator[pb.DebuggerServiceGenerateResponse, None]:
+        """Generate through the worker, while its routing is captured."""
+        if self._worker is None:
+            raise FleetError("this fleet has no worker, so nothing can be generated; start it with one")
+        upstream = self._checked(request.request)
+        if self._num_generations >= self._settings.max_concurrent_generations:
+            raise BusyError(
+                f"{self._num_generations} generations are running, the most allowed; try again when one has ended, or "
+                "raise MOE_GATEWAY_MAX_CONCURRENT_GENERATIONS"
+            )
+        self._num_generations += 1
+        num_tokens = 0
+        try:
+            async with contextlib.aclosing(self._from_worker(self._worker, upstream, context)) as responses:
+                async for response in responses:
+                    num_tokens += response.WhichOneof("event") == "token"
+                    yield pb.DebuggerServiceGenerateResponse(response=response)
+        except grpc.aio.AioRpcError as error:
+            self._probe_worker_now()
+            log.info("generation_failed", request_id=upstream.request_id, num_tokens=num_tokens, code=error.code().name)
+            after = f" after {num_tokens} tokens" if num_tokens else ""
+            advice = (
+                f"the generation ended{after}, and what was captured stays; the worker is restarted with the fleet: "
+                "send the prompt again when it is back"
+            )
+            raise upstream_error(error, f"the worker at {self._worker.target}", advice) from error
+        finally:
+            self._num_generations -= 1
+
+    async def _from_worker(
+        self, worker: WorkerClient, request: collector_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[collector_pb2.GenerateResponse, None]:
+        remaining_s: float | None = context.time_remaining()
+        limit_s = self._settings.generate_timeout_s
+        timeout_s = limit_s if remaining_s is None else min(limit_s, remaining_s)
+        call = worker.stub.Generate(request, timeout=timeout_s, metadata=worker.metadata)
+        try:
+            async for response in call:
+                yield response
+        finally:
+            # A client that leaves ends this generator; the worker must stop computing for it.
+            call.cancel()
+
+    def _checked(self, request: collector_pb2.GenerateRequest) -> collector_pb2.GenerateRequest:
+        num_bytes = len(request.prompt.encode())
+        if not request.prompt:
+            raise InvalidInputError("the prompt is empty; give at least one character")
+        if num_bytes > self._settings.max_prompt_bytes:
+            raise InvalidInputError(
+                f"the prompt has {num_bytes} bytes, at most {self._settings.max_prompt_bytes} are accepted "
+                "(MOE_GATEWAY_MAX_PROMPT_BYTES)"
+            )
+        if not 0 <= request.temperature <= _MAX_TEMPERATURE:
+            raise InvalidInputError(
+                f"temperature is {request.temperature}; expected 0 (greedy) to {_MAX_TEMPERATURE:g}"
+            )
+        upstream = collector_pb2.GenerateRequest()
+        upstream.CopyFrom(request)
+        upstream.request_id = check_id(request.request_id, "request_id") if request.request_id else new_id()
+        return upstream
+
+
+def _bounded(name: str, value: int, default: int, largest: int) -> int:
+    if value > largest:
+        raise InvalidInputError(f"{name} is {value}; expected at most {largest}, 0 = {default}")
+    return value or default
