@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple, Never
+from typing import Any, NamedTuple, Never, TypeAlias
 
 import grpc
 import structlog
@@ -37,7 +37,8 @@ log = structlog.get_logger(__name__)
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Handler = grpc.RpcMethodHandler[Any, Any]
+# A string: at run time grpc's class takes no type arguments.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Metadata = Sequence[tuple[str, str | bytes]]
 
 _BINARY = ("application/grpc-web", "application/grpc-web+proto")
@@ -281,8 +282,8 @@ class GrpcWebApp:
         context = WebServicerContext(response, metadata, _peer(scope), deadline)
         await self._run(handler, request, context, response, receive, timeout_s)
 
-    async def _find_handler(self, path: str, metadata: Metadata) -> Handler | None:
-        async def look_up(details: grpc.HandlerCallDetails) -> Handler | None:
+    async def _find_handler(self, path: str, metadata: Metadata) -> "Handler | None":
+        async def look_up(details: grpc.HandlerCallDetails) -> "Handler | None":
             return self._methods.get(details.method)
 
         find: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]] = look_up

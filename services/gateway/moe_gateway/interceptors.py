@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import structlog
@@ -19,12 +19,13 @@ __all__ = ["ErrorInterceptor", "MethodHandler", "PermissionInterceptor"]
 
 log = structlog.get_logger(__name__)
 
-Handler = grpc.RpcMethodHandler[Any, Any]
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+# A string: at run time grpc's class takes no type arguments.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
 
 @dataclasses.dataclass(slots=True)
-class MethodHandler(grpc.RpcMethodHandler[Any, Any]):
+class MethodHandler(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # takes none at run time
     """A method handler whose behaviour is one of ours; what grpc's own factory functions return cannot be copied."""
 
     request_streaming: bool
@@ -52,7 +53,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> Handler | None:
+    ) -> "Handler | None":
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
@@ -123,7 +124,7 @@ class PermissionInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> Handler | None:
+    ) -> "Handler | None":
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
