@@ -1,0 +1,5 @@
+"""`python -m moe_debugger.cli`."""
+
+from moe_debugger.cli import main
+
+main()
