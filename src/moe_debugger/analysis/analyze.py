@@ -1,0 +1,252 @@
+"""The public door: `analyze` for rows, `finish` for a folded state. ``analyze(rows)`` is ``finish(fold(rows))``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger.analysis.findings import Finding, Severity, Thresholds
+from moe_debugger.analysis.metrics import LayerMetrics, layer_metrics
+from moe_debugger.analysis.rules import CaptureHealth, Look, all_findings
+from moe_debugger.analysis.state import LayerShape, RoutingState
+from moe_debugger.errors import InvalidInputError
+from moe_debugger.wire.codec import LayerColumns, RoutingColumns
+
+__all__ = ["Analysis", "analyze", "finish", "fold_decisions"]
+
+# Rows without requests are taken in runs of this many: a block of neighbours stands for a request.
+_ROWS_PER_BLOCK = 64
+_NO_RATE = (
+    "not stated: the intervals and the false discovery rate of single rules are controlled, the rate of any finding "
+    "above info in one call has not been measured"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What was found.
+
+    Attributes:
+        metrics: of each layer, by layer index.
+        findings: most severe first.
+        num_requests: about how many different requests the rows came from.
+        false_alarm_rate: stated rate of any finding above `info` in one call on healthy data; None where none is
+            stated, and `false_alarm_note` says why.
+    """
+
+    metrics: dict[int, LayerMetrics]
+    findings: tuple[Finding, ...]
+    num_requests: int
+    false_alarm_rate: float | None = None
+    false_alarm_note: str = _NO_RATE
+
+    @property
+    def worst(self) -> Severity | None:
+        """The highest severity found, None without a finding."""
+        return max((finding.severity for finding in self.findings), key=lambda severity: severity.rank, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "metrics": {index: metrics.to_dict() for index, metrics in self.metrics.items()},
+            "findings": [finding.to_dict() for finding in self.findings],
+            "num_requests": self.num_requests,
+            "false_alarm_rate": self.false_alarm_rate,
+            "false_alarm_note": self.false_alarm_note,
+        }
+
+
+def finish(
+    state: RoutingState,
+    *,
+    thresholds: Thresholds | None = None,
+    baseline: RoutingState | None = None,
+    num_workloads: int = 1,
+    health: CaptureHealth | None = None,
+) -> Analysis:
+    """Return the metrics and findings of `state`.
+
+    Args:
+        state: folded rows.
+        thresholds: None = the defaults.
+        baseline: rows of the same model on the same workload while it was healthy (for training: earlier steps). Do
+            not give one from other text: a router uses other experts for it, and that would read as a change.
+        num_workloads: how many clearly different kinds of text the rows hold, if that is known.
+        health: what is known of the capture.
+    """
+    metrics = {index: layer_metrics(layer) for index, layer in state.layers.items()}
+    look = Look(
+        state=state,
+        metrics=metrics,
+        thresholds=thresholds or Thresholds(),
+        baseline={} if baseline is None else _matching(state, baseline),
+        num_workloads=num_workloads,
+        health=health,
+    )
+    return Analysis(metrics=metrics, findings=tuple(all_findings(look)), num_requests=state.num_requests)
+
+
+def _matching(state: RoutingState, baseline: RoutingState) -> dict[int, LayerMetrics]:
+    for index, layer in baseline.layers.items():
+        if index in state.layers and state.layers[index].shape != layer.shape:
+            raise InvalidInputError(
+                f"layer {index}: the baseline has {layer.shape}, the rows {state.layers[index].shape}; "
+                "a baseline must come from the same model"
+            )
+    return {index: layer_metrics(layer) for index, layer in baseline.layers.items() if layer.num_assignments}
+
+
+def analyze(
+    decisions: Mapping[str, Any],
+    *,
+    num_experts: int | Sequence[int],
+    top_k: int | Sequence[int],
+    thresholds: Thresholds | None = None,
+    baseline: Mapping[str, Any] | RoutingState | None = None,
+    health: CaptureHealth | None = None,
+) -> Analysis:
+    """Return the metrics and findings of captured decisions.
+
+    Args:
+        decisions: columns of equal length, one row per token and MoE layer, as `session.decisions()` gives them.
+            Required: `layer_index`, `expert_ids` ([n, k], -1 where a slot reached no expert). Used where present:
+            `request_id`, `step`, `forward_index`, `phase`, `position`, `is_padding`, `token_id`, `gate_weights`,
+            `slot_status`, `margin`, `router_entropy`, `router_logsumexp`, `top1_probability`, and `workload`, a label
+            of the kind of text. Rows without `request_id` are taken in blocks of 64 neighbours.
+        num_experts: E, or one per layer index.
+        top_k: k, or one per layer index.
+        thresholds: None = the defaults.
+        baseline: healthy rows of the same model and workload, as columns or as a state.
+        health: what is known of the capture.
+
+    Raises:
+        InvalidInputError: a column is missing, or of another length, or holds ids out of range.
+    """
+    state = fold_decisions(decisions, num_experts=num_experts, top_k=top_k)
+    if baseline is not None and not isinstance(baseline, RoutingState):
+        baseline = fold_decisions(baseline, num_experts=num_experts, top_k=top_k)
+    workload = decisions.get("workload")
+    num_workloads = 1 if workload is None else len(np.unique(np.asarray(workload)))
+    return finish(state, thresholds=thresholds, baseline=baseline, num_workloads=num_workloads, health=health)
+
+
+def fold_decisions(
+    decisions: Mapping[str, Any], *, num_experts: int | Sequence[int], top_k: int | Sequence[int]
+) -> RoutingState:
+    """Return the state of captured decisions; see `analyze` for the columns."""
+    layer_index, columns = _checked(decisions)
+    n = len(layer_index)
+    ids = np.asarray(columns.pop("expert_ids"))
+    ids = ids.reshape(n, -1).astype(np.int32) if n else np.empty((0, 1), np.int32)
+    present = np.unique(layer_index).tolist()
+    shapes = [LayerShape(i, _of_layer(num_experts, i, "num_experts"), _of_layer(top_k, i, "top_k")) for i in present]
+    state = RoutingState.empty(shapes)
+    requests, request_index = _requests(columns.pop("request_id", None), n)
+    phase_tokens = state.phase_tokens.copy()
+    for shape in shapes:
+        rows = np.flatnonzero(layer_index == shape.layer_index)
+        part = _layer_columns(shape, rows, ids, columns, requests, request_index)
+        before = state.phase_tokens.copy()
+        state.fold(part)
+        # A row here is one token at one layer, so every layer repeats its tokens' phases.
+        phase_tokens = np.maximum(phase_tokens, state.phase_tokens - before)
+        state.phase_tokens = before
+    state.phase_tokens = phase_tokens
+    return state
+
+
+def _checked(decisions: Mapping[str, Any]) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+    missing = [name for name in ("layer_index", "expert_ids") if name not in decisions]
+    if missing:
+        raise InvalidInputError(f"decisions has no column {missing}; it has {sorted(decisions)}")
+    layer_index = np.asarray(decisions["layer_index"]).astype(np.int64)
+    columns = {name: column for name, column in decisions.items() if column is not None and name in _USED}
+    wrong = {name: len(column) for name, column in columns.items() if len(column) != len(layer_index)}
+    if wrong:
+        raise InvalidInputError(f"columns have other lengths than layer_index ({len(layer_index)} rows): {wrong}")
+    return layer_index, columns
+
+
+_ROW_COLUMNS: dict[str, tuple[str, int]] = {
+    "step": ("<u8", 0),
+    "forward_index": ("<u8", 0),
+    "phase": ("u1", 0),
+    "is_padding": ("?", 0),
+}
+_LAYER_COLUMNS = {
+    "gate_weights": "<f2",
+    "slot_status": "u1",
+    "margin": "<f4",
+    "router_entropy": "<f4",
+    "router_logsumexp": "<f4",
+    "top1_probability": "<f4",
+}
+_USED = {"expert_ids", "request_id", "position", "token_id", *_ROW_COLUMNS, *_LAYER_COLUMNS}
+
+
+def _of_layer(value: int | Sequence[int], layer_index: int, name: str) -> int:
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if not 0 <= layer_index < len(value):
+        raise InvalidInputError(f"{name} has {len(value)} entries, but the rows have layer {layer_index}")
+    return int(value[layer_index])
+
+
+def _requests(request_id: Any, num_rows: int) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
+    """Return the distinct request ids and each row's index; None where rows name no requests."""
+    if request_id is None:
+        return None, np.zeros(num_rows, np.uint32)
+    names, index = np.unique(np.asarray(["" if x is None else str(x) for x in request_id], object), return_inverse=True)
+    return [str(name) for name in names], index.astype(np.uint32)
+
+
+def _layer_columns(
+    shape: LayerShape,
+    rows: npt.NDArray[np.intp],
+    ids: npt.NDArray[np.int32],
+    columns: Mapping[str, Any],
+    requests: list[str] | None,
+    request_index: npt.NDArray[np.uint32],
+) -> RoutingColumns:
+    n, k = len(rows), shape.top_k
+    ids = ids[rows]
+    if ids.shape[1] < k or (ids[:, k:] >= 0).any():
+        raise InvalidInputError(
+            f"layer {shape.layer_index}: expert_ids has {ids.shape[1]} columns, expected top_k = {k}"
+        )
+    if requests is None:
+        blocks = np.arange(n) // _ROWS_PER_BLOCK
+        names, index = [f"rows {block}" for block in range(int(blocks.max(initial=-1)) + 1)], blocks.astype(np.uint32)
+    else:
+        names, index = requests, request_index[rows]
+    row_values: dict[str, Any] = {
+        name: np.asarray(columns[name])[rows].astype(dtype) if name in columns else np.full(n, default, dtype)
+        for name, (dtype, default) in _ROW_COLUMNS.items()
+    }
+    layer = LayerColumns(shape.layer_index, shape.num_experts, np.ascontiguousarray(ids[:, :k]))
+    for name, dtype in _LAYER_COLUMNS.items():
+        if name in columns:
+            values = np.asarray(columns[name])[rows].astype(dtype)
+            setattr(layer, name, np.ascontiguousarray(values[:, :k]) if values.ndim == 2 else values)
+    position = np.asarray(columns["position"])[rows] if "position" in columns else _running_index(index)
+    token_id = np.asarray(columns["token_id"])[rows].astype(np.uint32) if "token_id" in columns else None
+    return RoutingColumns(
+        **row_values,
+        request_ids=names,
+        request_index=index,
+        position=position.astype(np.uint32),
+        token_id=token_id,
+        layers=[layer],
+    )
+
+
+def _running_index(groups: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    """Return for each row how many rows of its group came before it."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(groups[order]) > 0])
+    lengths = np.diff(np.r_[starts, len(groups)])
+    running = np.empty(len(groups), np.int64)
+    running[order] = np.arange(len(groups)) - np.repeat(starts, lengths)
+    return running

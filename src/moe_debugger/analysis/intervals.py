@@ -1,0 +1,160 @@
+"""How sure a number is: intervals and tests from blocks of whole requests, never from tokens as if independent.
+
+A healthy router whose preference is shared within a document shows z-scores of 16 to 87 against an independent-token
+null. So the unit of sampling here is the block (see `moe_debugger.analysis.state`), and the design effect says how much
+wider that makes the interval.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger.analysis.state import LayerState
+
+__all__ = [
+    "Interval",
+    "benjamini_hochberg",
+    "jackknife",
+    "share_tests",
+    "student_quantile",
+    "student_upper_tail",
+]
+
+_Floats = npt.NDArray[np.float64]
+# 97.5 % quantile of the normal distribution.
+_Z = 1.959963984540054
+# Below this many blocks (Kish's effective number) a variance between blocks says nothing.
+MIN_BLOCKS = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A two-sided 95 % interval; NaN where blocks do not allow one."""
+
+    lower: float
+    upper: float
+
+
+_UNKNOWN = Interval(float("nan"), float("nan"))
+
+
+def student_quantile(degrees: float) -> float:
+    """Return the 97.5 % quantile of Student's t (Cornish-Fisher expansion; within 1 % for 4 degrees or more)."""
+    z, v = _Z, max(degrees, 1.0)
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )
+
+
+def student_upper_tail(t: _Floats, degrees: float) -> _Floats:
+    """Return P(T > t) for Student's t, by Wallace's normal approximation (Wallace 1959, within 1 % of the tail)."""
+    v = max(degrees, 1.0)
+    z = np.sign(t) * np.sqrt(v * np.log1p(np.square(t) / v)) * (8 * v + 1) / (8 * v + 3)
+    return np.array([0.5 * math.erfc(x / math.sqrt(2)) for x in z.ravel().tolist()]).reshape(z.shape)
+
+
+def _entropies(table: _Floats) -> _Floats:
+    """Return the load entropy in nats of each row of counts [n, E]."""
+    p = table / table.sum(axis=1, keepdims=True)
+    logs = np.log(p, where=p > 0, out=np.zeros_like(p))
+    entropies: _Floats = -(p * logs).sum(axis=1)
+    return entropies
+
+
+def _blocks(state: LayerState) -> _Floats:
+    table: _Floats = state.block_counts.astype(np.float64)
+    occupied: _Floats = table[table.sum(axis=1) > 0]
+    return occupied
+
+
+def _kish(sizes: _Floats) -> float:
+    """Return the effective number of blocks of unequal size (Kish 1965): as many equal ones would be as good."""
+    return float(sizes.sum() ** 2 / np.square(sizes).sum()) if len(sizes) else 0.0
+
+
+def jackknife(state: LayerState) -> tuple[Interval, float]:
+    """Return the 95 % interval of effective experts, and the design effect of the shares.
+
+    Delete-one-block jackknife (Efron 1982) on the load entropy, whose interval is then exponentiated. The upper bound
+    starts from the jackknife's bias-corrected entropy where that is higher: sampling makes entropy look low.
+
+    NaN for both with fewer than 4 blocks' worth of requests.
+    """
+    table = _blocks(state)
+    sizes = table.sum(axis=1)
+    kish = _kish(sizes)
+    if kish < MIN_BLOCKS:
+        return _UNKNOWN, float("nan")
+    num, total = len(table), table.sum(axis=0)
+    entropy = float(_entropies(total[None, :])[0])
+    left_out = _entropies(total - table)
+    error = math.sqrt((num - 1) / num * float(np.square(left_out - left_out.mean()).sum()))
+    corrected = num * entropy - (num - 1) * float(left_out.mean())
+    width = student_quantile(kish - 1) * error
+    highest = math.log(table.shape[1])
+    upper = min(max(entropy, corrected) + width, highest)
+    interval = Interval(math.exp(max(entropy - width, 0.0)), math.exp(upper))
+    return interval, _design_effect(table, total, state.shape.top_k)
+
+
+def _share_variance(table: _Floats, total: _Floats) -> _Floats:
+    """Return the variance of each share, linearised over blocks (ratio estimator; Cochran 1977, eq. 6.13)."""
+    share = total / total.sum()
+    residual = table - share * table.sum(axis=1, keepdims=True)
+    num = len(table)
+    variance: _Floats = num / (num - 1) * np.square(residual).sum(axis=0) / total.sum() ** 2
+    return variance
+
+
+def _design_effect(table: _Floats, total: _Floats, top_k: int) -> float:
+    share = total / total.sum()
+    # k draws without replacement: variance of a share over T = N / k independent tokens.
+    per_token = np.clip(share * top_k, 0, 1)
+    independent = float((per_token * (1 - per_token)).sum() / (top_k * total.sum()))
+    return float(_share_variance(table, total).sum()) / independent if independent > 0 else float("nan")
+
+
+def share_tests(state: LayerState, *, hot: float, cold: float) -> tuple[_Floats, _Floats] | None:
+    """Test each expert's share against the effect floors `hot` / E and `cold` / E.
+
+    The null is "the long-run share lies between the floors", so natural skew inside them is no evidence at all. The
+    standard error is the larger of the blocks' own and of that of a share at the floor under the layer's design
+    effect: an expert that no block happened to use has no variance of its own.
+
+    Returns:
+        p-values [E] for "above hot / E", and [E] for "below cold / E"; None where there are too few blocks.
+    """
+    table = _blocks(state)
+    kish = _kish(table.sum(axis=1))
+    if kish < MIN_BLOCKS:
+        return None
+    total = table.sum(axis=0)
+    experts = state.shape.num_experts
+    share = total / total.sum()
+    variance = _share_variance(table, total)
+    effect = _design_effect(table, total, state.shape.top_k)
+    effect = 1.0 if math.isnan(effect) else max(effect, 1.0)
+
+    def tail(floor: float, sign: float) -> _Floats:
+        at_floor = effect * floor * (1 - min(floor, 1.0)) / float(total.sum())
+        error = np.sqrt(np.maximum(variance, at_floor))
+        error = np.maximum(error, np.finfo(np.float64).tiny)
+        return student_upper_tail(sign * (share - floor) / error, kish - 1)
+
+    return tail(hot / experts, 1.0), tail(cold / experts, -1.0)
+
+
+def benjamini_hochberg(p_values: _Floats, rate: float) -> npt.NDArray[np.bool_]:
+    """Return which of `p_values` are discoveries at false discovery rate `rate` (Benjamini & Hochberg 1995)."""
+    flat = p_values.ravel()
+    order = np.argsort(flat)
+    passes = flat[order] <= rate * np.arange(1, flat.size + 1) / max(flat.size, 1)
+    found = np.zeros(flat.size, np.bool_)
+    if passes.any():
+        found[order[: int(np.flatnonzero(passes).max()) + 1]] = True
+    return found.reshape(p_values.shape)

@@ -1,0 +1,54 @@
+"""Texts for people: a code and its args become a sentence by one catalogue, which the web page reads as well.
+
+Templates are i18next's: ``{{name}}`` is replaced by the argument of that name. Findings have three keys each:
+``finding.<code>.title``, ``.summary`` and ``.remedy``.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+
+from moe_debugger.errors import InvalidInputError
+
+__all__ = ["catalogue", "render", "render_finding"]
+
+_PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+
+
+@cache
+def catalogue(locale: str = "en") -> Mapping[str, str]:
+    """Return all templates of `locale` by key.
+
+    Raises:
+        InvalidInputError: there is no such catalogue.
+    """
+    available = sorted(
+        entry.name.removesuffix(".json")
+        for entry in resources.files(__name__).iterdir()
+        if entry.name.endswith(".json")
+    )
+    # Compared with the list, so that a locale from outside is never a path.
+    if locale not in available:
+        raise InvalidInputError(f"no message catalogue for locale {locale!r}; there are {available}")
+    loaded: dict[str, str] = json.loads((resources.files(__name__) / f"{locale}.json").read_text("utf-8"))
+    return loaded
+
+
+def render(code: str, args: Mapping[str, object], locale: str = "en") -> str:
+    """Return the sentence of `code` (a catalogue key) with `args` filled in.
+
+    An unknown code renders as itself with its args, and an argument that is not given stays visible as ``{{name}}``:
+    a message of a newer version must still say something.
+    """
+    template = catalogue(locale).get(code)
+    if template is None:
+        values = ", ".join(f"{name}={value}" for name, value in sorted(args.items()))
+        return f"{code} ({values})" if values else code
+    return _PLACEHOLDER.sub(lambda match: str(args.get(match[1], match[0])), template)
+
+
+def render_finding(code: str, args: Mapping[str, object], part: str = "summary", locale: str = "en") -> str:
+    """Return a finding's ``title``, ``summary`` or ``remedy``."""
+    return render(f"finding.{code}.{part}", args, locale)
