@@ -188,11 +188,14 @@ def _positions(raw: RawForward, is_padding: npt.NDArray[np.bool_]) -> npt.NDArra
     if raw.start_positions is not None:
         real = ~is_padding.reshape(shape)
         counted = np.maximum(real.cumsum(axis=1) - 1, 0)
-        return (counted + np.array(raw.start_positions, dtype=np.int64)[:, None]).reshape(-1)
+        starts = np.array(raw.start_positions, dtype=np.int64)
+        return np.ravel(counted + starts[:, None])
     if raw.position is not None:
-        given = np.broadcast_to(_to_numpy(raw.position), shape).astype(np.int64)
-        return np.ravel(given)
-    return np.tile(np.arange(raw.past_length, raw.past_length + raw.num_columns, dtype=np.int64), raw.num_rows)
+        position: npt.NDArray[np.int64] = np.empty(shape, np.int64)
+        position[:] = _to_numpy(raw.position)
+        return position.reshape(-1)
+    counted = np.arange(raw.past_length, raw.past_length + raw.num_columns, dtype=np.int64)
+    return np.tile(counted, raw.num_rows)
 
 
 def _to_numpy(tensor: "torch.Tensor") -> npt.NDArray[Any]:
