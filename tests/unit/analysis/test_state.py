@@ -1,0 +1,272 @@
+"""The foldable state against a loop over rows, and its algebra."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate, hash_strings, observe
+from moe_debugger.analysis.state import LayerShape, RoutingState, num_blocks
+from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireFormatError
+from moe_debugger.wire.codec import LayerColumns, RoutingColumns
+
+MakeColumns = Callable[..., RoutingColumns]
+SHAPES = [LayerShape(0, 8, 2), LayerShape(1, 8, 2)]
+
+
+def folded(*batches: RoutingColumns) -> RoutingState:
+    state = RoutingState.empty(SHAPES)
+    for batch in batches:
+        state.fold(batch)
+    return state
+
+
+def rows_of(columns: RoutingColumns, keep: np.ndarray) -> RoutingColumns:
+    """Return the token rows where `keep` holds, with their layers' rows."""
+    new_index = np.cumsum(keep) - 1
+    layers = []
+    for layer in columns.layers:
+        rows = np.arange(columns.num_tokens) if layer.row_index is None else layer.row_index
+        mine = keep[rows]
+        values = {
+            name: getattr(layer, name)[mine]
+            for name in ("expert_ids", "gate_weights", "slot_status", "margin", "router_entropy", "router_logsumexp")
+        }
+        layers.append(
+            LayerColumns(
+                layer_index=layer.layer_index,
+                num_experts=layer.num_experts,
+                row_index=new_index[rows[mine]].astype(np.uint32),
+                top1_probability=layer.top1_probability[mine] if layer.top1_probability is not None else None,
+                **values,
+            )
+        )
+    return RoutingColumns(
+        step=columns.step[keep],
+        forward_index=columns.forward_index[keep],
+        request_ids=columns.request_ids,
+        request_index=columns.request_index[keep],
+        position=columns.position[keep],
+        phase=columns.phase[keep],
+        is_padding=columns.is_padding[keep],
+        token_id=None if columns.token_id is None else columns.token_id[keep],
+        layers=layers,
+    )
+
+
+def test_fold_counts_the_worked_example_of_the_module() -> None:
+    columns = RoutingColumns(
+        step=np.array([3, 3, 4], np.uint64),
+        forward_index=np.zeros(3, np.uint64),
+        request_ids=["a"],
+        request_index=np.zeros(3, np.uint32),
+        position=np.arange(3, dtype=np.uint32),
+        phase=np.ones(3, np.uint8),
+        is_padding=np.array([False, False, True]),
+        layers=[LayerColumns(0, 4, np.array([[0, 1], [0, 2], [3, 3]], np.int32))],
+    )
+    state = RoutingState.empty([LayerShape(0, 4, 2)])
+    state.fold(columns)
+    layer = state.layers[0]
+    assert layer.counts.tolist() == [2, 1, 1, 0]
+    assert (layer.num_tokens, layer.num_padding, layer.first_step, layer.last_step) == (2, 1, 3, 3)
+    assert layer.block_counts.sum(axis=0).tolist() == [2, 1, 1, 0]
+    assert (state.num_requests, layer.num_occupied_blocks) == (1, 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fold_equals_a_loop_over_rows(make_columns: MakeColumns, seed: int) -> None:
+    columns = make_columns(np.random.default_rng(seed), num_tokens=200)
+    state = folded(columns)
+    for layer in columns.layers:
+        rows = range(columns.num_tokens) if layer.row_index is None else layer.row_index.tolist()
+        counts: Counter[int] = Counter()
+        tokens = padding = dropped = other = 0
+        margins = []
+        assert layer.slot_status is not None
+        assert layer.margin is not None
+        for at, row in enumerate(rows):
+            if columns.is_padding[row]:
+                padding += 1
+                continue
+            tokens += 1
+            if np.isfinite(layer.margin[at]):
+                margins.append(float(layer.margin[at]))
+            for expert, status in zip(layer.expert_ids[at].tolist(), layer.slot_status[at].tolist(), strict=True):
+                if status == 2:
+                    dropped += 1
+                elif expert >= 0 and status in (0, 1):
+                    counts[expert] += 1
+                else:
+                    other += 1
+        got = state.layers[layer.layer_index]
+        assert got.counts.tolist() == [counts[expert] for expert in range(8)]
+        assert (got.num_tokens, got.num_padding) == (tokens, padding)
+        assert (got.num_dropped_slots, got.num_other_slots) == (dropped, other)
+        assert got.num_assignments + dropped + other == tokens * 2
+        assert got.margin.num_values == len(margins)
+        assert got.margin.mean == pytest.approx(np.mean(margins), abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_parts=st.integers(1, 4))
+def test_state_is_the_same_for_any_split_and_order(make_columns: MakeColumns, seed: int, num_parts: int) -> None:
+    rng = np.random.default_rng(seed)
+    columns = make_columns(rng)
+    part = rng.integers(0, num_parts, columns.num_tokens)
+    pieces = [rows_of(columns, part == index) for index in range(num_parts)]
+    whole = folded(columns)
+    assert folded(*pieces[::-1]) == whole
+    merged = RoutingState({})
+    for index in rng.permutation(num_parts):
+        merged = merged.merge(folded(pieces[index]))
+    assert merged == whole
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds=st.tuples(*[st.integers(0, 2**32 - 1)] * 3))
+def test_merge_is_associative_and_commutative(make_columns: MakeColumns, seeds: tuple[int, int, int]) -> None:
+    a, b, c = (folded(make_columns(np.random.default_rng(seed))) for seed in seeds)
+    assert a.merge(b).merge(c) == a.merge(b.merge(c))
+    assert a.merge(b) == b.merge(a)
+    assert a.merge(RoutingState({})) == a
+
+
+def test_merge_leaves_its_parts_alone_when_the_result_is_folded_into(make_columns: MakeColumns) -> None:
+    columns = make_columns(np.random.default_rng(0))
+    part = folded(columns)
+    before = part.to_bytes()
+    merged = part.merge(RoutingState({}))
+    merged.fold(columns)
+    assert part.to_bytes() == before
+
+
+def test_merge_joins_the_layers_of_pipeline_stages() -> None:
+    first, second = RoutingState.empty([LayerShape(0, 8, 2)]), RoutingState.empty([LayerShape(5, 4, 1)])
+    assert [shape.layer_index for shape in second.merge(first).shapes] == [0, 5]
+
+
+def test_merge_refuses_layers_of_different_models() -> None:
+    with pytest.raises(InvalidInputError, match="different models"):
+        RoutingState.empty([LayerShape(0, 8, 2)]).merge(RoutingState.empty([LayerShape(0, 16, 2)]))
+
+
+def test_bytes_round_trip(make_columns: MakeColumns) -> None:
+    state = folded(make_columns(np.random.default_rng(3), num_tokens=500))
+    again = RoutingState.from_bytes(state.to_bytes())
+    assert again == state
+    assert again.layers[0].margin.mean == state.layers[0].margin.mean
+    assert again.phase_tokens.tolist() == state.phase_tokens.tolist()
+    assert RoutingState.from_bytes(RoutingState({}).to_bytes()) == RoutingState({})
+
+
+def test_damaged_bytes_are_a_wire_format_error(make_columns: MakeColumns) -> None:
+    data = folded(make_columns(np.random.default_rng(3))).to_bytes()
+    rng = np.random.default_rng(0)
+    for size in [0, 1, 11, 12, *rng.integers(12, len(data), 40).tolist()]:
+        with pytest.raises(WireFormatError):
+            RoutingState.from_bytes(data[:size])
+    for at in rng.integers(0, len(data), 200).tolist():
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        if at in (5, 6, 7):  # the minor version and the reserved bytes do not have to be known
+            continue
+        with pytest.raises(WireFormatError):
+            RoutingState.from_bytes(bytes(damaged))
+    with pytest.raises(UnsupportedFormatError, match="upgrade"):
+        RoutingState.from_bytes(data[:4] + b"\x02" + data[5:])
+
+
+def test_unnamed_training_rows_form_blocks_by_forward_and_unnamed_decode_rows_none() -> None:
+    def batch(phase: int, step: int) -> RoutingColumns:
+        ids = np.zeros((4, 1), np.int32)
+        return RoutingColumns(
+            step=np.full(4, step, np.uint64),
+            forward_index=np.full(4, step, np.uint64),
+            request_ids=[""],
+            request_index=np.zeros(4, np.uint32),
+            position=np.arange(4, dtype=np.uint32),
+            phase=np.full(4, phase, np.uint8),
+            is_padding=np.zeros(4, bool),
+            layers=[LayerColumns(0, 2, ids)],
+        )
+
+    training, decoding = RoutingState.empty([LayerShape(0, 2, 1)]), RoutingState.empty([LayerShape(0, 2, 1)])
+    for step in range(10):
+        training.fold(batch(3, step))
+        decoding.fold(batch(2, step))
+    assert training.num_requests == 10
+    assert int(training.layers[0].block_tokens.sum()) == 40
+    assert (decoding.num_requests, decoding.layers[0].num_occupied_blocks) == (0, 0)
+    assert decoding.layers[0].counts.tolist() == [40, 0]
+
+
+def test_a_name_that_comes_again_in_training_is_another_sequence_and_in_generation_the_same() -> None:
+    for phase, expected in ((3, 30), (2, 1)):
+        state = RoutingState.empty([LayerShape(0, 2, 1)])
+        for step in range(30):
+            state.fold(
+                RoutingColumns(
+                    step=np.full(2, step, np.uint64),
+                    forward_index=np.full(2, step, np.uint64),
+                    request_ids=["row 0"],
+                    request_index=np.zeros(2, np.uint32),
+                    position=np.arange(2, dtype=np.uint32),
+                    phase=np.full(2, phase, np.uint8),
+                    is_padding=np.zeros(2, bool),
+                    layers=[LayerColumns(0, 2, np.zeros((2, 1), np.int32))],
+                )
+            )
+        assert state.num_requests == pytest.approx(expected, abs=2)
+
+
+def test_fold_counts_adds_load_without_blocks() -> None:
+    state = RoutingState.empty([LayerShape(0, 4, 2)])
+    state.fold_counts(0, [3, 1, 2, 0], num_tokens=4, first_step=5, last_step=6, num_dropped_slots=1, phase=3)
+    layer = state.layers[0]
+    assert layer.counts.tolist() == [3, 1, 2, 0]
+    assert (layer.num_tokens, layer.num_dropped_slots, layer.num_other_slots) == (4, 1, 1)
+    assert (layer.first_step, layer.last_step, layer.num_occupied_blocks) == (5, 6, 0)
+    with pytest.raises(InvalidInputError, match="shape"):
+        state.fold_counts(0, [1, 2], num_tokens=1, first_step=0, last_step=0)
+    with pytest.raises(InvalidInputError, match="not among"):
+        state.fold_counts(9, [1, 2, 3, 4], num_tokens=1, first_step=0, last_step=0)
+
+
+def test_fold_refuses_rows_that_do_not_fit_and_adds_nothing(make_columns: MakeColumns) -> None:
+    state = folded()
+    before = state.to_bytes()
+    for layer in (
+        LayerColumns(7, 8, np.zeros((3, 2), np.int32)),
+        LayerColumns(0, 8, np.full((3, 2), 8, np.int32)),
+        LayerColumns(0, 8, np.zeros((3, 1), np.int32)),
+        LayerColumns(0, 8, np.zeros((2, 2), np.int32)),
+        LayerColumns(0, 8, np.zeros((2, 2), np.int32), row_index=np.array([0, 3], np.uint32)),
+    ):
+        columns = make_columns(np.random.default_rng(0), num_tokens=3)
+        columns.layers = [columns.layers[0], layer]
+        with pytest.raises(InvalidInputError, match=f"layer {layer.layer_index}"):
+            state.fold(columns)
+    assert state.to_bytes() == before
+
+
+@pytest.mark.parametrize("true_number", [0, 1, 20, 64, 500, 5_000, 200_000])
+def test_distinct_counter_is_right_within_its_error_and_counts_repeats_once(true_number: int) -> None:
+    registers = np.zeros(NUM_REGISTERS, np.uint8)
+    hashes = hash_strings([f"request-{index}" for index in range(true_number)])
+    for _ in range(2):
+        observe(registers, hashes)
+    assert distinct_estimate(registers) == pytest.approx(true_number, rel=0.2, abs=1)
+
+
+def test_hash_does_not_depend_on_the_other_strings_of_its_batch() -> None:
+    assert hash_strings(["a", "a much longer name"])[0] == hash_strings(["a"])[0]
+    assert hash_strings(["", "é", "日本語"]).tolist() == [int(hash_strings([x])[0]) for x in ["", "é", "日本語"]]
+
+
+def test_memory_of_a_layer_is_bounded_whatever_its_width() -> None:
+    assert all(num_blocks(experts) * experts <= 65_536 for experts in (1, 8, 64, 128, 256, 1024, 4096))
+    assert (num_blocks(8), num_blocks(256)) == (64, 16)
