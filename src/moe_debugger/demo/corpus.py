@@ -58,10 +58,10 @@ def build_corpus(split: Split, *, seed: int = 0) -> Corpus:
     Raises:
         DependencyMissingError: this Python has no source or no pydoc topics to read.
     """
-    modules = _standard_library_sources(split)
+    modules = _standard_library_modules(split)
     texts: dict[Kind, bytes] = {
-        "code": _join(_without_prose(source, tree) for source, tree in modules),
-        "prose": _join(_prose(split, [tree for _, tree in modules])),
+        "code": _join(module.code for module in modules),
+        "prose": _join(_prose(split, modules)),
         "numbers": _join(_generated(split, seed, "numbers", _numbers_document)),
         "structured": _join(_generated(split, seed, "structured", _structured_document)),
     }
@@ -83,46 +83,47 @@ def _is_in_split(name: str, split: Split) -> bool:
     return is_held_out == (split == "held_out")
 
 
-def _standard_library_sources(split: Split) -> list[tuple[str, ast.Module]]:
+@dataclass(frozen=True)
+class _Module:
+    """One file of the standard library, as its code and its docstrings."""
+
+    code: str
+    docstrings: list[str]
+
+
+def _standard_library_modules(split: Split) -> list[_Module]:
     folder = Path(sysconfig.get_path("stdlib"))
-    sources = []
-    for path in sorted(folder.glob("*.py")):
-        # Generated tables, not code that a person wrote.
-        if path.name.startswith(("_sysconfigdata", "__")) or not _is_in_split(path.name, split):
-            continue
-        source = path.read_text(encoding="utf-8")
-        sources.append((source, ast.parse(source)))
-    return sources
+    # Generated tables are not code that a person wrote.
+    paths = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith(("_sysconfigdata", "__"))]
+    return [_parse(path.read_text(encoding="utf-8")) for path in paths if _is_in_split(path.name, split)]
 
 
-def _documented_nodes(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node
-        ):
-            yield node
-
-
-def _without_prose(source: str, tree: ast.Module) -> str:
+def _parse(source: str) -> _Module:
+    docstrings: list[str] = []
     prose_lines: set[int] = set()
-    for node in _documented_nodes(tree):
-        docstring = node.body[0]
-        prose_lines.update(range(docstring.lineno, (docstring.end_lineno or docstring.lineno) + 1))
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring:
+            docstrings.append(docstring)
+            expression = node.body[0]
+            prose_lines.update(range(expression.lineno, (expression.end_lineno or expression.lineno) + 1))
     lines = [
         line.rstrip()
         for number, line in enumerate(source.splitlines(), start=1)
         if number not in prose_lines and not line.lstrip().startswith("#") and line.isascii()
     ]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+    return _Module(code=re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n"), docstrings=docstrings)
 
 
-def _prose(split: Split, trees: list[ast.Module]) -> Iterator[str]:
+def _prose(split: Split, modules: list[_Module]) -> Iterator[str]:
     for name, topic in sorted(pydoc_data.topics.topics.items()):
         if _is_in_split(name, split):
             yield from _paragraphs(topic)
-    for tree in trees:
-        for node in _documented_nodes(tree):
-            yield from _paragraphs(ast.get_docstring(node) or "")
+    for module in modules:
+        for docstring in module.docstrings:
+            yield from _paragraphs(docstring)
 
 
 def _paragraphs(text: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, Protocol, get_args
 from moe_debugger.demo.corpus import build_corpus
 from moe_debugger.demo.training import StepResult, Trainer
 from moe_debugger.errors import InvalidInputError
+from moe_debugger.wire.ids import new_id
 
 __all__ = ["SCENARIOS", "ScenarioName", "ScenarioPlan", "ScenarioStep", "plan_scenario", "run_scenario"]
 
@@ -180,8 +181,7 @@ def run_scenario(
             learning_rate = _LEARNING_RATE * min(1.0, (step + 1) / _WARMUP_STEPS)
             # Before the forward, so that the step's decisions carry its number.
             debugger.step(step, balance_coef=balance_coef, learning_rate=learning_rate)
-            request_ids = [f"step-{step:05d}-row-{row:02d}-{kind}" for row, kind in enumerate(batch.kinds)]
-            with debugger.requests(request_ids, phase="train"):
+            with debugger.requests([new_id() for _ in batch.kinds], phase="train"):
                 result = trainer.train_step(step, batch, learning_rate=learning_rate, balance_coef=balance_coef)
             debugger.step(step, loss=result.loss, balance_loss=result.balance_loss)
             last = ScenarioStep(
