@@ -24,7 +24,7 @@ app = typer.Typer(
     name="moe-debugger",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(up)
@@ -45,10 +45,14 @@ def _print_version(is_asked: bool) -> None:
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="`demo`, or a folder with safetensors weights.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="`demo`, or a folder with safetensors weights.")
+    ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="A prompt loop with that model.")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML file, see docs/configuration.md.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the fleet's page.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file, see docs/configuration.md.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Port of the fleet's page.")
+    ] = None,
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
@@ -60,14 +64,11 @@ def root(
 
     Examples:
 
+    \b
       moe-debugger up                                  # the whole fleet with the demo model; prints the page's URL
-
       moe-debugger demo --scenario collapse            # watch routers collapse in a real training run
-
       moe-debugger trace --model demo --prompt "1 + 1 ="
-
       moe-debugger --model ./my-mixtral --interactive
-
       moe-debugger --config config.yaml --port 9000
     """
     if context.invoked_subcommand is not None:

@@ -40,7 +40,7 @@ def demo(
         Literal["collapse", "no-balance", "healthy"],
         typer.Option(help="collapse: the balancing term gets the wrong sign; no-balance: it is left out; healthy."),
     ] = "collapse",
-    data: Annotated[Path, typer.Option(help="Folder of the fleet to stream to.")] = DEFAULT_DATA_DIR,
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the fleet to stream to.")] = DEFAULT_DATA_DIR,
     fleet: Annotated[
         str | None, typer.Option(metavar="NATS_URL", help="Stream to this fleet: the `nats` value of `up --json`.")
     ] = None,
@@ -55,10 +55,9 @@ def demo(
 
     Examples:
 
+    \b
       moe-debugger demo --scenario collapse
-
       moe-debugger demo --scenario no-balance --session "without balancing"
-
       moe-debugger demo --scenario healthy --no-fleet --steps 100
     """
     if no_fleet and fleet is not None:

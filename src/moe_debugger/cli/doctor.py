@@ -55,7 +55,7 @@ class Check:
 
 
 def doctor(
-    data: Annotated[Path, typer.Option(help="The fleet's folder.")] = DEFAULT_DATA_DIR,
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="The fleet's folder.")] = DEFAULT_DATA_DIR,
     json_output: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
 ) -> None:
     """Say what is installed, which servers and ports there are, what is missing and how to get it.
@@ -64,8 +64,8 @@ def doctor(
 
     Examples:
 
+    \b
       moe-debugger doctor
-
       moe-debugger doctor --json | jq '.checks[] | select(.state == "missing")'
     """
     checks = run_checks(data)
@@ -75,7 +75,7 @@ def doctor(
     else:
         console = Console(highlight=False, soft_wrap=True)
         for check in checks:
-            console.print(f"{_MARKS[check.state]}  {check.name:<12} {escape(check.detail)}")
+            console.print(f"{_MARKS[check.state]}  {escape(f'{check.name:<12}')} {escape(check.detail)}")
             if check.remedy:
                 console.print(f"{'':<9}{'':<12} -> {escape(check.remedy)}")
         verdict = "can run" if can_run else "cannot run: see what is missing"

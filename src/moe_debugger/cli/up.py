@@ -33,20 +33,30 @@ _COLOURS = {
 
 
 def up(
-    data: Annotated[Path, typer.Option(help="Folder of everything that is stored; private.")] = DEFAULT_DATA_DIR,
+    data: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder of everything that is stored; private.")
+    ] = DEFAULT_DATA_DIR,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of the page (8080, else a free one).")
+        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Port of the page (8080, else a free one).")
     ] = None,
-    grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of gRPC (50051, else free).")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Port of gRPC (50051, else free).")
+    ] = None,
     worker_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of the worker's gRPC (50061, else free).")
+        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Port of the worker's gRPC (50061, else free).")
     ] = None,
-    nats_url: Annotated[str | None, typer.Option(help="Use this NATS (>= 2.12) instead of an own one.")] = None,
-    redis_url: Annotated[str | None, typer.Option(help="Use this Redis or Valkey instead of an own one.")] = None,
-    model: Annotated[str | None, typer.Option(help="`demo`, or a folder with safetensors weights.")] = None,
+    nats_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Use this NATS (>= 2.12) instead of an own one.")
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Use this Redis or Valkey instead of an own one.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="`demo`, or a folder with safetensors weights.")
+    ] = None,
     no_worker: Annotated[bool, typer.Option("--no-worker", help="Without a model of its own.")] = False,
     json_line: Annotated[bool, typer.Option("--json", help="One line of JSON once every part is ready.")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML file, see docs/configuration.md.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file, see docs/configuration.md.")] = None,
 ) -> None:
     """Run the whole fleet on this machine until Ctrl-C, and print the page's URL.
 
@@ -55,10 +65,9 @@ def up(
 
     Examples:
 
+    \b
       moe-debugger up
-
       moe-debugger up --model ./my-mixtral --port 9000
-
       moe-debugger up --json --data /tmp/fleet     # for scripts: {"page": ..., "grpc": ..., "nats": ..., ...}
     """
     loaded = load_config(config) if config is not None else Config()
@@ -118,8 +127,8 @@ def run_up(options: FleetOptions, *, is_json: bool) -> None:
                 fleet.run()
         finally:
             screen.is_stopping = True
-            fleet.stop()
-            screen.say("stopped")
+            if fleet.stop():
+                screen.say("stopped")
 
 
 class _Screen:

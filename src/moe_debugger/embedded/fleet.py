@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -117,7 +117,8 @@ class Fleet:
         )
         self._supervisor = Supervisor(data, self._on_event)
         endpoints, parts = self._parts(data, ports)
-        servers = [name for name in ("nats", "valkey") if name in parts]
+        # A server whose URL was given is not ours to run.
+        servers = [name for name in parts if name in ("nats", "valkey")]
         for name in servers:
             self._supervisor.start(parts[name])
         if not self._wait_for(servers):
@@ -151,6 +152,7 @@ class Fleet:
         """Look after the parts until `is_stopping` is set."""
         assert self._supervisor is not None
         assert self._guardian is not None
+        self._supervisor.is_starting = False
         while not self.is_stopping.wait(_IDLE_POLL_S):
             self._supervisor.poll()
             self._guardian.ensure()
@@ -161,10 +163,10 @@ class Fleet:
             return {}
         return {name: self._supervisor.state(name) for name in self._names}
 
-    def stop(self) -> None:
-        """Stop all parts in order and leave nothing behind; harmless when repeated."""
+    def stop(self) -> bool:
+        """Stop all parts in order and leave nothing behind; False where there was nothing to stop."""
         if self._lock is None:
-            return
+            return False
         if self._supervisor is not None:
             self._supervisor.stop(STOP_ORDER, self.is_hurried)
         for port in self._reserved:
@@ -177,6 +179,7 @@ class Fleet:
         (self._lock.path.parent / ENDPOINTS_FILE).unlink(missing_ok=True)
         self._lock.release()
         self._lock = None
+        return True
 
     def _clean_up_after(self, lock: DataLock) -> None:
         """Remove what a fleet left whose guardian was killed with it."""
@@ -193,12 +196,12 @@ class Fleet:
             shutil.rmtree(temp_dir, ignore_errors=True)
         (lock.path.parent / ENDPOINTS_FILE).unlink(missing_ok=True)
 
-    def _wait_for(self, names: "list[str] | tuple[str, ...]") -> bool:
+    def _wait_for(self, names: Sequence[str]) -> bool:
         assert self._supervisor is not None
         while not self._supervisor.are_ready(names):
             failure = self._supervisor.failure(names)
             if failure is not None:
-                raise FleetError(f"{failure.part} {failure.text}" + "".join(f"\n  | {x}" for x in failure.log_lines))
+                raise FleetError(f"the fleet cannot start without the {failure.part}: see its last log lines above")
             if self.is_stopping.wait(_POLL_S):
                 return False
             self._supervisor.poll()
@@ -263,7 +266,11 @@ class Fleet:
         parts: dict[str, Part] = {}
 
         def port_release(*names: str) -> Callable[[], None]:
-            return lambda: [ports[name].release() for name in names] and None
+            def release() -> None:
+                for name in names:
+                    ports[name].release()
+
+            return release
 
         if self.options.nats_url is None:
             binary = find_nats_server()
@@ -383,4 +390,3 @@ def _read_or_make_secrets(data: Path) -> dict[str, str]:
         values = {name: values.get(name) or new_password() for name in names}
         write_private(path, json.dumps(values))
     return values
-

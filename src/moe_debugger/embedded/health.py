@@ -5,8 +5,8 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from moe_debugger.errors import MoEDebuggerError
 from moe_debugger.embedded.servers import check_nats, check_redis
+from moe_debugger.errors import MoEDebuggerError
 from moe_debugger.v1 import collector_pb2, collector_pb2_grpc
 
 __all__ = ["grpc_problem", "nats_problem", "page_problem", "redis_problem", "worker_problem"]
@@ -38,9 +38,10 @@ def redis_problem(url: str, timeout_s: float = 2.0) -> str:
 def grpc_problem(target: str, timeout_s: float = 2.0) -> str:
     """Return what is wrong with a gRPC server that has the standard health service."""
     with grpc.insecure_channel(target, options=_CHANNEL_OPTIONS) as channel:
-        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        # Without serialisers a call takes and gives bytes.
+        check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
         try:
-            answer: bytes = check(b"", timeout=timeout_s)
+            answer = check(b"", timeout=timeout_s)
         except grpc.RpcError as error:
             return _words(target, error)
     return "" if answer == _SERVING else f"{target} says that it is not serving"

@@ -157,8 +157,12 @@ class DataLock:
 
     def update(self, *, page: str | None = None, temp_dir: str | None = None) -> None:
         """Write more of who we are."""
-        changes = {name: value for name, value in (("page", page), ("temp_dir", temp_dir)) if value is not None}
-        self.info = replace(self.info, **changes)
+        before = self.info
+        self.info = replace(
+            before,
+            page=before.page if page is None else page,
+            temp_dir=before.temp_dir if temp_dir is None else temp_dir,
+        )
         self._write()
 
     def release(self) -> None:

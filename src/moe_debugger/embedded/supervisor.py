@@ -89,6 +89,8 @@ class Supervisor:
         self._cwd = cwd
         self._on_event = on_event
         self._running: dict[str, _Running] = {}
+        #: While the fleet starts, a part that is given up ends the start.
+        self.is_starting = True
         self._trimmed_at = 0.0
         # One report for each part that was given up, until it is ready again.
         self._failures: list[PartEvent] = []
@@ -185,10 +187,9 @@ class Supervisor:
             if is_first:
                 lines = tuple(last_lines(running.part.log_path))
                 how_often = "" if is_hopeless else f", {_MAX_FAILURES} times within a minute"
-                text = (
-                    f"{cause}{how_often}; the other parts go on. Its log is {running.part.log_path}; "
-                    f"it is tried again every {_SLOW_RETRY_S:.0f} s"
-                )
+                text = f"{cause}{how_often}. Its log is {running.part.log_path}"
+                if not self.is_starting:
+                    text += f". The other parts go on; this one is tried again every {_SLOW_RETRY_S:.0f} s"
                 event = PartEvent(name, PartState.FAILED, text, lines)
                 self._failures.append(event)
                 self._on_event(event)

@@ -1,0 +1,99 @@
+"""The YAML configuration: every problem at once, each with its line; every accepted key acts."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_debugger.config import Config, load_config
+from moe_debugger.errors import ConfigError
+
+
+@pytest.fixture
+def write(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Return a function that writes a configuration file."""
+
+    def write_text(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_text
+
+
+def test_an_empty_file_sets_nothing(write) -> None:  # type: ignore[no-untyped-def]
+    assert load_config(write("# nothing\n")) == Config()
+    assert load_config(write("model:\ncapture:\n")) == Config()
+    assert Config().service_env() == {}
+
+
+def test_every_setting_of_the_worker_reaches_its_environment(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = load_config(
+        write(
+            "model:\n  path: ./weights\n  device: cuda:1\n  precision: bfloat16\n"
+            "capture:\n  level: counts\n  sampling_rate: 0.5\n  buffer_size: 8 MiB\n  gradients: false\n"
+            "performance:\n  batch_size: 4\n  profiling: false\n"
+        )
+    )
+    assert config.service_env() == {
+        "MOE_COLLECTOR_MODEL": str(tmp_path / "weights"),
+        "MOE_COLLECTOR_DEVICE": "cuda:1",
+        "MOE_COLLECTOR_PRECISION": "bfloat16",
+        "MOE_COLLECTOR_LEVEL": "counts",
+        "MOE_COLLECTOR_SAMPLING_RATE": "0.5",
+        "MOE_COLLECTOR_BUFFER_BYTES": str(8 << 20),
+        "MOE_COLLECTOR_MAX_BATCH_SIZE": "4",
+    }
+
+
+def test_all_problems_come_at_once_each_with_its_line(write) -> None:  # type: ignore[no-untyped-def]
+    path = write(
+        "model:\n"  # 1
+        "  devise: cpu\n"  # 2
+        "  precision: int8\n"  # 3
+        "capture:\n"  # 4
+        "  sampling_rate: 2\n"  # 5
+        "  gradients: true\n"  # 6
+        "  dead_expert: 0.1\n"  # 7
+        "threshold:\n"  # 8
+        "  load_balance: 2\n"  # 9
+        "performance:\n"  # 10
+        "  profiling: true\n"  # 11
+        "  memory_limit: 3 GB\n"  # 12
+        '  batch_size: "8"\n'  # 13
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    problems = caught.value.problems
+    assert [problem.split(":")[0] for problem in problems] == [
+        f"line {line}" for line in (2, 3, 5, 6, 7, 8, 11, 12, 13)
+    ]
+    text = "\n".join(problems)
+    assert "did you mean model.device?" in text
+    assert "did you mean thresholds.dead_expert?" in text
+    assert "did you mean thresholds?" in text
+    assert "gradients cannot be captured yet" in text
+    assert "no profiling" in text
+    assert "memory cannot be limited yet" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model: [1\n", "line"),
+        ("model:\n  path: a\n  path: b\n", "line 3: found duplicate key"),
+        ("- a\n- b\n", "expected sections"),
+        ("model: demo\n", "line 1: model: expected a section"),
+        ("capture:\n  buffer_size: 3 bananas\n", "line 2: capture.buffer_size: expected a number of bytes"),
+        ("capture:\n  buffer_size: 10\n", "line 2: capture.buffer_size"),
+        ("capture:\n  gradients: 1\n", "line 2: capture.gradients"),
+        ("model:\n  path: !!python/object/apply:os.system ['true']\n", "line 2"),
+    ],
+)
+def test_a_malformed_file_names_the_line(write, text: str, problem: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match=problem):
+        load_config(write(text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml.*\n.*cannot be read"):
+        load_config(tmp_path / "none.yaml")
