@@ -1,1 +1,101 @@
-"""moe_debugger."""
+"""The explainable Mixture-of-Experts debugger.
+
+    from moe_debugger import MoEDebugger
+
+    with MoEDebugger(model) as debugger:
+        model.generate(**inputs)
+        print(debugger.get_routing_stats())
+
+Names are imported when they are first used: ``import moe_debugger`` needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_debugger._debugger import MoEDebugger
+    from moe_debugger._decisions import Decisions
+    from moe_debugger._session import Profile, Session
+    from moe_debugger._stats import ExpertMetrics, LayerRoutingStats, PerformanceMetrics, RoutingStats
+    from moe_debugger.analysis import Analysis, Finding, Thresholds, analyze
+    from moe_debugger.capture import LayerInfo, detach
+    from moe_debugger.errors import (
+        AlreadyAttachedError,
+        ConfigError,
+        DependencyMissingError,
+        FleetError,
+        InvalidInputError,
+        ModelNotSupportedError,
+        MoEDebuggerError,
+        SessionClosedError,
+        UnsupportedFormatError,
+        WireFormatError,
+    )
+    from moe_debugger.models import LoadedModel, load_model
+    from moe_debugger.wire.ids import new_id
+
+__all__ = [
+    "AlreadyAttachedError",
+    "Analysis",
+    "ConfigError",
+    "Decisions",
+    "DependencyMissingError",
+    "ExpertMetrics",
+    "Finding",
+    "FleetError",
+    "InvalidInputError",
+    "LayerInfo",
+    "LayerRoutingStats",
+    "LoadedModel",
+    "MoEDebugger",
+    "MoEDebuggerError",
+    "ModelNotSupportedError",
+    "PerformanceMetrics",
+    "Profile",
+    "RoutingStats",
+    "Session",
+    "SessionClosedError",
+    "Thresholds",
+    "UnsupportedFormatError",
+    "WireFormatError",
+    "analyze",
+    "detach",
+    "load_model",
+    "new_id",
+]
+
+_MODULES = {
+    "moe_debugger._debugger": ("MoEDebugger",),
+    "moe_debugger._decisions": ("Decisions",),
+    "moe_debugger._session": ("Profile", "Session"),
+    "moe_debugger._stats": ("ExpertMetrics", "LayerRoutingStats", "PerformanceMetrics", "RoutingStats"),
+    "moe_debugger.analysis": ("Analysis", "Finding", "Thresholds", "analyze"),
+    "moe_debugger.capture": ("LayerInfo", "detach"),
+    "moe_debugger.errors": (
+        "AlreadyAttachedError",
+        "ConfigError",
+        "DependencyMissingError",
+        "FleetError",
+        "InvalidInputError",
+        "MoEDebuggerError",
+        "ModelNotSupportedError",
+        "SessionClosedError",
+        "UnsupportedFormatError",
+        "WireFormatError",
+    ),
+    "moe_debugger.models": ("LoadedModel", "load_model"),
+    "moe_debugger.wire.ids": ("new_id",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'moe_debugger' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -82,9 +82,14 @@ class Capture:
         return self._model
 
     def attach(self) -> None:
-        """Install the hooks."""
+        """Install the hooks.
+
+        Raises:
+            AlreadyAttachedError: another capture has taken the model since this one was made or detached.
+        """
         if self._handles:
             return
+        self._reserve()
         for module in self._entries():
             names = input_names(module)
             self._handles.append(module.register_forward_pre_hook(self._enter_hook(names), with_kwargs=True))
@@ -114,11 +119,15 @@ class Capture:
         finally:
             self._local.scope = outer
 
+    def wait_for_copies(self, raw: RawForward) -> None:
+        """Wait until the tensors of `raw` are on the host; for the capture's own thread."""
+        self._transfer.wait(raw)
+
     def _reserve(self) -> None:
         with _watched_lock:
             for site in self.discovery.sites:
                 held = _watched.get(site.experts)
-                if held is not None and held() is not None:
+                if held is not None and held() not in (None, self):
                     raise AlreadyAttachedError(
                         f"{type(self._model).__name__} is watched already (module {site.info.module_name}); "
                         "call close() on the debugger that holds it, or moe_debugger.detach(model) where it was lost"

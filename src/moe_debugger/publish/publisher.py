@@ -84,7 +84,6 @@ class Publisher:
         description: what the manifest says.
         tenant: whose session it is.
         buffer_bytes: bound on what waits for the broker; beyond it whole batches are dropped and counted.
-        health: called on the publisher's thread for each status.
     """
 
     def __init__(
@@ -94,13 +93,12 @@ class Publisher:
         *,
         tenant: str = DEFAULT_TENANT,
         buffer_bytes: int = 64 * 1024 * 1024,
-        health: Callable[[], Health] = Health,
     ) -> None:
         self.source_id = new_id()
         self._url = url
         self._description = description
         self._tenant = check_tenant(tenant)
-        self._health = health
+        self._health: Callable[[], Health] = Health
         self._buffer = Buffer(buffer_bytes)
         self._num_experts = {layer.layer_index: layer.num_experts for layer in description.layers}
         self._is_counts = description.level == pb.CAPTURE_LEVEL_COUNTS
@@ -127,6 +125,10 @@ class Publisher:
         self._client: NatsClient | None = None
         self._jetstream: JetStreamContext | None = None
         self._thread = threading.Thread(target=self._run, name="moe-debugger-publish", daemon=True)
+
+    def set_health_source(self, health: Callable[[], Health]) -> None:
+        """Take the health of statuses from `health`, which is called on the publisher's thread."""
+        self._health = health
 
     def start(self) -> None:
         """Start the thread: connect, open the session, publish."""

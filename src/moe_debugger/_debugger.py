@@ -1,0 +1,364 @@
+"""`MoEDebugger`: attaches to a model and captures its routing, locally or for a fleet."""
+
+import importlib.metadata
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from moe_debugger._session import Profile, Session, SessionOptions
+from moe_debugger._stats import ExpertMetrics, PerformanceMetrics, RoutingStats
+from moe_debugger.analysis import Analysis, Thresholds
+from moe_debugger.capture import PHASES, Capture, LayerInfo, RawForward, RequestScope
+from moe_debugger.errors import FleetError, InvalidInputError, SessionClosedError
+from moe_debugger.publish import Publisher, SourceDescription, redact_url
+from moe_debugger.v1 import routing_pb2 as pb
+from moe_debugger.wire.ids import DEFAULT_TENANT, check_id, check_tenant
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["LEVELS", "CaptureLevelName", "MoEDebugger"]
+
+CaptureLevelName = Literal["counts", "routes", "routes+tokens", "full"]
+LEVELS: dict[str, int] = {
+    "counts": pb.CAPTURE_LEVEL_COUNTS,
+    "routes": pb.CAPTURE_LEVEL_ROUTES,
+    "routes+tokens": pb.CAPTURE_LEVEL_ROUTES_TOKENS,
+    "full": pb.CAPTURE_LEVEL_FULL,
+}
+_STEP_DOMAINS = {"source": pb.STEP_DOMAIN_SOURCE, "global": pb.STEP_DOMAIN_GLOBAL}
+_MIN_BUFFER_BYTES = 64 * 1024
+# A step that names no id is a forward; ids of a named source of steps fit 64 bits on the wire.
+_MAX_STEP = 2**63
+
+
+class MoEDebugger:
+    """Watches the routing of a Mixture-of-Experts model.
+
+    The model's outputs stay bit-identical. Hooks are installed while a session is open and are gone after `close`::
+
+        debugger = MoEDebugger(model)
+        session = debugger.start_session()
+        with debugger.profile():
+            model.generate(**inputs)
+        print(debugger.get_routing_stats())
+        debugger.close()
+
+    Args:
+        model: a torch module with MoE layers, such as a causal language model of transformers.
+        level: what is kept and sent: "counts" (sums per layer and expert), "routes" (ids, weights, router
+            statistics), "routes+tokens" (and token ids), "full" (and logits). Routes alone can reveal the text.
+        sampling_rate: share of the requests that are captured, 0..1, by a hash of the request's id.
+        fleet: NATS URL of a running fleet (the `nats` value of ``moe-debugger up --json``); None stays local.
+        session_name: the name of sessions; default: the model's class.
+        buffer_bytes: bound on what waits for the capture's thread, and again on what waits for the broker.
+        max_rows_bytes: bound on the rows kept for `Session.decisions`; the oldest go first, counts stay exact.
+        thresholds: of `Session.analyze`.
+        model_name: shown in the fleet; default: the config's name, else the model's class.
+        tenant: whose session it is.
+        step_domain: "source": each forward is a step of this process; "global": `step` gives the training step,
+            which other ranks share.
+        kind: what this process is, shown in the fleet ("library", "worker", "training"...).
+
+    Raises:
+        ModelNotSupportedError: no MoE layer of the model can be read.
+        AlreadyAttachedError: another debugger watches the model.
+        InvalidInputError: an argument has no such value.
+    """
+
+    def __init__(
+        self,
+        model: "nn.Module",
+        *,
+        level: CaptureLevelName = "routes",
+        sampling_rate: float = 1.0,
+        fleet: str | None = None,
+        session_name: str | None = None,
+        buffer_bytes: int = 64 * 1024 * 1024,
+        max_rows_bytes: int = 512 * 1024 * 1024,
+        thresholds: Thresholds | None = None,
+        model_name: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        step_domain: Literal["source", "global"] = "source",
+        kind: str = "library",
+    ) -> None:
+        _check_arguments(level, sampling_rate, fleet, buffer_bytes, max_rows_bytes, step_domain)
+        self._tenant = check_tenant(tenant)
+        self._level = level
+        self._fleet = fleet
+        self._step_domain = step_domain
+        self._kind = kind
+        self._session: Session | None = None
+        self._is_closed = False
+        self._session_name = session_name or type(model).__name__
+        self._capture = Capture(model, self._take)
+        config = getattr(model, "config", None)
+        self._model_type = str(getattr(config, "model_type", "") or "")
+        self._model_name = model_name or str(getattr(config, "_name_or_path", "") or "") or type(model).__name__
+        self._options = SessionOptions(
+            level=LEVELS[level],
+            sampling_rate=float(sampling_rate),
+            buffer_bytes=buffer_bytes,
+            max_rows_bytes=max_rows_bytes,
+            thresholds=thresholds,
+            eos_token_ids=_eos_token_ids(model),
+        )
+
+    @property
+    def session(self) -> Session | None:
+        """The open session, None where there is none."""
+        return self._session if self._session is not None and not self._session.is_closed else None
+
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """Return the model's MoE layers; with a session open, as its forwards confirmed them."""
+        session = self.session
+        if session is not None:
+            return session.layers()
+        return tuple(site.info for site in self._capture.discovery.sites)
+
+    def start_session(self, name: str | None = None, *, wait_s: float = 10.0) -> Session:
+        """Install the hooks and start to capture.
+
+        Args:
+            name: of the session; a session of that name that is open in the fleet is joined.
+            wait_s: with a fleet, how long to wait for its answer; 0 does not wait, and connects in the background.
+
+        Raises:
+            SessionClosedError: this debugger was closed.
+            InvalidInputError: a session is open already.
+            FleetError: the fleet did not answer in `wait_s`, or refused.
+            AlreadyAttachedError: another debugger has taken the model meanwhile.
+        """
+        self._check_open()
+        if self.session is not None:
+            raise InvalidInputError(
+                f"session {self.session.name!r} is open; use debugger.session, or close it first with session.close()"
+            )
+        name = name or self._session_name
+        publisher = self._make_publisher(name) if self._fleet is not None else None
+        self._capture.attach()
+        session = Session(name, self._capture, self._options, publisher)
+        self._session = session
+        if publisher is not None:
+            publisher.set_health_source(session.health)
+            publisher.start()
+            if wait_s > 0:
+                try:
+                    publisher.wait_for_session(wait_s)
+                except FleetError:
+                    session.close(timeout_s=0.0, reason="the fleet did not answer")
+                    self._session = None
+                    raise
+        return session
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Measure what runs inside; starts a session where none is open."""
+        session = self.session or self.start_session()
+        with session.profile() as profile:
+            yield profile
+
+    def requests(
+        self,
+        request_ids: Sequence[str | None],
+        *,
+        phase: str | Sequence[str] | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Name the batch rows of the forwards that this thread runs inside.
+
+        Args:
+            request_ids: one for each batch row, a lowercase ULID (`moe_debugger.new_id`); None is a dummy row, which
+                is flagged as padding and never counted as load.
+            phase: "prefill", "decode", "train" or "eval", for all rows or one for each; default: told from the forward.
+            positions: position in its request of each row's first real token; default: position_ids, else the mask.
+
+        Raises:
+            InvalidInputError: an id, a phase or a length is wrong.
+        """
+        ids = tuple(name if name is None else check_id(name, "request id") for name in request_ids)
+        phases: tuple[int, ...] | None = None
+        if phase is not None:
+            names = [phase] * len(ids) if isinstance(phase, str) else list(phase)
+            wrong = [name for name in names if name not in PHASES]
+            if wrong or len(names) != len(ids):
+                raise InvalidInputError(
+                    f"phase {phase!r}: expected one of {', '.join(PHASES)}, or a list of {len(ids)} of them"
+                )
+            phases = tuple(PHASES[name] for name in names)
+        starts: tuple[int, ...] | None = None
+        if positions is not None:
+            starts = tuple(int(position) for position in positions)
+            if len(starts) != len(ids) or min(starts, default=0) < 0:
+                raise InvalidInputError(f"positions has {len(starts)} values, expected {len(ids)} that are 0 or more")
+        return self._capture.scope(RequestScope(ids, phases, starts))
+
+    def step(self, n: int, **series: float) -> None:
+        """Say which training step the next forwards belong to, and the newest values of its series.
+
+        Call it before the step's forwards, and again with the same `n` once loss and others are known.
+
+        Args:
+            n: the global step.
+            series: values by name, such as loss, balance_loss, balance_coef, lr, grad_norm.
+
+        Raises:
+            InvalidInputError: `n` is not in 0..2^63, or a value is no number.
+        """
+        if not 0 <= n < _MAX_STEP:
+            raise InvalidInputError(f"step {n}: expected 0 or more")
+        try:
+            values = {name: float(value) for name, value in series.items()}
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"step {n}: a series has no number ({error})") from error
+        self._capture.step = int(n)
+        session = self.session
+        if session is not None and values:
+            session.set_series(values)
+
+    def get_routing_stats(self) -> RoutingStats:
+        """Return load and confidence per layer of the open session.
+
+        Raises:
+            SessionClosedError: no session is open.
+        """
+        return self._open_session().get_routing_stats()
+
+    def get_expert_metrics(self) -> ExpertMetrics:
+        """Return the load of every expert in the open session.
+
+        Raises:
+            SessionClosedError: no session is open.
+        """
+        return self._open_session().get_expert_metrics()
+
+    def get_performance_metrics(self) -> PerformanceMetrics:
+        """Return what ran in the open session and what watching it cost.
+
+        Raises:
+            SessionClosedError: no session is open.
+        """
+        return self._open_session().get_performance_metrics()
+
+    def analyze(self) -> Analysis:
+        """Return metrics and findings of the open session, by this debugger's thresholds.
+
+        Raises:
+            SessionClosedError: no session is open.
+        """
+        return self._open_session().analyze()
+
+    def close(self, *, timeout_s: float = 3.0, ends_session: bool = True, reason: str = "closed") -> None:
+        """Close the session and leave the model as it was; see `Session.close`. Again does nothing."""
+        if self._session is not None:
+            self._session.close(timeout_s=timeout_s, ends_session=ends_session, reason=reason)
+        self._capture.detach()
+        self._is_closed = True
+
+    def __enter__(self) -> "MoEDebugger":
+        self._check_open()
+        if self.session is None:
+            self.start_session()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = f"fleet {redact_url(self._fleet)}" if self._fleet else "local"
+        state = "closed" if self._is_closed else f"{len(self._capture.discovery.sites)} MoE layers"
+        return f"<MoEDebugger of {self._model_name}: {state}, level {self._level}, {where}>"
+
+    def _take(self, raw: RawForward) -> None:
+        session = self._session
+        if session is not None:
+            session.offer(raw)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionClosedError("this MoEDebugger was closed; make a new one: MoEDebugger(model)")
+
+    def _open_session(self) -> Session:
+        self._check_open()
+        session = self.session
+        if session is None:
+            raise SessionClosedError(
+                "no session is open; call debugger.start_session() (or use `with debugger.profile():`) and run the "
+                "model first. A closed session's data are freed: read them before close()"
+            )
+        return session
+
+    def _make_publisher(self, session_name: str) -> Publisher:
+        assert self._fleet is not None
+        return Publisher(
+            self._fleet,
+            SourceDescription(
+                session_name=session_name,
+                model_name=self._model_name,
+                model_type=self._model_type,
+                layers=[_description(site.info) for site in self._capture.discovery.sites],
+                level=LEVELS[self._level],
+                sampling_rate=self._options.sampling_rate,
+                step_domain=_STEP_DOMAINS[self._step_domain],
+                kind=self._kind,
+                versions=_versions(),
+            ),
+            tenant=self._tenant,
+            buffer_bytes=self._options.buffer_bytes,
+        )
+
+
+def _check_arguments(
+    level: str, sampling_rate: float, fleet: str | None, buffer_bytes: int, max_rows_bytes: int, step_domain: str
+) -> None:
+    if level not in LEVELS:
+        raise InvalidInputError(f"level {level!r}: expected one of {', '.join(get_args(CaptureLevelName))}")
+    if not 0 <= sampling_rate <= 1 or math.isnan(sampling_rate):
+        raise InvalidInputError(f"sampling_rate {sampling_rate}: expected a share of the requests, 0 to 1")
+    if buffer_bytes < _MIN_BUFFER_BYTES:
+        raise InvalidInputError(f"buffer_bytes {buffer_bytes}: expected at least {_MIN_BUFFER_BYTES}")
+    if max_rows_bytes < 0:
+        raise InvalidInputError(f"max_rows_bytes {max_rows_bytes}: expected 0 or more")
+    if step_domain not in _STEP_DOMAINS:
+        raise InvalidInputError(f"step_domain {step_domain!r}: expected one of {', '.join(_STEP_DOMAINS)}")
+    if fleet is not None:
+        parts = urlsplit(fleet)
+        if parts.scheme not in ("nats", "tls") or not parts.hostname:
+            raise InvalidInputError(
+                f"fleet {redact_url(fleet)!r}: expected a NATS URL (nats://user:password@host:port), which is the "
+                "`nats` value of `moe-debugger up --json`"
+            )
+
+
+def _description(info: LayerInfo) -> pb.LayerDescription:
+    return pb.LayerDescription(
+        layer_index=info.layer_index,
+        model_layer_index=info.model_layer_index,
+        module_name=info.module_name,
+        stack=info.stack,
+        num_experts=info.num_experts,
+        top_k=max(1, info.top_k),
+        num_shared_experts=info.num_shared_experts,
+        num_identity_experts=info.num_identity_experts,
+        scoring_function=info.scoring_function,
+        weight_meaning=info.weight_meaning,
+        unavailable_reason=info.unavailable_reason,
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("moe-debugger", "torch", "transformers", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    value = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(item for item in values if isinstance(item, int))

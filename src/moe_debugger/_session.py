@@ -1,0 +1,440 @@
+"""One session: what was captured from `start_session` to `close`."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from moe_debugger._decisions import Decisions, RowStore
+from moe_debugger._stats import ExpertMetrics, ExpertRow, LayerRoutingStats, PerformanceMetrics, RoutingStats
+from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, LayerState, RoutingState, Thresholds, finish
+from moe_debugger.capture import Assembler, Capture, Intake, LayerInfo, RawForward
+from moe_debugger.errors import SessionClosedError
+from moe_debugger.publish import Health, Publisher, PublisherStatistics
+from moe_debugger.publish.account import reason_name
+from moe_debugger.v1 import routing_pb2 as pb
+from moe_debugger.wire.codec import RoutingColumns
+from moe_debugger.wire.ids import new_id
+
+__all__ = ["Profile", "Session", "SessionOptions"]
+
+_FLUSH_TIMEOUT_S = 60.0
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What a session keeps and where it sends it."""
+
+    level: int
+    sampling_rate: float = 1.0
+    buffer_bytes: int = 64 * 1024 * 1024
+    max_rows_bytes: int = 512 * 1024 * 1024
+    thresholds: Thresholds | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Profile:
+    """What ran inside a `profile()` block; complete when the block has ended.
+
+    Attributes:
+        performance: of the block alone.
+        wall_s: wall time of the block.
+    """
+
+    wall_s: float = 0.0
+    performance: PerformanceMetrics = field(default_factory=PerformanceMetrics)
+
+    def __str__(self) -> str:
+        return f"{self.performance}\nblock: {self.wall_s:.3f} s"
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Cumulative numbers, of which a profile is a difference."""
+
+    num_forwards: int = 0
+    num_tokens: int = 0
+    num_decisions: int = 0
+    forward_ns: int = 0
+    hook_ns: int = 0
+    capture_ns: int = 0
+
+
+class Session:
+    """Captures one model's routing until it is closed; made by `MoEDebugger.start_session`.
+
+    Attributes:
+        name: the name that the fleet shows.
+        publisher: None where the session is local.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        capture: Capture,
+        options: SessionOptions,
+        publisher: Publisher | None = None,
+    ) -> None:
+        self.name = name
+        self.publisher = publisher
+        self._capture = capture
+        self._options = options
+        self._local_id = new_id()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._state: RoutingState | None = None
+        self._weight_sums: dict[int, npt.NDArray[np.float64]] = {}
+        self._rows = RowStore(options.max_rows_bytes)
+        self._assembler = Assembler(
+            capture.discovery.sites,
+            with_tokens=options.level >= pb.CAPTURE_LEVEL_ROUTES_TOKENS,
+            with_logits=options.level >= pb.CAPTURE_LEVEL_FULL,
+            sampling_rate=options.sampling_rate,
+            eos_token_ids=options.eos_token_ids,
+        )
+        self._totals = _Totals()
+        self._base = (capture.num_forwards, capture.forward_ns, capture.hook_ns, capture.num_lost_decisions)
+        self._dropped: dict[int, int] = {}
+        self._failures: dict[str, int] = {}
+        self._last_step = 0
+        self._status_mark = (time.monotonic_ns(), capture.hook_ns)
+        self._lost_reported = 0
+        self._intake = Intake(self._process, self._failed, options.buffer_bytes)
+
+    @property
+    def session_id(self) -> str | None:
+        """The fleet's id of the session, None until it answered; a local session has its own."""
+        return self._local_id if self.publisher is None else self.publisher.session_id
+
+    @property
+    def source_id(self) -> str:
+        """The id of this process's capture."""
+        return self._local_id if self.publisher is None else self.publisher.source_id
+
+    @property
+    def is_closed(self) -> bool:
+        """True after `close`."""
+        return self._is_closed
+
+    def decisions(self) -> Decisions:
+        """Return all kept rows as columns; at level "counts" there are none.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
+        self._settle()
+        with self._lock:
+            return Decisions(self._rows.batches(), self._assembler.layers())
+
+    def iter_decisions(self) -> Iterator[Decisions]:
+        """Yield the kept rows forward by forward.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
+        self._settle()
+        with self._lock:
+            batches, layers = self._rows.batches(), self._assembler.layers()
+        for batch in batches:
+            yield Decisions([batch], layers)
+
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """Return what is known of each MoE layer.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
+        self._settle()
+        return self._assembler.layers()
+
+    def get_routing_stats(self) -> RoutingStats:
+        """Return load and confidence per layer."""
+        state = self._snapshot()
+        return RoutingStats(
+            session_name=self.name,
+            num_forwards=self._totals.num_forwards,
+            num_tokens=state.num_tokens,
+            num_requests=state.num_requests,
+            sampling_rate=self._options.sampling_rate,
+            layers=tuple(_layer_stats(info, state.layers.get(info.layer_index)) for info in self._assembler.layers()),
+        )
+
+    def get_expert_metrics(self) -> ExpertMetrics:
+        """Return the load of every expert."""
+        state = self._snapshot()
+        with self._lock:
+            weights = {index: sums.copy() for index, sums in self._weight_sums.items()}
+        rows: list[ExpertRow] = []
+        for info in self._assembler.layers():
+            layer = state.layers.get(info.layer_index) or LayerState.empty(
+                LayerShape(info.layer_index, info.num_experts, max(1, info.top_k))
+            )
+            total = layer.num_assignments
+            probability = layer.mean_probability
+            for expert in range(info.num_experts):
+                count = int(layer.counts[expert])
+                share = count / total if total else float("nan")
+                rows.append(
+                    ExpertRow(
+                        layer_index=info.layer_index,
+                        expert_id=expert,
+                        num_assignments=count,
+                        share=share,
+                        load_ratio=share * info.num_experts,
+                        mean_gate_weight=float(weights[info.layer_index][expert]) / count if count else float("nan"),
+                        mean_probability=float(probability[expert]),
+                    )
+                )
+        return ExpertMetrics(self.name, tuple(rows))
+
+    def get_performance_metrics(self) -> PerformanceMetrics:
+        """Return what ran and what watching it cost."""
+        self._settle()
+        return self._performance(_Totals())
+
+    def analyze(self, *, baseline: RoutingState | None = None) -> Analysis:
+        """Return metrics and findings of what was captured so far, by the debugger's thresholds."""
+        state = self._snapshot()
+        return finish(state, thresholds=self._options.thresholds, baseline=baseline, health=self._capture_health())
+
+    def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
+        """Wait until all that was captured is counted, and on the broker where there is a fleet.
+
+        Returns:
+            False when the time is up.
+        """
+        self._check_open()
+        deadline = time.monotonic() + timeout_s
+        if not self._intake.flush(timeout_s):
+            return False
+        return self.publisher is None or self.publisher.flush(max(0.0, deadline - time.monotonic()))
+
+    def publisher_statistics(self) -> PublisherStatistics | None:
+        """Return the account of the way to the fleet; None for a local session."""
+        return None if self.publisher is None else self.publisher.statistics()
+
+    def close(self, *, timeout_s: float = 3.0, ends_session: bool = True, reason: str = "closed") -> None:
+        """End the capture, publish what waits for at most `timeout_s`, and free the rows; again does nothing.
+
+        Args:
+            timeout_s: bound on the wait for the broker.
+            ends_session: False where another process goes on under the same name (a worker that restarts).
+            reason: shown in the fleet.
+        """
+        if self._is_closed:
+            return
+        self._capture.detach()
+        self._intake.close(timeout_s)
+        self._is_closed = True
+        if self.publisher is not None:
+            self._report_lost()
+            self.publisher.stop(timeout_s, closes_session=ends_session, reason=reason)
+        with self._lock:
+            self._rows.clear()
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Measure what runs inside."""
+        self._settle()
+        before, started = self._read_totals(), time.perf_counter()
+        profile = Profile()
+        try:
+            yield profile
+        finally:
+            profile.wall_s = time.perf_counter() - started
+            if not self._is_closed:
+                self._settle()
+                profile.performance = self._performance(before)
+
+    def set_series(self, series: Mapping[str, float]) -> None:
+        """Send training series with the next status."""
+        self._check_open()
+        if self.publisher is not None:
+            self.publisher.set_series(series)
+
+    def __enter__(self) -> "Session":
+        self._check_open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "local" if self.publisher is None else "streaming"
+        state = "closed" if self._is_closed else "open"
+        return f"<Session {self.name!r} {state}, {where}, {self._totals.num_forwards} forwards>"
+
+    def offer(self, raw: RawForward) -> None:
+        """Take a forward from the hooks, or drop and count it: called on the model's thread."""
+        self._totals.num_forwards += 1
+        self._totals.num_tokens += raw.num_rows * raw.num_columns
+        self._totals.num_decisions += raw.num_decisions
+        if not self._intake.offer(raw):
+            self._drop(pb.DROP_REASON_BUFFER_FULL, raw.num_decisions)
+
+    def health(self) -> Health:
+        """Return what goes into the next status: called on the publisher's thread."""
+        now_ns, hook_ns = time.monotonic_ns(), self._capture.hook_ns
+        before_ns, before_hook_ns = self._status_mark
+        self._status_mark = (now_ns, hook_ns)
+        self._report_lost()
+        problems = self._problems()
+        return Health(
+            last_step=self._last_step,
+            hook_time_share=min(1.0, (hook_ns - before_hook_ns) / max(1, now_ns - before_ns)),
+            is_healthy=not problems,
+            problems=tuple(f"{text} ({number}x)" for text, number in problems.items()),
+        )
+
+    def _process(self, raw: RawForward) -> None:
+        started_ns = time.perf_counter_ns()
+        self._capture.wait_for_copies(raw)
+        columns, num_sampled_out = self._assembler.assemble(raw)
+        if num_sampled_out:
+            self._drop(pb.DROP_REASON_SAMPLED_OUT, num_sampled_out)
+        if columns.num_tokens:
+            with self._lock:
+                self._fold(columns)
+                if self._options.level > pb.CAPTURE_LEVEL_COUNTS:
+                    self._rows.add(columns)
+            if self.publisher is not None:
+                self.publisher.submit(columns)
+        self._last_step = max(self._last_step, raw.step)
+        self._totals.capture_ns += time.perf_counter_ns() - started_ns
+
+    def _fold(self, columns: RoutingColumns) -> None:
+        if self._state is None:
+            # k as the experts were called with it: not every config says it.
+            shapes = {info.layer_index: (info.num_experts, info.top_k) for info in self._assembler.layers()}
+            self._state = RoutingState.empty(
+                LayerShape(index, experts, max(1, k)) for index, (experts, k) in shapes.items()
+            )
+        self._state.fold(columns)
+        for layer in columns.layers:
+            sums = self._weight_sums.setdefault(layer.layer_index, np.zeros(layer.num_experts))
+            if layer.gate_weights is not None:
+                valid = ~columns.is_padding if layer.row_index is None else ~columns.is_padding[layer.row_index]
+                weights = layer.gate_weights[valid].astype(np.float64).reshape(-1)
+                sums += np.bincount(layer.expert_ids[valid].reshape(-1), weights, minlength=layer.num_experts)
+
+    def _failed(self, raw: RawForward, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}"
+        with self._lock:
+            if text in self._failures or len(self._failures) < 16:
+                self._failures[text] = self._failures.get(text, 0) + 1
+        self._drop(pb.DROP_REASON_CAPTURE_ERROR, raw.num_decisions)
+
+    def _drop(self, reason: int, num_decisions: int) -> None:
+        with self._lock:
+            self._dropped[reason] = self._dropped.get(reason, 0) + num_decisions
+        if self.publisher is not None:
+            self.publisher.count_dropped(reason, num_decisions)
+
+    def _report_lost(self) -> None:
+        lost = self._capture.num_lost_decisions - self._base[3] - self._lost_reported
+        if lost > 0:
+            self._lost_reported += lost
+            self._drop(pb.DROP_REASON_CAPTURE_ERROR, lost)
+
+    def _problems(self) -> dict[str, int]:
+        with self._lock:
+            return {**dict(self._capture.problems), **self._failures}
+
+    def _capture_health(self) -> CaptureHealth:
+        with self._lock:
+            lost = {
+                reason_name(reason): number
+                for reason, number in self._dropped.items()
+                if reason != pb.DROP_REASON_SAMPLED_OUT
+            }
+        return CaptureHealth(num_produced=self._totals.num_decisions, dropped=lost, problems=tuple(self._problems()))
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionClosedError(
+                f"session {self.name!r} was closed and its rows are freed; start a new one with "
+                "debugger.start_session(), and read results before close() or the end of the with block"
+            )
+
+    def _settle(self) -> None:
+        self._check_open()
+        if not self._intake.flush(_FLUSH_TIMEOUT_S):
+            _log.warning("capture_is_behind", session_name=self.name, timeout_s=_FLUSH_TIMEOUT_S)
+        self._report_lost()
+
+    def _snapshot(self) -> RoutingState:
+        self._settle()
+        with self._lock:
+            return RoutingState({}) if self._state is None else self._state.copy()
+
+    def _read_totals(self) -> _Totals:
+        totals = self._totals
+        return _Totals(
+            num_forwards=totals.num_forwards,
+            num_tokens=totals.num_tokens,
+            num_decisions=totals.num_decisions,
+            forward_ns=self._capture.forward_ns - self._base[1],
+            hook_ns=self._capture.hook_ns - self._base[2],
+            capture_ns=totals.capture_ns,
+        )
+
+    def _performance(self, since: _Totals) -> PerformanceMetrics:
+        now = self._read_totals()
+        forward_s = (now.forward_ns - since.forward_ns) / 1e9
+        hook_s = (now.hook_ns - since.hook_ns) / 1e9
+        num_tokens = now.num_tokens - since.num_tokens
+        intake = self._intake.statistics()
+        with self._lock:
+            dropped = dict(self._dropped)
+            num_kept, num_not_kept = self._rows.num_kept, self._rows.num_not_kept
+        names = {reason_name(reason): number for reason, number in sorted(dropped.items())}
+        if self.publisher is not None:
+            names.update(self.publisher.statistics().num_dropped)
+        return PerformanceMetrics(
+            num_forwards=now.num_forwards - since.num_forwards,
+            num_tokens=num_tokens,
+            num_decisions=now.num_decisions - since.num_decisions,
+            forward_s=forward_s,
+            tokens_per_s=num_tokens / forward_s if forward_s else float("nan"),
+            hook_s=hook_s,
+            hook_time_share=hook_s / forward_s if forward_s else 0.0,
+            capture_s=(now.capture_ns - since.capture_ns) / 1e9,
+            buffer_peak_bytes=intake.peak_bytes,
+            buffer_limit_bytes=intake.limit_bytes,
+            num_rows_kept=num_kept,
+            num_rows_not_kept=num_not_kept,
+            num_dropped=names,
+            problems=self._problems(),
+        )
+
+
+def _layer_stats(info: LayerInfo, layer: LayerState | None) -> LayerRoutingStats:
+    if layer is None:
+        layer = LayerState.empty(LayerShape(info.layer_index, info.num_experts, max(1, info.top_k)))
+    counts = layer.counts
+    total = int(counts.sum())
+    shares = counts.astype(np.float64) / total if total else np.zeros(len(counts))
+    used = shares[shares > 0]
+    entropy = float(-(used * np.log(used)).sum()) if total else float("nan")
+    return LayerRoutingStats(
+        info=info,
+        num_tokens=layer.num_tokens,
+        num_padding_tokens=layer.num_padding,
+        expert_counts=counts.copy(),
+        load_entropy=entropy,
+        effective_experts=float(np.exp(entropy)),
+        hottest_expert=int(counts.argmax()),
+        hottest_load_ratio=float(shares.max()) * len(counts) if total else float("nan"),
+        unused_experts=tuple(int(expert) for expert in np.flatnonzero(counts == 0)),
+        mean_router_entropy=layer.router_entropy.mean,
+        mean_top1_probability=layer.top1_probability.mean,
+        mean_margin=layer.margin.mean,
+    )
