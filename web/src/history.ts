@@ -1,0 +1,126 @@
+// Roll-ups of the selected session, asked for every two seconds while it is open.
+import { ConnectError } from "@connectrpc/connect";
+import { useEffect, useState } from "react";
+import { create } from "zustand";
+import { useServices } from "./context";
+import { type RollUp, SessionState } from "./gen/moe_debugger/v1/session_pb";
+import { decodeF32 } from "./model/columns";
+import { useApp } from "./store";
+
+export interface HistoryPoint {
+  atMs: number;
+  durationS: number;
+  numTokens: number;
+  loadEntropy: Float32Array;
+  minEntropy: number;
+}
+
+export type Resolution = 1 | 10 | 60;
+
+interface HistoryState {
+  resolution: Resolution;
+  points: HistoryPoint[] | null;
+  error: string | null;
+  sessionId: string;
+}
+
+export const MAX_POINTS = 300;
+const POLL_MS = 2000;
+
+export const useHistoryStore = create<HistoryState>(() => ({
+  resolution: 1,
+  points: null,
+  error: null,
+  sessionId: "",
+}));
+
+export function decodeRollUps(rollUps: readonly RollUp[]): HistoryPoint[] {
+  return rollUps
+    .map((rollUp) => {
+      const loadEntropy = decodeF32(rollUp.loadEntropy, "load_entropy");
+      let minEntropy = Number.NaN;
+      for (const value of loadEntropy) {
+        if (!Number.isNaN(value) && !(minEntropy <= value)) minEntropy = value;
+      }
+      return {
+        atMs: Number(rollUp.startUnixNs / 1_000_000n),
+        durationS: rollUp.durationS || 1,
+        numTokens: Number(rollUp.numTokens),
+        loadEntropy,
+        minEntropy,
+      };
+    })
+    .sort((a, b) => a.atMs - b.atMs);
+}
+
+/** Keeps the history store filled; used once, by the shell. */
+export function useHistoryPolling(): void {
+  const { app } = useServices();
+  const sessionId = useApp((state) => state.sessionId);
+  const resolution = useHistoryStore((state) => state.resolution);
+  const isOver = useApp((state) => (state.picture?.snapshot.session?.state ?? 0) >= SessionState.CLOSED);
+  const isLive = useApp((state) => state.connection.state === "live");
+  useEffect(() => {
+    useHistoryStore.setState({ points: null, error: null, sessionId });
+    if (!sessionId || !isLive) return;
+    const controller = new AbortController();
+    const load = async () => {
+      try {
+        const { points } = await app.client.getHistory(
+          { sessionId, resolutionS: resolution, maxPoints: MAX_POINTS },
+          { signal: controller.signal },
+        );
+        if (!useApp.getState().isPaused) useHistoryStore.setState({ points: decodeRollUps(points), error: null });
+      } catch (cause) {
+        if (!controller.signal.aborted) useHistoryStore.setState({ error: ConnectError.from(cause).rawMessage });
+      }
+    };
+    void load();
+    const timer = isOver
+      ? undefined
+      : setInterval(() => document.visibilityState === "visible" && void load(), POLL_MS);
+    return () => {
+      clearInterval(timer);
+      controller.abort();
+    };
+  }, [app, sessionId, resolution, isOver, isLive]);
+}
+
+/** The time at the right end of the history: now while the session runs, else its last point. */
+export function useHistoryEnd(): number {
+  const points = useHistoryStore((state) => state.points);
+  const session = useApp((state) => state.picture?.snapshot.session);
+  const [now, setNow] = useState(Date.now);
+  useEffect(() => {
+    const timer = setInterval(() => !useApp.getState().isPaused && setNow(Date.now()), 1000);
+    return () => clearInterval(timer);
+  }, []);
+  const last = points?.at(-1);
+  const isOpen = session?.state === SessionState.OPEN;
+  return isOpen || !last ? now : last.atMs + last.durationS * 1000;
+}
+
+/** A path through the points, broken where time without data lies between them. */
+export function linePath(
+  points: readonly HistoryPoint[],
+  entropyOf: (point: HistoryPoint) => number,
+  x: (ms: number) => number,
+  y: (value: number) => number,
+): string {
+  let path = "";
+  let previous: HistoryPoint | null = null;
+  for (const point of points) {
+    const value = entropyOf(point);
+    if (Number.isNaN(value)) {
+      previous = null;
+      continue;
+    }
+    const width = point.durationS * 1000;
+    const isJoined = previous !== null && point.atMs - previous.atMs <= width * 2.5;
+    const at = `${x(point.atMs + width / 2).toFixed(1)} ${y(value).toFixed(1)}`;
+    // A lone point is drawn one second wide, so that it can be seen.
+    path += isJoined ? `L${at}` : `M${x(point.atMs).toFixed(1)} ${y(value).toFixed(1)}L${at}`;
+    previous = point;
+  }
+  return path;
+}

@@ -1,0 +1,34 @@
+import { createClient, type Transport } from "@connectrpc/connect";
+import { StrictMode } from "react";
+import { createRoot } from "react-dom/client";
+import { I18nextProvider } from "react-i18next";
+import { AppShell } from "./AppShell";
+import { ServicesContext } from "./context";
+import { DebuggerService } from "./gen/moe_debugger/v1/gateway_pb";
+import { i18n } from "./i18n";
+import { App, useApp } from "./store";
+import "./styles.css";
+import { Generator } from "./tokens";
+import { ErrorBoundary } from "./ui/ErrorBoundary";
+import { storedTheme } from "./ui/theme";
+import { parseHash } from "./url";
+
+export function mount(transport: Transport): void {
+  const root = document.getElementById("root");
+  if (!root) throw new Error("the page has no #root");
+  const app = new App(createClient(DebuggerService, transport));
+  const { panel, sessionId, row, expert } = parseHash(window.location.hash);
+  useApp.setState({ panel, row, expert, theme: storedTheme() });
+  app.start(sessionId);
+  createRoot(root).render(
+    <StrictMode>
+      <I18nextProvider i18n={i18n}>
+        <ServicesContext value={{ app, generator: new Generator(app) }}>
+          <ErrorBoundary name="page">
+            <AppShell />
+          </ErrorBoundary>
+        </ServicesContext>
+      </I18nextProvider>
+    </StrictMode>,
+  );
+}

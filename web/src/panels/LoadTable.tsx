@@ -1,0 +1,84 @@
+import { type UIEvent, useState } from "react";
+import { useTranslation } from "react-i18next";
+import { formatFixed, formatInteger } from "../format";
+import { type LoadMatrix, rowOf, rowStats } from "../model/load";
+
+// Above this many cells only the rows in view are in the document.
+const WINDOWED_CELLS = 4096;
+const ROW_HEIGHT = 24;
+const ROWS_IN_VIEW = 24;
+
+/** The numbers behind the heatmap: exact assignments, one row per layer. */
+export function LoadTable({
+  load,
+  range,
+  cellTestId = "expert-cell",
+}: {
+  load: LoadMatrix;
+  range: string;
+  cellTestId?: string;
+}) {
+  const { t } = useTranslation();
+  const [scroll, setScroll] = useState(0);
+  const isWindowed = load.counts.length > WINDOWED_CELLS;
+  const first = isWindowed ? Math.max(0, Math.floor(scroll / ROW_HEIGHT) - 4) : 0;
+  const last = isWindowed ? Math.min(load.layers.length, first + ROWS_IN_VIEW + 8) : load.layers.length;
+  const experts = Array.from({ length: load.maxExperts }, (_, expert) => expert);
+  return (
+    <div
+      className="table-scroll"
+      onScroll={(event: UIEvent<HTMLDivElement>) => isWindowed && setScroll(event.currentTarget.scrollTop)}
+    >
+      <table className="numbers" data-testid="load-table" aria-rowcount={load.layers.length + 1}>
+        <caption className="visually-hidden">{t("table.caption", { range })}</caption>
+        <thead>
+          <tr>
+            <th scope="col">{t("table.layer")}</th>
+            <th scope="col">{t("table.tokens")}</th>
+            <th scope="col">{t("table.entropy")}</th>
+            {experts.map((expert) => (
+              <th scope="col" key={expert}>
+                {t("table.expert", { expert })}
+              </th>
+            ))}
+          </tr>
+        </thead>
+        <tbody>
+          {first > 0 && <tr style={{ height: first * ROW_HEIGHT }} />}
+          {load.layers.slice(first, last).map((layer, i) => {
+            const row = first + i;
+            const counts = rowOf(load, row);
+            return (
+              <tr key={layer.layerIndex} aria-rowindex={row + 2}>
+                <th
+                  scope="row"
+                  data-testid="layer-tokens"
+                  data-layer={layer.layerIndex}
+                  data-count={load.numTokens[row]}
+                >
+                  L{layer.layerIndex}
+                </th>
+                <td>{formatInteger(load.numTokens[row] ?? 0)}</td>
+                <td>{formatFixed(rowStats(counts).entropy, 3)}</td>
+                {Array.from(counts, (count, expert) => (
+                  <td
+                    // biome-ignore lint/suspicious/noArrayIndexKey: the index is the expert's id
+                    key={expert}
+                    data-testid={cellTestId}
+                    data-layer={layer.layerIndex}
+                    data-expert={expert}
+                    data-count={count}
+                    className={count === 0 ? "zero" : undefined}
+                  >
+                    {formatInteger(count)}
+                  </td>
+                ))}
+              </tr>
+            );
+          })}
+          {last < load.layers.length && <tr style={{ height: (load.layers.length - last) * ROW_HEIGHT }} />}
+        </tbody>
+      </table>
+    </div>
+  );
+}
