@@ -232,10 +232,15 @@ def _torch_dtype(precision: str, target: str) -> torch.dtype | Literal["auto"]:
 
 
 def _load_weights(transformers: Any, folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
+    from transformers.utils import logging as transformers_logging
+
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     # transformers 4.56 renamed the argument and warns of the old name.
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     dtype_argument = {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
+    # Its progress bar would stand between the lines of a service's JSON log.
+    had_progress_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), **local)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -246,6 +251,9 @@ def _load_weights(transformers: Any, folder: Path, dtype: torch.dtype | Literal[
     except Exception as error:
         # safetensors, torch and the file system each have their own errors for a damaged file.
         raise InvalidInputError(f"model {str(folder)!r}: its weights cannot be read: {error}") from error
+    finally:
+        if had_progress_bar:
+            transformers_logging.enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InvalidInputError(

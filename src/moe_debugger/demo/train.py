@@ -27,7 +27,7 @@ NUM_STEPS: Final = 1200
 PEAK_LEARNING_RATE: Final = 2e-3
 WARMUP_STEPS: Final = 40
 BALANCE_COEF: Final = 0.02
-SEQUENCE_BALANCE_COEF: Final = 0.001
+SEQUENCE_BALANCE_COEF: Final = 0.003
 
 
 def learning_rate(step: int, num_steps: int) -> float:

@@ -40,8 +40,8 @@ class SlotCounter:
                 handle.remove()
         counts = np.zeros((len(windows), NUM_LAYERS, NUM_EXPERTS), np.int64)
         for index, ids in enumerate(self._ids):
-            rows = np.repeat(np.arange(len(windows)), ids.numel() // len(windows))
-            np.add.at(counts, (rows, index, ids.flatten().numpy()), 1)
+            for row, chosen in enumerate(ids.reshape(len(windows), -1).numpy()):
+                counts[row, index] = np.bincount(chosen, minlength=NUM_EXPERTS)
         return counts
 
 

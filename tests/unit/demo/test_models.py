@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 from moe_debugger.errors import InvalidInputError, ModelNotSupportedError
 from moe_debugger.models import BYTE_TOKENIZER_CLASS, DEMO_MODEL_DIR, ByteTokenizer, load_model
@@ -138,8 +138,7 @@ def test_architecture_that_transformers_does_not_know_is_refused(folder: Path) -
 
 
 def test_model_that_is_no_causal_language_model_is_refused(folder: Path) -> None:
-    # An encoder-decoder has no causal-LM class of its own.
-    (folder / "config.json").write_text(json.dumps({**BertConfig().to_dict(), "model_type": "clip_vision_model"}))
+    edit(folder / "config.json", model_type="clip_vision_model")
     with pytest.raises(ModelNotSupportedError, match="transformers cannot load it"):
         load_model(str(folder))
 
