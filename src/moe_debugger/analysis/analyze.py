@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moe_debugger.analysis.findings import Finding, Severity, Thresholds
 from moe_debugger.analysis.metrics import LayerMetrics, layer_metrics
-from moe_debugger.analysis.rules import CaptureHealth, Look, all_findings
+from moe_debugger.analysis.rules import CaptureHealth, Look, all_findings, num_different_requests
 from moe_debugger.analysis.state import LayerShape, RoutingState
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.wire.codec import LayerColumns, RoutingColumns
@@ -83,6 +83,7 @@ def finish(
         thresholds=thresholds or Thresholds(),
         baseline={} if baseline is None else _matching(state, baseline),
         num_workloads=num_workloads,
+        num_different=num_different_requests(state),
         health=health,
     )
     return Analysis(metrics=metrics, findings=tuple(all_findings(look)), num_requests=state.num_requests)

@@ -21,7 +21,7 @@ from moe_debugger.analysis.metrics import LayerMetrics
 from moe_debugger.analysis.state import LayerState, RoutingState
 from moe_debugger.v1 import routing_pb2 as pb
 
-__all__ = ["CaptureHealth", "Look", "all_findings"]
+__all__ = ["CaptureHealth", "Look", "all_findings", "num_different_requests"]
 
 # Simultaneous level of the dead-expert bound over all layers and experts (research: a = 1 %).
 _DEAD_LEVEL = 0.01
@@ -55,6 +55,7 @@ class Look:
     thresholds: Thresholds
     baseline: dict[int, LayerMetrics]
     num_workloads: int
+    num_different: float | None
     health: CaptureHealth | None
 
     @property
@@ -75,24 +76,28 @@ class Look:
             return f"{layer.num_tokens} tokens of at least {limits.min_tokens}"
         if self.state.num_requests < limits.min_requests:
             return f"{self.state.num_requests} requests of at least {limits.min_requests}"
+        # Half of the minimum allows for shared beginnings, and for what the fingerprints cannot tell apart.
+        needed = limits.min_requests / 2
+        if self.num_different is not None and self.num_different < needed:
+            return f"text of about {self.num_different:.0f} different requests of at least {needed:.0f}"
         if math.isnan(metrics.effective_experts_interval.upper):
             return "tokens per request too uneven, or rows without requests"
         return ""
 
-    def repetition(self, layer: LayerState) -> str:
-        """Return why the text is not diverse enough to blame the router, or an empty text.
 
-        Repeated text repeats its fingerprints; the number of different ones over the mean length of a request is how
-        many different requests there really were. Half of `min_requests` allows for shared beginnings.
-        """
-        if not layer.num_fingerprints:
-            return ""
-        length = layer.num_fingerprints / max(self.state.num_requests, 1)
-        different = layer.num_distinct_fingerprints / max(length, 1.0)
-        needed = self.thresholds.min_requests / 2
-        return (
-            f"text of about {different:.0f} different requests of at least {needed:.0f}" if different < needed else ""
-        )
+def num_different_requests(state: RoutingState) -> float | None:
+    """Return how many requests' worth of different text the rows hold, None where that cannot be told.
+
+    Repeated text repeats its fingerprints; the number of different ones over the mean length of a request is how many
+    different requests there really were. Repetition is a property of the text, so the layer that tells most tokens
+    apart answers for all: a collapsed router may tell few apart.
+    """
+    answers = []
+    for layer in state.layers.values():
+        if layer.num_fingerprints:
+            length = max(layer.num_fingerprints / max(state.num_requests, 1), 1.0)
+            answers.append(layer.num_distinct_fingerprints / length)
+    return max(answers, default=None)
 
 
 def all_findings(look: Look) -> list[Finding]:
@@ -138,7 +143,7 @@ def _collapse(look: Look, layer: LayerState, metrics: LayerMetrics) -> Iterator[
             0.75 * shape.num_experts,
         )
     interval = metrics.effective_experts_interval
-    missing = look.shortage(layer, metrics) or look.repetition(layer)
+    missing = look.shortage(layer, metrics)
     evidence = (
         EvidenceRow(
             "effective_experts", metrics.effective_experts, f"< {_number(limit)}", baseline, layer.num_tokens, "experts"

@@ -510,16 +510,16 @@ def _fold_content(
     columns: RoutingColumns,
     rows: slice | npt.NDArray[np.uint32],
 ) -> None:
-    """Add the fingerprints of rows that have something continuous or a token id to tell them apart."""
+    """Add the rows' fingerprints, where weights or token ids tell tokens apart."""
     parts: list[npt.NDArray[np.unsignedinteger]] = []
     if layer.gate_weights is not None:
         parts.append(np.ascontiguousarray(layer.gate_weights[valid], np.float16).view(np.uint16))
-    if layer.router_entropy is not None:
-        parts.append(layer.router_entropy[valid].astype(np.float16).view(np.uint16).reshape(-1, 1))
     if columns.token_id is not None:
         parts.append(columns.token_id[rows][valid].reshape(-1, 1))
     if not parts:
         return
+    if layer.router_entropy is not None:
+        parts.append(layer.router_entropy[valid].astype(np.float16).view(np.uint16).reshape(-1, 1))
     position = columns.position[rows][valid]
     fingerprint = mix(position.astype(np.uint64))
     for part in (ids.astype(np.uint32), *parts):

@@ -1,0 +1,32 @@
+"""The catalogue and its renderer."""
+
+import pytest
+
+from moe_debugger.errors import InvalidInputError
+from moe_debugger.messages import catalogue, render
+
+
+def test_render_fills_in_the_arguments() -> None:
+    assert (
+        render("finding.dead_expert.title", {"layer": 3, "expert": "6"})
+        == "Expert 6 in layer 3 is unused on this workload"
+    )
+
+
+def test_render_keeps_an_argument_that_was_not_given_and_a_code_that_it_does_not_know() -> None:
+    assert (
+        render("finding.dead_expert.title", {"layer": 3}) == "Expert {{expert}} in layer 3 is unused on this workload"
+    )
+    assert render("finding.from_the_future.title", {"b": 2, "a": 1}) == "finding.from_the_future.title (a=1, b=2)"
+    assert render("nothing", {}) == "nothing"
+
+
+def test_every_finding_has_a_title_a_summary_and_a_remedy() -> None:
+    codes = {key.rsplit(".", 1)[0] for key in catalogue()}
+    assert {f"{code}.{part}" for code in codes for part in ("title", "summary", "remedy")} == set(catalogue())
+
+
+@pytest.mark.parametrize("locale", ["xx", "../en", "en/../../secret"])
+def test_an_unknown_locale_is_refused(locale: str) -> None:
+    with pytest.raises(InvalidInputError, match="no message catalogue"):
+        catalogue(locale)
