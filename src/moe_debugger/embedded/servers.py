@@ -4,17 +4,20 @@ For each: the URL that was given, else the wheel, else the program on PATH if it
 says how to get it.
 """
 
-import asyncio
+import contextlib
 import importlib.util
+import json
 import platform
 import re
 import secrets
 import shutil
+import socket
+import ssl
 import subprocess
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from moe_debugger.embedded.endpoints import write_private
 from moe_debugger.embedded.ports import LOOPBACK
@@ -185,6 +188,8 @@ def valkey_config(path: Path, *, port: int, password: str, work_dir: Path) -> st
         'save ""\n'
         "appendonly no\n"
         "daemonize no\n"
+        # A title written over the environment would hide the fleet's marker from /proc.
+        "set-proc-title no\n"
         'logfile ""\n'
         f'dir "{work_dir}"\n',
     )
@@ -197,31 +202,56 @@ def check_nats(url: str, *, timeout_s: float = 3.0) -> tuple[int, ...]:
     Raises:
         FleetError: it cannot be reached, refuses us, is too old, or has no JetStream.
     """
-    import nats
-    import nats.errors
-
-    async def swallow(_: Exception) -> None:
-        """Errors come back from connect; the client would print them too."""
-
-    async def probe() -> tuple[int, ...]:
-        client = await nats.connect(url, connect_timeout=timeout_s, allow_reconnect=False, error_cb=swallow)
-        try:
-            version = client.connected_server_version
-            await client.jetstream().account_info()
-            return (version.major, version.minor, version.patch)
-        finally:
-            await client.close()
-
     try:
-        version = asyncio.run(asyncio.wait_for(probe(), timeout_s + 1))
-    except (OSError, TimeoutError, nats.errors.Error, ValueError) as error:
+        info = _nats_hello(url, timeout_s)
+    except (OSError, ValueError) as error:
         raise FleetError(f"NATS at {without_password(url)} cannot be used: {error or type(error).__name__}") from error
+    version = tuple(int(part) for part in re.findall(r"\d+", str(info.get("version", "0")))[:3])
+    if not info.get("jetstream"):
+        raise FleetError(f"NATS at {without_password(url)} has no JetStream: start it with -js")
     if version < MIN_NATS_VERSION:
         raise FleetError(
             f"NATS at {without_password(url)} is {_dotted(version)}: it must be {_dotted(MIN_NATS_VERSION)} or newer, "
             "older ones silently ignore the stream's partitions"
         )
     return version
+
+
+def _nats_hello(url: str, timeout_s: float) -> dict[str, object]:
+    """Log in and return the server's INFO; the protocol's first lines are simpler than a client's life cycle."""
+    parts = urlsplit(url)
+    with contextlib.ExitStack() as stack:
+        address = (parts.hostname or LOOPBACK, parts.port or 4222)
+        connection = stack.enter_context(socket.create_connection(address, timeout=timeout_s))
+        hello = _nats_line(connection)
+        if not hello.startswith("INFO "):
+            raise ValueError(f"it is no NATS server: it says {hello[:40]!r}")
+        info = json.loads(hello.removeprefix("INFO "))
+        if parts.scheme == "tls" or info.get("tls_required"):
+            context = ssl.create_default_context()
+            connection = stack.enter_context(context.wrap_socket(connection, server_hostname=parts.hostname))
+        login: dict[str, object] = {"verbose": False, "pedantic": False, "lang": "python", "version": "1"}
+        if parts.password is not None:
+            login |= {"user": unquote(parts.username or ""), "pass": unquote(parts.password)}
+        elif parts.username:
+            login["auth_token"] = unquote(parts.username)
+        connection.sendall(f"CONNECT {json.dumps(login)}\r\nPING\r\n".encode())
+        answer = _nats_line(connection)
+        if answer != "PONG":
+            raise ValueError(f"it answers {answer.removeprefix('-ERR ')[:80]}")
+        assert isinstance(info, dict)
+        return info
+
+
+def _nats_line(connection: socket.socket) -> str:
+    """Read one line, byte by byte: what follows it may be the server's TLS handshake."""
+    line = bytearray()
+    while not line.endswith(b"\r\n"):
+        received = connection.recv(1)
+        if not received:
+            raise ConnectionError("it closed the connection")
+        line += received
+    return line.decode(errors="replace").strip()
 
 
 def check_redis(url: str, *, timeout_s: float = 3.0) -> tuple[str, tuple[int, ...]]:
