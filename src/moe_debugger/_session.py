@@ -101,7 +101,7 @@ class Session:
             eos_token_ids=options.eos_token_ids,
         )
         self._totals = _Totals()
-        self._base = (capture.num_forwards, capture.forward_ns, capture.hook_ns, capture.num_lost_decisions)
+        self._base = (capture.next_forward_index, capture.forward_ns, capture.hook_ns, capture.num_lost_decisions)
         self._dropped: dict[int, int] = {}
         self._failures: dict[str, int] = {}
         self._last_step = 0
@@ -133,6 +133,18 @@ class Session:
         self._settle()
         with self._lock:
             return Decisions(self._rows.batches(), self._assembler.layers())
+
+    def decisions_since(self, num_forwards: int) -> Decisions:
+        """Return the kept rows after the first `num_forwards` forwards of this session.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
+        self._settle()
+        with self._lock:
+            first = self._base[0] + num_forwards
+            kept = [batch for batch in self._rows if len(batch.forward_index) and int(batch.forward_index[0]) >= first]
+            return Decisions(kept, self._assembler.layers())
 
     def iter_decisions(self) -> Iterator[Decisions]:
         """Yield the kept rows forward by forward.

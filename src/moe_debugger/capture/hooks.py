@@ -81,6 +81,11 @@ class Capture:
         """The watched model."""
         return self._model
 
+    @property
+    def next_forward_index(self) -> int:
+        """The index that the next forward gets."""
+        return self._next_forward
+
     def attach(self) -> None:
         """Install the hooks.
 
