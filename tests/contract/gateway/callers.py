@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import grpc
 from connectrpc.client import ConnectClient
+from connectrpc.code import Code
 from connectrpc.compat import google_protobuf_binary_codec
 from connectrpc.errors import ConnectError
 from connectrpc.method import IdempotencyLevel, MethodInfo, StreamType
@@ -84,7 +85,7 @@ def _native_errors() -> Any:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+        status = rpc_status.from_call(error)
         raise CallError(error.code().value[0], error.details() or "", _reasons(status) if status else []) from None
 
 
@@ -202,14 +203,16 @@ def _raise_status(fields: dict[str, str]) -> None:
         raise CallError(code, urllib.parse.unquote(fields.get("grpc-message", "")), _reasons(status))
 
 
+def _code_number(code: Code) -> int:
+    return int(next(number.value[0] for number in grpc.StatusCode if _NAMES.get(number.name, number.name) == code.name))
+
+
+# The one status whose spelling differs.
+_NAMES = {"CANCELLED": "CANCELED"}
+
+
 class ConnectCaller:
     """connectrpc's client in its gRPC-Web protocol, an implementation by others. It gzips its requests."""
-
-    _CODES = (
-        "ok canceled unknown invalid_argument deadline_exceeded not_found already_exists permission_denied "
-        "resource_exhausted failed_precondition aborted out_of_range unimplemented internal unavailable data_loss "
-        "unauthenticated"
-    ).split()
 
     def __init__(self, port: int) -> None:
         codec: Any = google_protobuf_binary_codec()
@@ -253,7 +256,7 @@ class ConnectCaller:
             if detail._any.type_url.endswith("/google.rpc.ErrorInfo"):
                 info.ParseFromString(detail._any.value)
                 reasons.append(info.reason)
-        return CallError(self._CODES.index(error.code.value), error.message, reasons)
+        return CallError(_code_number(error.code), error.message, reasons)
 
     async def close(self) -> None:
         await self._client.close()

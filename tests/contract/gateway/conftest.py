@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contract.gateway.callers import Caller, ConnectCaller, NativeCaller, WebCaller
+from contract.gateway.doubles import AnalyzerDouble, WorkerDouble, serving
 from pydantic import SecretStr
 from servers import NatsServer, free_port
 
-from contract.gateway.callers import Caller, ConnectCaller, NativeCaller, WebCaller
-from contract.gateway.doubles import AnalyzerDouble, WorkerDouble, serving
 from moe_debugger.wire.ids import new_id
 from moe_gateway.server import Gateway, run_gateway
 from moe_gateway.settings import GatewaySettings
@@ -29,6 +29,7 @@ class Bench:
     session_id: str
     analyzer_port: int
     worker_port: int
+    stop_analyzer: Callable[[], Awaitable[None]]
     stop_worker: Callable[[], Awaitable[None]]
 
 
@@ -66,11 +67,19 @@ async def bench(nats_server: NatsServer, tmp_path: Path, overrides: dict[str, An
     }
     settings = GatewaySettings(**values)
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(serving(analyzer, analyzer_port))
+        analyzer_server = await stack.enter_async_context(serving(analyzer, analyzer_port))
         worker_server = await stack.enter_async_context(serving(worker, worker_port))
         gateway = await stack.enter_async_context(run_gateway(settings))
         yield Bench(
-            gateway, settings, analyzer, worker, session_id, analyzer_port, worker_port, lambda: worker_server.stop(0)
+            gateway,
+            settings,
+            analyzer,
+            worker,
+            session_id,
+            analyzer_port,
+            worker_port,
+            stop_analyzer=lambda: analyzer_server.stop(0),
+            stop_worker=lambda: worker_server.stop(0),
         )
 
 

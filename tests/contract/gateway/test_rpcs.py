@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from servers import aeventually
-
-from contract.gateway.callers import TRANSPORTS, CallError, Caller
+from contract.gateway.callers import TRANSPORTS, Caller, CallError
 from contract.gateway.conftest import Bench
 from contract.gateway.doubles import NOT_FOUND_TEXT
+from servers import aeventually
+
 from moe_debugger.v1 import collector_pb2, session_pb2
 from moe_debugger.v1 import gateway_pb2 as pb
 from moe_debugger.wire.ids import ID_PATTERN, new_id
