@@ -99,7 +99,7 @@ class ScenarioStep:
 class _Debugger(Protocol):
     """The part of `MoEDebugger` that a training loop uses."""
 
-    def step(self, step: int, **series: float) -> None: ...
+    def step(self, n: int, **series: float) -> None: ...
 
     def requests(
         self, request_ids: Sequence[str | None], *, phase: str | None = None
@@ -109,7 +109,7 @@ class _Debugger(Protocol):
 class _NoDebugger:
     """Stands in where no fleet is given."""
 
-    def step(self, step: int, **series: float) -> None:
+    def step(self, n: int, **series: float) -> None:
         pass
 
     def requests(
@@ -197,12 +197,11 @@ def run_scenario(
     return last
 
 
-@contextlib.contextmanager
-def _debugger(model: Any, fleet: str | None, session_name: str) -> Any:
+def _debugger(model: Any, fleet: str | None, session_name: str) -> contextlib.AbstractContextManager[_Debugger]:
     if fleet is None:
-        yield _NoDebugger()
-        return
+        return contextlib.nullcontext(_NoDebugger())
     from moe_debugger import MoEDebugger
 
-    with MoEDebugger(model, fleet=fleet, session_name=session_name) as debugger:
-        yield debugger
+    return MoEDebugger(
+        model, fleet=fleet, session_name=session_name, model_name="demo scenario", step_domain="global", kind="training"
+    )

@@ -60,8 +60,8 @@ class RecordingDebugger:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def step(self, step: int, **series: float) -> None:
-        self.calls.append(f"step {step} {','.join(sorted(series))}")
+    def step(self, n: int, **series: float) -> None:
+        self.calls.append(f"step {n} {','.join(sorted(series))}")
 
     @contextlib.contextmanager
     def requests(self, request_ids: Sequence[str | None], *, phase: str | None = None) -> Iterator[None]:
