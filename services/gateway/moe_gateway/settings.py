@@ -121,7 +121,11 @@ class GatewaySettings(BaseSettings):
             ConfigError: a value is wrong or a variable is unknown; the error lists all of them.
         """
         names = {ENV_PREFIX + name.upper() for name in cls.model_fields}
-        found = {key: value for key, value in (environ or os.environ).items() if key.startswith(ENV_PREFIX)}
+        found = {
+            key: value
+            for key, value in (os.environ if environ is None else environ).items()
+            if key.startswith(ENV_PREFIX)
+        }
         problems = [
             f"{key}: there is no such setting; the settings are {', '.join(sorted(names))}"
             for key in sorted(found.keys() - names)
