@@ -74,11 +74,11 @@ class _Loop:
         elif command == "/tokens":
             self._max_new_tokens = _number(argument, 1, 4096)
         elif command == "/stats":
-            self._console.print(Text(str(session.get_routing_stats())))
+            self._console.print(Text(str(session.get_routing_stats())), soft_wrap=True)
         elif command == "/experts":
-            self._console.print(Text(str(session.get_expert_metrics())))
+            self._console.print(Text(str(session.get_expert_metrics())), soft_wrap=True)
         elif command == "/performance":
-            self._console.print(Text(str(session.get_performance_metrics())))
+            self._console.print(Text(str(session.get_performance_metrics())), soft_wrap=True)
         elif command == "/findings":
             print_findings(self._console, session.analyze(), session.get_routing_stats().num_tokens)
         elif command == "/reset":

@@ -148,10 +148,9 @@ def show_result(
         console.print(part)
     decisions = session.decisions()
     if len(decisions):
-        console.print(
-            Text("\nEach token's experts, strongest first; the token has its strongest expert's colour", "bold")
-        )
-        console.print(view.token_lines(decisions, result.pieces, len(result.prompt_ids), layer))
+        console.print(Text("\nEach token's experts, strongest first, in the strongest one's colour", "bold"))
+        num_prompt = len(result.prompt_ids)
+        console.print(view.token_lines(decisions, result.pieces, num_prompt, layer, console.width))
     elif stats.num_tokens:
         console.print(Text('\nNo rows are kept at level "counts": set capture.level to "routes" to see tokens', "dim"))
     view.print_findings(console, session.analyze(), stats.num_tokens)
