@@ -90,6 +90,7 @@ const selectPanel = (panel: Panel) => useApp.setState({ panel });
 
 function DesktopBars() {
   const { t } = useTranslation();
+  const version = useApp((state) => state.serverInfo?.version);
   const panel = useApp((state) => state.panel);
   return (
     <>
@@ -115,6 +116,7 @@ function DesktopBars() {
           onSelect={selectPanel}
         />
         <span className="spacer" />
+        {version && <span className="muted num">{t("status.version", { version })}</span>}
         <ThemeButton />
       </header>
       <div className="toolbar" role="toolbar" aria-label={t("toolbar.session")}>

@@ -100,13 +100,13 @@ export function lutRgb(theme: Theme, index: number): Rgb {
 }
 
 /** Black or white ink, whichever reads better on that colour (WCAG relative luminance). */
-export function inkOn([r, g, b]: Rgb): "#0b0d10" | "#ffffff" {
+export function inkOn([r, g, b]: Rgb): "#000000" | "#ffffff" {
   const linear = (channel: number) => {
     const c = channel / 255;
     return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
   };
   const luminance = 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
-  return luminance > 0.179 ? "#0b0d10" : "#ffffff";
+  return luminance > 0.179 ? "#000000" : "#ffffff";
 }
 
 export interface Tick {
@@ -121,7 +121,7 @@ export function scaleTicks(hot: number): Tick[] {
     { at: scalePosition(0.5, hot), label: "½×" },
     { at: 0.5, label: "1×" },
   ];
-  if (hot > 1.3) ticks.push({ at: scalePosition(2, hot), label: "2×" });
+  if (hot > 3) ticks.push({ at: scalePosition(4, hot), label: "4×" });
   const most = 2 ** hot;
   ticks.push({ at: 1, label: `${most >= 10 ? Math.round(most) : Number(most.toFixed(1))}×` });
   return ticks;

@@ -5,7 +5,7 @@ import { accountNumbers, componentClass, formatSampling } from "./Sidebar";
 
 export function StatusBar() {
   const { t } = useTranslation();
-  const { connection, pace, components, picture, serverInfo } = useApp();
+  const { connection, pace, components, picture } = useApp();
   const numbers = accountNumbers(picture?.snapshot.account);
   const sources = picture?.snapshot.sources ?? [];
   const source = sources.find(({ isLive }) => isLive) ?? sources[0];
@@ -77,7 +77,6 @@ export function StatusBar() {
           </span>
         ))}
       </span>
-      {serverInfo?.version && <span className="muted num">{t("status.version", { version: serverInfo.version })}</span>}
     </footer>
   );
 }

@@ -403,7 +403,9 @@ function RoutePanel({ request, isFull }: { request: OpenRequest | undefined; isF
                       {slotsOf(layer, routeRow).map(({ expert, weight }) => (
                         <span className="slot num" key={expert}>
                           <b>E{expert}</b> {formatFixed(weight)}
-                          <meter min={0} max={1} value={Number.isNaN(weight) ? 0 : weight} aria-hidden="true" />
+                          <span className="weight" aria-hidden="true">
+                            <span style={{ inlineSize: `${Number.isNaN(weight) ? 0 : Math.min(1, weight) * 100}%` }} />
+                          </span>
                         </span>
                       ))}
                     </td>

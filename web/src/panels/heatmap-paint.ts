@@ -24,7 +24,7 @@ export interface Geometry {
 
 const TOP = 18;
 const BOTTOM = 18;
-const MAX_ROW = 64;
+const MAX_ROW = 56;
 const FISHEYE: Record<number, number> = { 0: 22, 1: 12, 2: 8 };
 
 /** Row heights: equal where there is room, else the selected row and its neighbours are drawn larger. */
@@ -388,7 +388,11 @@ function paintMargins(context: CanvasRenderingContext2D, { load, geometry: g, to
     return;
   }
   context.fillStyle = tokens.text;
-  context.fillText(formatFixed(lost), g.entropyX + Math.min(1, lost) * (g.entropyWidth - labelWidth) + 6, y);
+  context.fillText(
+    formatFixed(lost, lost < 0.1 ? 3 : 2),
+    g.entropyX + Math.min(1, lost) * (g.entropyWidth - labelWidth) + 6,
+    y,
+  );
   const hotText =
     g.hottestWidth < 80 ? `E${stats.hottestExpert}` : `${formatRatio(stats.hottestRatio)} E${stats.hottestExpert}`;
   context.fillText(hotText, g.hottestX + hotShare * (g.hottestWidth - labelWidth - 34) + 6, y);

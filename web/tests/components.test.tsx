@@ -1,0 +1,214 @@
+// @vitest-environment happy-dom
+import { createClient } from "@connectrpc/connect";
+import { fireEvent, render, screen, waitFor, within } from "@testing-library/react";
+import { I18nextProvider } from "react-i18next";
+import { beforeEach, describe, expect, it } from "vitest";
+import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
+import { ServicesContext } from "../src/context";
+import { ComponentState, DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
+import { SessionState } from "../src/gen/moe_debugger/v1/session_pb";
+import { i18n } from "../src/i18n";
+import { recentWindow, wholeSession } from "../src/model/load";
+import { Console } from "../src/panels/Console";
+import { NoSession } from "../src/panels/Empty";
+import { LoadTable } from "../src/panels/LoadTable";
+import { accountNumbers } from "../src/panels/Sidebar";
+import { TokensPanel } from "../src/panels/Tokens";
+import { App, componentEvents, defaultSession, useApp } from "../src/store";
+import { expectedRows, Generator, useTokens } from "../src/tokens";
+
+const initial = useApp.getState();
+const initialTokens = useTokens.getState();
+
+function show(fake: FakeGateway, element: React.ReactNode) {
+  const app = new App(createClient(DebuggerService, fake.transport()));
+  const services = { app, generator: new Generator(app) };
+  render(
+    <I18nextProvider i18n={i18n}>
+      <ServicesContext value={services}>{element}</ServicesContext>
+    </I18nextProvider>,
+  );
+  return services;
+}
+
+function picture(fake: FakeGateway) {
+  const snapshot = fake.snapshot();
+  return {
+    sessionId: SESSION_ID,
+    snapshot,
+    whole: wholeSession(snapshot),
+    recent: recentWindow(snapshot),
+    sequence: snapshot.sequence,
+    lastStep: snapshot.lastStep,
+  };
+}
+
+beforeEach(() => {
+  useApp.setState(initial, true);
+  useTokens.setState(initialTokens, true);
+});
+
+describe("table", () => {
+  it("holds the exact counts of every cell", () => {
+    const fake = new FakeGateway();
+    for (let i = 0; i < 1234; i++) fake.route((i * 31) % 251, i);
+    show(fake, <LoadTable load={wholeSession(fake.snapshot())} range="whole session" />);
+    const cells = screen.getAllByTestId("expert-cell");
+    expect(cells).toHaveLength(32);
+    for (const cell of cells) {
+      const { layer, expert, count } = cell.dataset;
+      expect(Number(count)).toBe(fake.counts[Number(layer)]?.[Number(expert)]);
+      expect(cell.textContent?.replaceAll(",", "")).toBe(count);
+    }
+  });
+});
+
+describe("Console", () => {
+  it("says what an empty list means", () => {
+    const fake = new FakeGateway();
+    show(fake, <Console />);
+    expect(screen.getByText(/No session is selected/)).toBeTruthy();
+  });
+
+  it("counts the tokens behind an empty list", () => {
+    const fake = new FakeGateway();
+    fake.route(1, 0);
+    useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
+    show(fake, <Console />);
+    expect(screen.getByText(/checked on 1 tokens/)).toBeTruthy();
+  });
+
+  it("shows a finding in the catalogue's words, opens its evidence and selects its layer", () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.route(1, 0);
+    useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
+    show(fake, <Console />);
+    const row = screen.getByTestId("finding");
+    expect(row.dataset).toMatchObject({ code: "router_collapse", severity: "critical", layer: "2" });
+    expect(row.textContent).toContain("Router collapse in layer 2");
+    expect(row.textContent).not.toContain("{{");
+    const expander = within(row).getByRole("button", { name: /Show the evidence/ });
+    fireEvent.click(expander);
+    expect(expander.getAttribute("aria-expanded")).toBe("true");
+    expect(screen.getByText("< 3.0")).toBeTruthy();
+    expect(screen.getByText("What to do")).toBeTruthy();
+    expect(useApp.getState().row).toBe(2);
+  });
+
+  it("filters", () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.route(1, 0);
+    useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
+    show(fake, <Console />);
+    fireEvent.change(screen.getByRole("searchbox"), { target: { value: "layer:1" } });
+    expect(screen.queryByTestId("finding")).toBeNull();
+    expect(screen.getByText("Nothing matches the filter.")).toBeTruthy();
+    fireEvent.change(screen.getByRole("searchbox"), { target: { value: "layer:2" } });
+    expect(screen.getByTestId("finding")).toBeTruthy();
+  });
+
+  it("tells that a component went down and came back", () => {
+    const fake = new FakeGateway();
+    const ready = fake.components();
+    fake.workerState = ComponentState.DOWN;
+    const down = fake.components();
+    const typed = (list: typeof ready) => list as unknown as Parameters<typeof componentEvents>[0];
+    expect(componentEvents([], typed(ready), 1)).toEqual([]);
+    const events = [...componentEvents(typed(down), typed(ready), 2), ...componentEvents(typed(ready), typed(down), 1)];
+    useApp.setState({ sessionId: SESSION_ID, componentEvents: events });
+    show(fake, <Console />);
+    const rows = screen.getAllByTestId("component-event").map((row) => row.textContent);
+    expect(rows[0]).toContain("Worker is ready");
+    expect(rows[1]).toContain("Worker is down");
+    expect(rows[1]).toContain("it is started again");
+  });
+});
+
+describe("tokens", () => {
+  it("generates, shows each token with its expert and ends when all rows are there", async () => {
+    const fake = new FakeGateway();
+    useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
+    show(fake, <TokensPanel isFull />);
+    fireEvent.change(screen.getByTestId("prompt"), { target: { value: "héllo" } });
+    fireEvent.change(screen.getByTestId("max-tokens"), { target: { value: "20" } });
+    fireEvent.click(screen.getByTestId("generate"));
+    const line = await screen.findByTestId("request-line");
+    await waitFor(() => expect(line.dataset.final).toBe("true"), { timeout: 10_000 });
+    expect(line.dataset).toMatchObject({ promptTokens: "6", generatedTokens: "20", rows: "25", state: "finished" });
+    const tokens = within(screen.getByTestId("tokens")).getAllByRole("button");
+    expect(tokens).toHaveLength(26);
+    expect(tokens.filter(({ dataset }) => dataset.expert !== undefined)).toHaveLength(25);
+    expect(tokens.at(-1)?.title).toContain("not routed");
+    expect(
+      screen.getAllByTestId("request-expert-cell").reduce((sum, { dataset }) => sum + Number(dataset.count), 0),
+    ).toBe(25 * 2 * 4);
+    fireEvent.click(tokens[3] as HTMLElement);
+    expect(screen.getByTestId("route-table").dataset.position).toBe("3");
+  });
+
+  it("says what to do when the worker is down", async () => {
+    const fake = new FakeGateway();
+    fake.workerState = ComponentState.DOWN;
+    show(fake, <TokensPanel isFull={false} />);
+    fireEvent.change(screen.getByTestId("prompt"), { target: { value: "a" } });
+    fireEvent.click(screen.getByTestId("generate"));
+    const alert = await screen.findByRole("alert");
+    expect(alert.textContent).toContain("It restarts by itself");
+    expect(alert.textContent).toContain("the worker is down");
+    expect(screen.getByTestId("generate")).toBeTruthy();
+  });
+
+  it("expects a row for every token but the last", () => {
+    expect(expectedRows(6, 20)).toBe(25);
+    expect(expectedRows(6, 0)).toBe(6);
+  });
+});
+
+describe("sessions", () => {
+  const session = (id: string, state: SessionState, seen: bigint) =>
+    ({ ...new FakeGateway().session(), sessionId: id, state, lastSeenAtUnixNs: seen }) as unknown as Parameters<
+      typeof defaultSession
+    >[0][number];
+
+  it("chooses the open one that was heard of last", () => {
+    const chosen = defaultSession([
+      session("a", SessionState.CLOSED, 9n),
+      session("b", SessionState.OPEN, 1n),
+      session("c", SessionState.OPEN, 2n),
+      session("d", SessionState.STALE, 8n),
+    ]);
+    expect(chosen?.sessionId).toBe("c");
+    expect(defaultSession([])).toBeUndefined();
+  });
+
+  it("says what to run where there is none", () => {
+    show(new FakeGateway(), <NoSession />);
+    expect(screen.getByText("moe-debugger demo --scenario collapse")).toBeTruthy();
+  });
+});
+
+describe("account", () => {
+  it("keeps sampled-out decisions apart from drops, and never shows less than nothing", () => {
+    const account = {
+      numProduced: 100n,
+      numCounted: 60n,
+      numInFlight: 5n,
+      numMissingMessages: 1n,
+      numLostStreamMessages: 2n,
+      dropped: [
+        { reason: 1, numDecisions: 10n },
+        { reason: 2, numDecisions: 20n },
+      ],
+    } as unknown as Parameters<typeof accountNumbers>[0];
+    expect(accountNumbers(account)).toEqual({
+      produced: 100n,
+      counted: 60n,
+      dropped: 10n,
+      sampledOut: 20n,
+      inFlight: 5n,
+      missing: 3n,
+      unexplained: 5n,
+    });
+    expect(accountNumbers(undefined).unexplained).toBe(0n);
+  });
+});
