@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from moe_debugger.errors import ConfigError
 
@@ -94,9 +94,15 @@ class CaptureConfig(_Section):
 class ThresholdsConfig(_Section):
     """From where on something is a finding; the values' meaning is in docs/metrics.md."""
 
-    dead_expert: float | None = Field(None, ge=0, lt=1, description="An expert below this share of 1/E is dead.")
-    load_balance: float | None = Field(None, gt=1, description="A load above this many times 1/E is imbalance.")
-    routing_confidence: float | None = Field(None, gt=0, lt=1, description="A mean top-1 probability below is low.")
+    dead_expert: float | None = Field(
+        None, gt=0, lt=1, description="An unused expert is dead where its share is proved below this part of 1/E."
+    )
+    load_balance: float | None = Field(
+        None, gt=0, lt=1, description="Load is skewed below this many effective experts, as a part of all experts."
+    )
+    routing_confidence: float | None = Field(
+        None, gt=0, lt=1, description="A router is undecided below this 1 - token entropy / ln E."
+    )
 
 
 class PerformanceConfig(_Section):
@@ -129,6 +135,9 @@ class Config(_Section):
             "MOE_COLLECTOR_SAMPLING_RATE": self.capture.sampling_rate,
             "MOE_COLLECTOR_BUFFER_BYTES": self.capture.buffer_size,
             "MOE_COLLECTOR_MAX_BATCH_SIZE": self.performance.batch_size,
+            "MOE_ANALYZER_DEAD_EXPERT": self.thresholds.dead_expert,
+            "MOE_ANALYZER_LOAD_BALANCE": self.thresholds.load_balance,
+            "MOE_ANALYZER_ROUTING_CONFIDENCE": self.thresholds.routing_confidence,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -227,7 +236,9 @@ def _suggestion(name: str, location: tuple[int | str, ...]) -> str:
         return f"did you mean {close[0]}?"
     section = str(location[0])
     known = [key.partition(".")[2] for key in keys if key.startswith(f"{section}.")]
-    return f"the keys of {section} are {', '.join(known)}" if known else f"the sections are {', '.join(Config.model_fields)}"
+    if known:
+        return f"the keys of {section} are {', '.join(known)}"
+    return f"the sections are {', '.join(Config.model_fields)}"
 
 
 def _problem(document: CommentedMap, entry: ErrorDetails) -> tuple[int, str]:

@@ -1,6 +1,5 @@
 """The command line: `moe-debugger`."""
 
-import importlib.util
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from moe_debugger.cli.demo import demo
 from moe_debugger.cli.doctor import doctor
+from moe_debugger.cli.trace import trace
 from moe_debugger.cli.up import DEFAULT_DATA_DIR, run_up, service_env, up
 from moe_debugger.config import Config, load_config
 from moe_debugger.embedded.fleet import FleetOptions
@@ -29,10 +29,7 @@ app = typer.Typer(
 )
 app.command()(up)
 app.command()(demo)
-if importlib.util.find_spec("moe_debugger.cli.trace") is not None:
-    from moe_debugger.cli.trace import trace
-
-    app.command()(trace)
+app.command()(trace)
 app.command()(doctor)
 
 

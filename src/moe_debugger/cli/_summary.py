@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from moe_debugger.messages import render_finding
 from moe_debugger.v1 import gateway_pb2, gateway_pb2_grpc, session_pb2
 
 __all__ = ["Summary", "SummaryReader", "finding_sentence", "findings_of"]
@@ -64,9 +65,7 @@ class Summary:
 
 def finding_sentence(code: str, args: dict[str, str]) -> str:
     """Return a finding in words; its code where the catalogue of messages has none."""
-    from moe_debugger.messages import render
-
-    return render(code, args)
+    return render_finding(code, args)
 
 
 class SummaryReader(threading.Thread):

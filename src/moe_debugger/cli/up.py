@@ -1,6 +1,7 @@
 """`moe-debugger up`: the whole fleet on this machine, in the foreground."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -93,7 +94,7 @@ def service_env(config: Config, model: str | None) -> dict[str, str]:
     env = config.service_env()
     if model is not None:
         env["MOE_COLLECTOR_MODEL"] = model
-    source = env.get("MOE_COLLECTOR_MODEL", "demo")
+    source = env.get("MOE_COLLECTOR_MODEL") or os.environ.get("MOE_COLLECTOR_MODEL", "demo")
     if source != "demo":
         folder = Path(source).expanduser().absolute()
         if not (folder / "config.json").is_file():
@@ -102,6 +103,7 @@ def service_env(config: Config, model: str | None) -> dict[str, str]:
                 "give such a folder, or `demo`"
             )
         env["MOE_COLLECTOR_MODEL"] = str(folder)
+        env.setdefault("MOE_COLLECTOR_SESSION_NAME", os.environ.get("MOE_COLLECTOR_SESSION_NAME", folder.name))
     return env
 
 

@@ -26,12 +26,13 @@ def test_an_empty_file_sets_nothing(write) -> None:  # type: ignore[no-untyped-d
     assert Config().service_env() == {}
 
 
-def test_every_setting_of_the_worker_reaches_its_environment(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_every_setting_reaches_the_environment_of_its_service(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     config = load_config(
         write(
             "model:\n  path: ./weights\n  device: cuda:1\n  precision: bfloat16\n"
             "capture:\n  level: counts\n  sampling_rate: 0.5\n  buffer_size: 8 MiB\n  gradients: false\n"
             "performance:\n  batch_size: 4\n  profiling: false\n"
+            "thresholds:\n  dead_expert: 0.02\n  load_balance: 0.5\n  routing_confidence: 0.05\n"
         )
     )
     assert config.service_env() == {
@@ -42,6 +43,9 @@ def test_every_setting_of_the_worker_reaches_its_environment(write, tmp_path: Pa
         "MOE_COLLECTOR_SAMPLING_RATE": "0.5",
         "MOE_COLLECTOR_BUFFER_BYTES": str(8 << 20),
         "MOE_COLLECTOR_MAX_BATCH_SIZE": "4",
+        "MOE_ANALYZER_DEAD_EXPERT": "0.02",
+        "MOE_ANALYZER_LOAD_BALANCE": "0.5",
+        "MOE_ANALYZER_ROUTING_CONFIDENCE": "0.05",
     }
 
 
