@@ -12,21 +12,27 @@ import secrets
 import signal
 import socket
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from pydantic import SecretStr
 
 from moe_debugger.errors import ConfigError, FleetError
 
+from ._guard import TEMP_DIR_VARIABLE, run_guarded
 from ._logging import configure_logging
 from ._processes import adopt_orphans, kill_descendants
-from .deployment import RayServe
-from .front import Front
+from ._temp_dir import make_temp_dir
 from .settings import CollectorSettings
+
+if TYPE_CHECKING:
+    from .deployment import RayServe
+    from .front import Front
 
 __all__ = ["main"]
 
+_BIND_DEADLINE_S = 8.0
 _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 3.0
 # Together they stay under 8 s, what a supervisor waits for before it kills.
@@ -41,12 +47,17 @@ def main() -> None:
     """Run the worker until a signal or a failure; exits the process."""
     try:
         settings = _complete(CollectorSettings.from_environment())
+        temp_dir = os.environ.get(TEMP_DIR_VARIABLE) or make_temp_dir(settings.ray_temp_dir)
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201 - the answer to whoever started this by hand
         raise SystemExit(2) from None
+    if TEMP_DIR_VARIABLE not in os.environ:
+        # grpc's fork handlers would only write to stderr each time that Ray starts a process.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+        raise SystemExit(run_guarded([sys.executable, "-m", "moe_collector"], Path(temp_dir)))
     configure_logging(settings.log_level)
     adopt_orphans()
-    code = asyncio.run(_serve(settings))
+    code = asyncio.run(_serve(settings, Path(temp_dir)))
     # Ray leaves threads that would keep the interpreter waiting; everything of ours is closed by now.
     sys.stderr.flush()
     os._exit(code)
@@ -64,7 +75,10 @@ def _complete(settings: CollectorSettings) -> CollectorSettings:
     return settings.model_copy(update=update)
 
 
-async def _serve(settings: CollectorSettings) -> int:
+async def _serve(settings: CollectorSettings, temp_dir: Path) -> int:
+    from .deployment import RayServe
+    from .front import Front
+
     stopping = _stop_event()
     front = Front(
         settings.host,
@@ -73,14 +87,15 @@ async def _serve(settings: CollectorSettings) -> int:
         token=settings.fleet_token.get_secret_value(),
     )
     try:
-        await front.start()
+        # A worker that was here before may need a moment to let go of the port.
+        await front.start(deadline_s=_BIND_DEADLINE_S)
     except OSError as error:
         _log.error("front_failed", error=str(error))
         return 1
     _log.info("front_started", address=f"{settings.host}:{front.port}", pid=os.getpid())
     # One thread for all that Ray does, alive to the end: Ray's processes die with the thread that started them.
     ray_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ray")
-    cluster = RayServe(settings)
+    cluster = RayServe(settings, temp_dir)
     started = asyncio.get_running_loop().run_in_executor(ray_thread, cluster.start)
     try:
         return await _run(front, cluster, ray_thread, started, stopping)
@@ -97,8 +112,8 @@ def _stop_event() -> asyncio.Event:
 
 
 async def _run(
-    front: Front,
-    cluster: RayServe,
+    front: "Front",
+    cluster: "RayServe",
     ray_thread: concurrent.futures.Executor,
     started: "asyncio.Future[None]",
     stopping: asyncio.Event,
@@ -125,8 +140,8 @@ async def _run(
 
 
 async def _stop(
-    front: Front,
-    cluster: RayServe,
+    front: "Front",
+    cluster: "RayServe",
     ray_thread: concurrent.futures.ThreadPoolExecutor,
     started: "asyncio.Future[None]",
 ) -> None:
@@ -145,7 +160,6 @@ async def _stop(
     num_killed = await asyncio.to_thread(kill_descendants, 0.3)
     if num_killed:
         _log.info("processes_killed", num_processes=num_killed)
-    await asyncio.to_thread(cluster.remove_temp_dir)
 
 
 async def _within(timeout_s: float, work: "asyncio.Future[None]") -> None:

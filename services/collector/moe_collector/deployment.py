@@ -6,11 +6,8 @@ with PR_SET_PDEATHSIG, which fires when the *thread* that started them ends.
 
 import contextlib
 import os
-import re
 import secrets
-import shutil
 import socket
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,11 @@ from moe_debugger.errors import FleetError
 from .ingress import INGRESS_HOST_VARIABLE, INGRESS_TOKEN_VARIABLE
 from .settings import CollectorSettings
 
-__all__ = ["APPLICATION", "OBJECT_STORE_BYTES", "RayServe", "remove_stale_temp_dirs"]
+__all__ = ["APPLICATION", "OBJECT_STORE_BYTES", "RayServe"]
 
 APPLICATION = "moe-worker"
 # Ray's own minimum (OBJECT_STORE_MINIMUM_MEMORY_BYTES). Where /dev/shm has less room, Ray puts it into its temp folder.
 OBJECT_STORE_BYTES = 75 * 1024 * 1024
-_TEMP_DIR = re.compile(r"moe-ray-(\d+)-[a-z0-9_]+\Z")
 _GRACEFUL_SHUTDOWN_S = 2.0
 
 _log = structlog.get_logger(__name__)
@@ -37,18 +33,14 @@ class RayServe:
 
     Args:
         settings: with `ingress_port` and `fleet_token` set.
+        temp_dir: a private folder for the cluster's files; its owner removes it.
     """
 
-    def __init__(self, settings: CollectorSettings) -> None:
+    def __init__(self, settings: CollectorSettings, temp_dir: Path) -> None:
         self._settings = settings
         self._owns_cluster = not settings.ray_address
-        self._temp_dir: Path | None = None
+        self._temp_dir = temp_dir
         self._handle: Any = None
-
-    @property
-    def temp_dir(self) -> Path | None:
-        """Folder of the cluster's files while it runs."""
-        return self._temp_dir
 
     def start(self) -> None:
         """Start the cluster and deploy the worker; return when its replica is ready.
@@ -75,9 +67,10 @@ class RayServe:
                     grpc_servicer_functions=["moe_debugger.v1.collector_pb2_grpc.add_WorkerServiceServicer_to_server"],
                     enable_reflection=False,
                 ),
-                global_logging_config=quiet,
+                logging_config=quiet,
             )
-            self._handle = serve.run(self._application(ray, serve), name=APPLICATION, route_prefix=None)
+            # Only an application with a route is found by the gRPC proxy. HTTP is refused, see `guard_proxy`.
+            self._handle = serve.run(self._application(ray, serve), name=APPLICATION, route_prefix="/")
         except Exception as error:
             raise FleetError(f"Ray Serve could not start the worker: {_last_line(str(error))}") from error
 
@@ -100,7 +93,7 @@ class RayServe:
             _log.warning("drain_failed", error=repr(error)[:300])
 
     def stop(self) -> None:
-        """Stop the cluster, or leave one that was joined. The temporary folder is removed by `remove_temp_dir`."""
+        """Stop the cluster, or leave one that was joined."""
         import ray
         from ray import serve
 
@@ -109,19 +102,8 @@ class RayServe:
                 serve.delete(APPLICATION)
             ray.shutdown()
 
-    def remove_temp_dir(self) -> None:
-        """Remove the cluster's files, once its processes have ended."""
-        if self._temp_dir is not None:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
-
     def _prepare_environment(self) -> None:
         settings = self._settings
-        remove_stale_temp_dirs()
-        if settings.ray_temp_dir:
-            self._temp_dir = Path(settings.ray_temp_dir)
-            self._temp_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        else:
-            self._temp_dir = Path(tempfile.mkdtemp(prefix=f"moe-ray-{os.getpid()}-", dir=_short_temp_root()))
         token_file = self._temp_dir / "token"
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_hex(32))
@@ -131,9 +113,14 @@ class RayServe:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Serve's own lines are no JSON; they are in its log folder.
+            "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-            # Its exporter would open a port of its own, off loopback and without a credential.
-            "RAY_enable_metrics_collection": "0",
+            # Without it Ray takes 127.0.0.1 for a mistake, and listens on the machine's address and on 0.0.0.0.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Two fleets stand side by side: their ports must not be fixed ones.
+            "DASHBOARD_METRIC_PORT": "0",
+            "AUTOSCALER_METRIC_PORT": "0",
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "moe_collector.ingress:guard_proxy",
             INGRESS_HOST_VARIABLE: "127.0.0.1",
             INGRESS_TOKEN_VARIABLE: settings.fleet_token.get_secret_value(),
@@ -146,12 +133,14 @@ class RayServe:
         if not self._owns_cluster:
             ray.init(address=self._settings.ray_address, **common)
             return
+        _let_agent_choose_its_port()
         ray.init(
             num_cpus=2,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
-            _temp_dir=str(self._temp_dir),
+            # Below ours, which is private: Ray makes its own folder open to everyone.
+            _temp_dir=str(self._temp_dir / "r"),
             **common,
         )
 
@@ -175,29 +164,24 @@ class RayServe:
         return deployment.bind(self._settings)
 
 
-def remove_stale_temp_dirs() -> None:
-    """Remove the folders that workers of this user left when they were killed."""
-    for folder in Path(_short_temp_root()).glob("moe-ray-*"):
-        match = _TEMP_DIR.match(folder.name)
-        with contextlib.suppress(OSError):
-            if match and folder.lstat().st_uid == os.getuid() and not _is_running(int(match[1])):
-                shutil.rmtree(folder, ignore_errors=True)
+def _let_agent_choose_its_port() -> None:
+    """Give Ray's per-node agent a free port instead of 52365.
 
+    `ray.init` has no option for it (`ray start` does), and where the port is taken, by a second fleet say, the whole
+    cluster fails to start.
+    """
+    from ray._private import parameter
 
-def _short_temp_root() -> str:
-    # A Unix socket's path ends at 107 bytes, and Ray needs 60 of them below this folder.
-    root = tempfile.gettempdir()
-    return root if len(os.fsencode(root)) <= 20 else "/tmp"  # noqa: S108 - the folder itself is made by mkdtemp
+    params = parameter.RayParams
+    if not getattr(params.__init__, "_moe_agent_port", False):
+        original = params.__init__
 
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            kwargs.setdefault("dashboard_agent_listen_port", 0)
+            original(self, *args, **kwargs)
 
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        init._moe_agent_port = True  # type: ignore[attr-defined]
+        params.__init__ = init
 
 
 def _free_port() -> int:

@@ -4,7 +4,9 @@ It answers from the first moment on, while Ray still starts, and in the gaps whe
 UNAVAILABLE and the reason. Messages pass through as bytes, unread.
 """
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -74,12 +76,22 @@ class Front:
         """Whether calls are forwarded."""
         return self._unavailable is None
 
-    async def start(self) -> None:
-        """Bind the port and answer.
+    async def start(self, *, deadline_s: float = 0.0) -> None:
+        """Bind the port and answer; a port that is taken is tried again for `deadline_s`.
 
         Raises:
             OSError: the port is taken.
         """
+        give_up_at = time.monotonic() + deadline_s
+        while True:
+            try:
+                return await self._start()
+            except OSError:
+                if time.monotonic() >= give_up_at:
+                    raise
+            await asyncio.sleep(0.2)
+
+    async def _start(self) -> None:
         # Without SO_REUSEPORT a second worker on this port is an error, not a silent share of the calls.
         server = grpc.aio.server(options=[*_MESSAGE_OPTIONS, ("grpc.so_reuseport", 0)])
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
@@ -119,6 +131,7 @@ class Front:
             await self._forward_info(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             self._missed += 1
+            _log.debug("probe_failed", code=error.code().name, details=(error.details() or "")[:300])
             # One slow answer on a loaded machine is not a dead replica.
             if self._missed >= _MISSED_PROBES or error.code() != grpc.StatusCode.DEADLINE_EXCEEDED:
                 await self._mark_unavailable(error)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import structlog
@@ -24,12 +24,13 @@ from .engine import (
     Started,
     Token,
 )
-from .ingress import REFUSAL
+from .ingress import REFUSAL, guard_replica
 from .settings import CollectorSettings
 
 if TYPE_CHECKING:
     from ray.serve.grpc_util import RayServegRPCContext
 
+    from moe_debugger._debugger import CaptureLevelName
     from moe_debugger.models import TextTokenizer
 
 __all__ = ["MODEL_FAILED", "Worker", "status_of"]
@@ -66,6 +67,7 @@ class Worker:
 
     def __init__(self, settings: CollectorSettings) -> None:
         # Nothing leaves this machine: a model that is not here is an error, never a download.
+        guard_replica()
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
         from moe_debugger import MoEDebugger
         from moe_debugger.models import load_model
@@ -76,14 +78,21 @@ class Worker:
         loaded = load_model(settings.model, device=settings.device, precision=settings.precision)
         self._model_name, self._model_type = loaded.name, loaded.model_type
         self._tokenizer: TextTokenizer = loaded.tokenizer
-        self._debugger: Any = MoEDebugger(
+        self._debugger = MoEDebugger(
             loaded.model,
-            level=settings.level,
+            level=cast("CaptureLevelName", settings.level),
             fleet=settings.nats_url.get_secret_value(),
             session_name=settings.session_name,
             sampling_rate=settings.sampling_rate,
             buffer_bytes=settings.buffer_bytes,
+            # The fleet keeps the rows; nobody reads them here.
+            max_rows_bytes=0,
+            model_name=loaded.name,
+            tenant=settings.tenant,
+            kind="worker",
         )
+        # Without waiting: a worker generates while the fleet is away, and its routing is sent when it is back.
+        self._session = self._debugger.start_session(wait_s=0)
         self._engine = GenerationEngine(
             loaded.model,
             loaded.tokenizer.encode,
@@ -129,8 +138,8 @@ class Worker:
         return pb.GetWorkerInfoResponse(
             model_name=self._model_name,
             model_type=self._model_type,
-            session_id=self._debugger.session_id or "",
-            source_id=self._debugger.source_id or "",
+            session_id=self._session.session_id or "",
+            source_id=self._session.source_id or "",
             num_active_requests=statistics.num_active,
             num_waiting_requests=statistics.num_waiting,
             max_prompt_bytes=limits.max_prompt_bytes,
@@ -150,8 +159,18 @@ class Worker:
                 break
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._engine.close, 1.0)
-        await asyncio.to_thread(self._debugger.close)
+        await asyncio.to_thread(self._close_debugger)
         _log.info("drained")
+
+    def __del__(self) -> None:
+        # Serve calls this when it stops a replica for a reason of its own.
+        if hasattr(self, "_engine"):
+            self._engine.close(1.0)
+            self._close_debugger()
+
+    def _close_debugger(self) -> None:
+        # The session stays open: the worker that comes next joins it.
+        self._debugger.close(timeout_s=2.0, ends_session=False, reason="the worker stopped")
 
     def check_health(self) -> None:
         """Raise if this replica cannot generate any more, so that Serve replaces it."""
@@ -167,7 +186,7 @@ class Worker:
     def _response(self, event: Event) -> pb.GenerateResponse:
         if isinstance(event, Started):
             prompt_tokens = [self._piece(token_id) for token_id in event.prompt_ids]
-            session_id = self._debugger.session_id or ""
+            session_id = self._session.session_id or ""
             return pb.GenerateResponse(
                 started=pb.GenerateStarted(
                     request_id=event.request_id, session_id=session_id, prompt_tokens=prompt_tokens
