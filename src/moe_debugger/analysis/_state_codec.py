@@ -1,8 +1,8 @@
 """`RoutingState` as bytes and back.
 
-Layout, little-endian: ``b"MoRS"``, u8 major, u8 minor, u16 zero, u32 CRC-32 of all that follows, then the body: state
-registers, phase counts, u32 number of layers, layers. Integer arrays are written in the narrowest unsigned width that
-holds their maximum (one byte says which), so that a window's blocks cost one byte a cell.
+Layout, little-endian: ``b"MoRS"``, u8 major, u8 minor, u16 zero, u32 CRC-32 of all that follows, then the body: request
+registers, phase counts, token classes, u32 number of layers, layers. Integer arrays are written in the narrowest
+unsigned width that holds their maximum (one byte says which), so that a window's blocks cost one byte a cell.
 """
 
 import struct
@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.analysis.sketch import NUM_REGISTERS
-from moe_debugger.analysis.state import NUM_PHASES, FixedSum, LayerShape, LayerState, RoutingState, num_blocks
+from moe_debugger.analysis.state import (
+    NUM_PHASES,
+    NUM_TOKEN_CLASSES,
+    FixedSum,
+    LayerShape,
+    LayerState,
+    RoutingState,
+    num_blocks,
+)
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireFormatError
 
 __all__ = ["STATE_FORMAT_MAJOR", "decode_state", "encode_state"]
@@ -30,7 +38,8 @@ _MAX_LAYERS = 4096
 
 def encode_state(state: RoutingState) -> bytes:
     """Return `state` in the layout of this module."""
-    parts = [state.request_registers.tobytes(), _pack(state.phase_tokens), struct.pack("<I", len(state.layers))]
+    parts = [state.request_registers.tobytes(), _pack(state.phase_tokens), _pack(state.token_classes)]
+    parts.append(struct.pack("<I", len(state.layers)))
     for layer in state.layers.values():
         parts.extend(_encode_layer(layer))
     body = b"".join(parts)
@@ -124,6 +133,7 @@ def decode_state(data: bytes) -> RoutingState:
     reader = _Reader(body)
     requests = reader.registers("the request counter")
     phases = reader.unsigned(NUM_PHASES, "phase counts")
+    classes = reader.unsigned(NUM_TOKEN_CLASSES, "token classes")
     (num_layers,) = struct.unpack("<I", reader.take(4, "the number of layers"))
     if num_layers > _MAX_LAYERS:
         raise WireFormatError(f"routing state has {num_layers} layers, expected at most {_MAX_LAYERS}")
@@ -132,7 +142,7 @@ def decode_state(data: bytes) -> RoutingState:
     by_index = {layer.shape.layer_index: layer for layer in layers}
     if len(by_index) != num_layers:
         raise WireFormatError("routing state describes a layer twice")
-    return RoutingState(by_index, requests, phases)
+    return RoutingState(by_index, requests, phases, classes)
 
 
 def _decode_layer(reader: _Reader) -> LayerState:

@@ -145,16 +145,16 @@ def fold_decisions(
     shapes = [LayerShape(i, _of_layer(num_experts, i, "num_experts"), _of_layer(top_k, i, "top_k")) for i in present]
     state = RoutingState.empty(shapes)
     requests, request_index = _requests(columns.pop("request_id", None), n)
-    phase_tokens = state.phase_tokens.copy()
+    phase_tokens, token_classes = state.phase_tokens, state.token_classes
     for shape in shapes:
         rows = np.flatnonzero(layer_index == shape.layer_index)
         part = _layer_columns(shape, rows, ids, columns, requests, request_index)
-        before = state.phase_tokens.copy()
+        # A row here is one token at one layer, so every layer repeats its tokens: they count once.
+        state.phase_tokens, state.token_classes = np.zeros_like(phase_tokens), np.zeros_like(token_classes)
         state.fold(part)
-        # A row here is one token at one layer, so every layer repeats its tokens' phases.
-        phase_tokens = np.maximum(phase_tokens, state.phase_tokens - before)
-        state.phase_tokens = before
-    state.phase_tokens = phase_tokens
+        phase_tokens = np.maximum(phase_tokens, state.phase_tokens)
+        token_classes = np.maximum(token_classes, state.token_classes)
+    state.phase_tokens, state.token_classes = phase_tokens, token_classes
     return state
 
 

@@ -57,7 +57,8 @@ class EvidenceRow:
     Attributes:
         metric: name of a metric in docs/metrics.md.
         rule: what `value` is compared with, as text, such as "< 3".
-        sample_size: of `value`, in units of `unit_of_sample`.
+        sample_size: tokens, blocks or requests behind `value`; docs/metrics.md says which for each metric. 0 = none.
+        unit: of `value`.
     """
 
     metric: str
@@ -91,7 +92,7 @@ class Finding:
 
     @property
     def rule_id(self) -> str:
-        """Identity for merging repeated findings: kind and place, whatever the numbers."""
+        """Identity for merging repeated findings: code and place, whatever the numbers."""
         place = [f"l{self.layer_index}"] if self.layer_index is not None else []
         place += [f"e{self.expert_id}"] if self.expert_id is not None else []
         return ".".join([self.code, *place])
@@ -126,7 +127,7 @@ class Thresholds:
     dead_expert: float = 0.01
     cold_expert: float = 0.2
     hot_expert: float = 3.0
-    load_balance: float = 0.6
+    load_balance: float = 0.7
     routing_confidence: float = 0.02
     collapse_top_k_factor: float = 1.5
     collapse_share: float = 0.25

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Severity, Thresholds
 from moe_debugger.analysis.intervals import benjamini_hochberg, share_tests
-from moe_debugger.analysis.metrics import LayerMetrics
+from moe_debugger.analysis.metrics import LayerMetrics, effective_experts
 from moe_debugger.analysis.state import LayerState, RoutingState
 from moe_debugger.v1 import routing_pb2 as pb
 
@@ -27,6 +27,9 @@ __all__ = ["CaptureHealth", "Look", "all_findings", "num_different_requests"]
 _DEAD_LEVEL = 0.01
 # A layer that had this part of today's effective experts or less in the baseline has not changed.
 _UNCHANGED = 0.8
+# Routers go by the token first of all: with fewer kinds of them than this (digits are ten), even a healthy one has
+# little to tell apart. Code, prose, tables and sums have 14 to 25 by bytes, and more by words.
+_MIN_TOKEN_KINDS = 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,17 @@ class Look:
         needed = limits.min_requests / 2
         if self.num_different is not None and self.num_different < needed:
             return f"text of about {self.num_different:.0f} different requests of at least {needed:.0f}"
+        kinds, needed = self._token_kinds(), min(1.5 * layer.shape.num_experts, _MIN_TOKEN_KINDS)
+        if kinds is not None and kinds < needed:
+            return f"text of about {kinds:.0f} kinds of tokens of at least {needed:.0f}"
         if math.isnan(metrics.effective_experts_interval.upper):
             return "tokens per request too uneven, or rows without requests"
         return ""
+
+    def _token_kinds(self) -> float | None:
+        """Effective number of kinds of tokens (exp of the entropy of token classes), None where not captured."""
+        classes = self.state.token_classes
+        return effective_experts(classes) if classes.any() else None
 
 
 def num_different_requests(state: RoutingState) -> float | None:
@@ -118,6 +129,7 @@ def all_findings(look: Look) -> list[Finding]:
         found += _dead(look, layer, metrics)
     dead = {(f.layer_index, f.expert_id) for f in found if f.kind is FindingKind.DEAD_EXPERT}
     found += _hot_and_cold(look, open_layers, dead)
+    found = [f for f in found if not _is_explained_by_hot_experts(look, f, found)]
     for index, layer in look.state.layers.items():
         found += _low_confidence(look, layer, look.metrics[index])
         found += _capacity(look, layer, look.metrics[index])
@@ -232,6 +244,19 @@ def _load_imbalance(look: Look, layer: LayerState, metrics: LayerMetrics) -> Ite
     )
 
 
+def _is_explained_by_hot_experts(look: Look, finding: Finding, found: list[Finding]) -> bool:
+    """Whether a layer's skew is gone without its hot experts, which are findings already."""
+    index = finding.layer_index
+    if finding.kind is not FindingKind.LOAD_IMBALANCE or index is None:
+        return False
+    is_hot = np.zeros(look.state.layers[index].shape.num_experts, np.bool_)
+    for other in found:
+        if other.kind is FindingKind.HOT_EXPERT and other.layer_index == index and other.expert_id is not None:
+            is_hot[other.expert_id] = True
+    rest = look.state.layers[index].counts[~is_hot]
+    return bool(is_hot.any()) and effective_experts(rest) >= look.thresholds.load_balance * rest.size
+
+
 def _dead(look: Look, layer: LayerState, metrics: LayerMetrics) -> Iterator[Finding]:
     shape, limits = layer.shape, look.thresholds
     if look.shortage(layer, metrics) or math.isnan(metrics.effective_tokens):
@@ -337,8 +362,8 @@ def _low_confidence(look: Look, layer: LayerState, metrics: LayerMetrics) -> Ite
         return
     yield Finding(
         FindingKind.LOW_CONFIDENCE,
-        # Every router begins undecided: in training that is a stage, not a fault.
-        Severity.INFO if look.is_training else Severity.WARNING,
+        # Every router begins undecided, and unfamiliar text leaves a good one undecided.
+        Severity.WARNING if look.num_workloads >= 2 and not look.is_training else Severity.INFO,
         "low_confidence",
         layer.shape.layer_index,
         since_step=layer.first_step,

@@ -35,6 +35,7 @@ from moe_debugger.wire.codec import LayerColumns, RoutingColumns
 __all__ = [
     "MAX_EXPERTS",
     "NUM_PHASES",
+    "NUM_TOKEN_CLASSES",
     "FixedSum",
     "LayerShape",
     "LayerState",
@@ -45,6 +46,8 @@ __all__ = [
 
 MAX_EXPERTS = 65_535
 NUM_PHASES = len(pb.Phase.values())
+# Token ids are counted in this many hashed classes: enough to tell a dozen kinds of tokens from a vocabulary.
+NUM_TOKEN_CLASSES = 256
 # Means are kept as sums of round(value * 2**20): exact to 1e-6 a value, and independent of the order of addition.
 _FIXED_POINT = 1 << 20
 # Beyond this a router statistic is no statistic any more; the bound keeps a batch's sum inside int64.
@@ -228,19 +231,22 @@ class RoutingState:
         layers: `LayerState` by layer index.
         request_registers: [256] uint8, distinct counter over requests.
         phase_tokens: [5] uint64, valid token rows by `Phase`.
+        token_classes: [256] uint64, valid token rows by a hash of their token id, where captured.
     """
 
-    __slots__ = ("layers", "phase_tokens", "request_registers")
+    __slots__ = ("layers", "phase_tokens", "request_registers", "token_classes")
 
     def __init__(
         self,
         layers: dict[int, LayerState],
         request_registers: npt.NDArray[np.uint8] | None = None,
         phase_tokens: _U64 | None = None,
+        token_classes: _U64 | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.request_registers = np.zeros(NUM_REGISTERS, np.uint8) if request_registers is None else request_registers
         self.phase_tokens = np.zeros(NUM_PHASES, np.uint64) if phase_tokens is None else phase_tokens
+        self.token_classes = np.zeros(NUM_TOKEN_CLASSES, np.uint64) if token_classes is None else token_classes
 
     @classmethod
     def empty(cls, shapes: Iterable[LayerShape]) -> "RoutingState":
@@ -294,6 +300,9 @@ class RoutingState:
         observe(self.request_registers, np.unique(hashes[valid & known]))
         phases = np.minimum(columns.phase[valid], NUM_PHASES - 1)
         self.phase_tokens += np.bincount(phases, minlength=NUM_PHASES).astype(np.uint64)
+        if columns.token_id is not None:
+            classes = mix(columns.token_id[valid].astype(np.uint64)) % np.uint64(NUM_TOKEN_CLASSES)
+            self.token_classes += np.bincount(classes.astype(np.intp), minlength=NUM_TOKEN_CLASSES).astype(np.uint64)
         for layer in columns.layers:
             _fold_layer(self.layers[layer.layer_index], layer, columns, hashes, known)
 
@@ -380,6 +389,7 @@ class RoutingState:
             layers,
             np.maximum(self.request_registers, other.request_registers),
             self.phase_tokens + other.phase_tokens,
+            self.token_classes + other.token_classes,
         )
 
     def copy(self) -> "RoutingState":

@@ -43,7 +43,7 @@ def test_jackknife_equals_leaving_each_block_out_by_hand(simulate: Simulate) -> 
     blocks = [block for block in layer.block_counts.astype(float) if block.sum()]
 
     def entropy(counts: Any) -> float:
-        return -sum(c / counts.sum() * math.log(c / counts.sum()) for c in counts if c)
+        return float(-sum(c / counts.sum() * math.log(c / counts.sum()) for c in counts if c))
 
     total = sum(blocks)
     left_out = [entropy(total - block) for block in blocks]

@@ -131,6 +131,18 @@ def test_one_prompt_sent_thirty_times_is_no_evidence_and_thirty_prompts_are(colu
     assert loud(analyze(rows(repeats), num_experts=8, top_k=2)) == [("router_collapse", 0, None)]
 
 
+def test_text_of_ten_kinds_of_tokens_is_no_evidence(simulate: Simulate) -> None:
+    rng = np.random.default_rng(15)
+    rows = planted(simulate, num_layers=1)
+    rows["expert_ids"][:] = [5, 2]
+    rows["token_id"] = rng.integers(48, 58, TOKENS)
+    found = analyze(rows, num_experts=8, top_k=2)
+    assert [(f.code, f.severity) for f in found.findings] == [("insufficient_evidence", Severity.INFO)]
+    assert "kinds of tokens" in found.findings[0].args["missing"]
+    rows["token_id"] = rng.integers(0, 90, TOKENS)
+    assert loud(analyze(rows, num_experts=8, top_k=2)) == [("router_collapse", 0, None)]
+
+
 def test_expert_that_is_second_for_every_token_is_hot(simulate: Simulate) -> None:
     rng = np.random.default_rng(8)
     rows = planted(simulate, num_layers=2)
@@ -216,13 +228,18 @@ def test_padding_of_91_percent_changes_nothing(simulate: Simulate) -> None:
         assert got.metrics[layer].num_tokens == clean.metrics[layer].num_tokens
 
 
-def test_undecided_router_is_reported_and_only_as_info_in_training(simulate: Simulate) -> None:
+def test_undecided_router_is_a_warning_only_over_several_workloads_outside_training(simulate: Simulate) -> None:
     rows = planted(simulate, num_layers=1)
     rows["router_entropy"] = np.full(TOKENS, 0.999 * np.log(8), np.float32)
-    assert loud(analyze(rows, num_experts=8, top_k=2)) == [("low_confidence", 0, None)]
-    rows["phase"] = np.full(TOKENS, 3, np.uint8)
-    training = analyze(rows, num_experts=8, top_k=2)
-    assert [(str(f.kind), f.severity) for f in training.findings] == [("low_confidence", Severity.INFO)]
+    workloads = np.arange(TOKENS) % 2
+    train = np.full(TOKENS, 3, np.uint8)
+    for extra, expected in (
+        ({"workload": workloads}, Severity.WARNING),
+        ({}, Severity.INFO),
+        ({"workload": workloads, "phase": train}, Severity.INFO),
+    ):
+        found = analyze({**rows, **extra}, num_experts=8, top_k=2)
+        assert [(str(f.kind), f.severity) for f in found.findings] == [("low_confidence", expected)]
 
 
 def test_dropped_slots_are_capacity_overflow_and_no_load(simulate: Simulate) -> None:

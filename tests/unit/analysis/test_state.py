@@ -160,6 +160,7 @@ def test_bytes_round_trip(make_columns: MakeColumns) -> None:
     assert again == state
     assert again.layers[0].margin.mean == state.layers[0].margin.mean
     assert again.phase_tokens.tolist() == state.phase_tokens.tolist()
+    assert again.token_classes.tolist() == state.token_classes.tolist()
     assert RoutingState.from_bytes(RoutingState({}).to_bytes()) == RoutingState({})
 
 
