@@ -82,9 +82,9 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         handler = await continuation(handler_call_details)
         if (
             handler is None
@@ -94,7 +94,7 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         inner: Any = handler.unary_unary
 
-        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
             try:
                 return await inner(request, context)
             except InvalidInputError as error:
