@@ -27,8 +27,9 @@ __all__ = ["SCENARIOS", "ScenarioName", "ScenarioPlan", "ScenarioStep", "plan_sc
 ScenarioName = Literal["collapse", "no-balance", "healthy"]
 SCENARIOS: Final[tuple[ScenarioName, ...]] = get_args(ScenarioName)
 
-# Half of the shipped model's batch: what a debugger that records every token of every layer keeps up with on a laptop.
-_ROW_LENGTH: Final = 128
+# One row of each kind, and half of the shipped model's batch: what a debugger that records every token of every layer
+# keeps up with on a laptop.
+_ROW_LENGTH: Final = 256
 _BATCH_TOKENS: Final = 1024
 _LEARNING_RATE: Final = 2e-3
 _WARMUP_STEPS: Final = 20

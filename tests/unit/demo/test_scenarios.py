@@ -80,7 +80,7 @@ def test_scenario_names_each_row_as_a_request_of_its_step(monkeypatch: pytest.Mo
     run_scenario("no-balance", steps=1)
     assert debugger.calls == [
         "step 0 balance_coef,learning_rate",
-        "enter train 8",
+        "enter train 4",
         "leave",
         "step 0 balance_loss,loss",
     ]
