@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
 import structlog
@@ -51,9 +52,9 @@ class ComponentMonitor:
         """Return the health of all parts."""
         return list(self._health.values())
 
-    def is_ready(self, name: str) -> bool:
-        """Return whether a part answered its last probe."""
-        return name in self._health and self._health[name].state == pb.COMPONENT_STATE_READY
+    def is_starting(self, name: str) -> bool:
+        """Return whether a part has not answered since the gateway started."""
+        return name in self._health and self._health[name].state == pb.COMPONENT_STATE_STARTING
 
     def probe_now(self, name: str) -> None:
         """Probe a part at once: a call to it has failed, or its connection changed."""
@@ -100,7 +101,8 @@ class ComponentMonitor:
 
 async def probe_analyzer(channel: grpc.aio.Channel, target: str) -> None:
     """Ask an analyzer's health service."""
-    stub: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(channel)
+    # The stubs of grpcio-health-checking know no method of it.
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     advice = "captured data is kept in the stream meanwhile"
     try:
         response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)

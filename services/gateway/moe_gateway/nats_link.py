@@ -167,5 +167,7 @@ class NatsLink:
     def _set_up(self, is_up: bool) -> None:
         if is_up != self._is_up:
             self._is_up = is_up
+            if is_up:
+                self.last_error = ""
             log.info("nats_connected" if is_up else "nats_lost", last_error=self.last_error)
             self._on_change()

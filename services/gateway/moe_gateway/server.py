@@ -11,7 +11,7 @@ import grpc
 import structlog
 import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 
 from moe_debugger.errors import FleetError
 from moe_debugger.v1 import gateway_pb2, gateway_pb2_grpc

@@ -149,11 +149,13 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
         except grpc.aio.AioRpcError as error:
             self._probe_worker_now()
             log.info("generation_failed", request_id=upstream.request_id, num_tokens=num_tokens, code=error.code().name)
-            after = f" after {num_tokens} tokens" if num_tokens else ""
-            advice = (
-                f"the generation ended{after}, and what was captured stays; the worker is restarted with the fleet: "
-                "send the prompt again when it is back"
-            )
+            if num_tokens:
+                what_happened = f"the generation ended after {num_tokens} tokens, and what was captured stays"
+            elif self._monitor.is_starting("worker"):
+                what_happened = "it is still starting, which takes up to a minute"
+            else:
+                what_happened = "nothing was generated"
+            advice = f"{what_happened}; send the prompt again when the fleet shows the worker as ready"
             raise upstream_error(error, f"the worker at {self._worker.target}", advice) from error
         finally:
             self._num_generations -= 1

@@ -151,7 +151,8 @@ class SessionHub:
             return
         except (MoEDebuggerError, ValueError) as error:
             # The components' health tells the watchers; the next try is a second away.
-            log.info("snapshot_failed", session_id=self.session_id, error=str(error))
+            if not self._has_failed:
+                log.info("snapshot_failed", session_id=self.session_id, error=str(error))
             self._has_failed = True
             return
         finally:

@@ -56,7 +56,9 @@ in the repository, then reload.</p></body></html>
 
 def allowed_hosts(port: int) -> frozenset[str]:
     """Return the Host headers that the web port answers to; any other is somebody's DNS pointing here."""
-    return frozenset({f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"})
+    names = ("127.0.0.1", "localhost", "[::1]")
+    # Browsers leave HTTP's own port out.
+    return frozenset((*(f"{name}:{port}" for name in names), *(names if port == 80 else ())))
 
 
 class StaticFiles:

@@ -85,7 +85,8 @@ def _native_errors() -> Any:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        status = rpc_status.from_call(error)
+        call: Any = error
+        status = rpc_status.from_call(call)
         raise CallError(error.code().value[0], error.details() or "", _reasons(status) if status else []) from None
 
 

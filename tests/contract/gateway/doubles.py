@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 
 from moe_debugger.v1 import analyzer_pb2 as apb
 from moe_debugger.v1 import analyzer_pb2_grpc, collector_pb2_grpc, control_pb2, session_pb2

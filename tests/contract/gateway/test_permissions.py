@@ -1,5 +1,7 @@
 """Deny by default: the running server is walked; everything that it answers to has a row in the permission table."""
 
+from typing import Any
+
 import grpc
 import pytest
 from contract.gateway.callers import CallError, NativeCaller, WebCaller, http
@@ -14,7 +16,8 @@ from moe_gateway.permissions import HTTP_ROUTES, LOCAL_USER_PERMISSIONS, RPC_PER
 async def _served_methods(port: int) -> set[str]:
     """Ask the server by reflection for every method of every service."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=(("grpc.enable_http_proxy", 0),)) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        untyped_channel: Any = channel
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(untyped_channel)
         call = stub.ServerReflectionInfo()
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         services = [service.name for service in (await call.read()).list_services_response.service]

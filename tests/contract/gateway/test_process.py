@@ -106,7 +106,7 @@ async def test_health_service_answers_on_the_native_port() -> None:
         await aeventually(lambda: running.events("gateway_ready"))
         target = f"127.0.0.1:{running.events('gateway_ready')[0]['grpc_port']}"
         async with grpc.aio.insecure_channel(target) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
             for name in ("", "moe_debugger.v1.DebuggerService"):
                 answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -192,6 +192,11 @@ async def test_worker_that_dies_midway_ends_the_stream_with_advice(
     assert (caught.value.code, caught.value.reasons) == (14, ["FLEET_PART_DOWN"])
     assert f"127.0.0.1:{bench.worker_port}" in caught.value.message
     assert "send the prompt again" in caught.value.message
+    with pytest.raises(CallError) as caught:
+        async for _ in connect(transport).stream("Generate", _generate()):
+            pass
+    assert caught.value.code == 14
+    assert "nothing was generated" in caught.value.message or "still starting" in caught.value.message
 
 
 async def test_fault_in_a_handler_leaks_nothing(
