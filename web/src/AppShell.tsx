@@ -223,7 +223,7 @@ function Main({ isPhone }: { isPhone: boolean }) {
       <ErrorBoundary name="history">
         <HistoryStrip />
       </ErrorBoundary>
-      <div className="experts-main">
+      <div className={`experts-main${picture.whole.layers.length > 8 ? " is-tall" : ""}`}>
         <ErrorBoundary name="heatmap">
           <Heatmap />
         </ErrorBoundary>

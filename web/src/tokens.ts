@@ -66,6 +66,11 @@ export function expectedRows(numPrompt: number, numGenerated: number): number {
   return numGenerated > 0 ? numPrompt + numGenerated - 1 : numPrompt;
 }
 
+/** A new text each time, where the temperature is above 0. */
+function newSeed(): bigint {
+  return BigInt(crypto.getRandomValues(new Uint32Array(1))[0] as number);
+}
+
 function describe(cause: unknown): GenerateError {
   const error = ConnectError.from(cause);
   return { code: Code[error.code] ?? "Unknown", message: error.rawMessage };
@@ -81,7 +86,7 @@ export class Generator {
     return this.#controller !== null;
   }
 
-  async generate(prompt: string, maxNewTokens: number): Promise<void> {
+  async generate(prompt: string, maxNewTokens: number, temperature: number): Promise<void> {
     if (this.#controller) return;
     const controller = new AbortController();
     this.#controller = controller;
@@ -106,7 +111,7 @@ export class Generator {
     }));
     try {
       const stream = this.app.client.generate(
-        { request: { prompt, maxNewTokens, requestId } },
+        { request: { prompt, maxNewTokens, temperature, requestId, seed: newSeed() } },
         { signal: controller.signal },
       );
       for await (const { response } of stream) {
@@ -300,6 +305,17 @@ function vocabularyKey(sessionId: string, tokenId: number): string {
   return `${sessionId}/${tokenId}`;
 }
 
+/** The demo model's tokens are bytes: id 0..255 is that byte (docs/demo-model.md). */
+const DEMO_MODEL = "demo";
+
+function isDemoModel(sessionId: string): boolean {
+  return useApp.getState().sessions?.find((session) => session.sessionId === sessionId)?.modelName === DEMO_MODEL;
+}
+
+function byteOf(tokenId: number): Uint8Array | undefined {
+  return tokenId < 256 ? Uint8Array.of(tokenId) : undefined;
+}
+
 /** The pieces of a request: as the worker streamed them, else by the token ids of its routes. */
 export function piecesOf(request: OpenRequest): {
   pieces: (Piece | { tokenId: number | null; bytes: null })[];
@@ -311,6 +327,7 @@ export function piecesOf(request: OpenRequest): {
   const routes = request.routes;
   if (!routes || routes.numTokens === 0) return { pieces: [], numPrompt: 0 };
   const { vocabulary } = useTokens.getState();
+  const isByteLevel = isDemoModel(request.sessionId);
   const size = (routes.position[routes.position.length - 1] as number) + 1;
   const pieces: (Piece | { tokenId: number | null; bytes: null })[] = Array.from({ length: size }, () => ({
     tokenId: null,
@@ -321,7 +338,8 @@ export function piecesOf(request: OpenRequest): {
     if (routes.phase[row] === 1) numPrompt = Math.max(numPrompt, position + 1);
     const tokenId = routes.tokenId[row];
     if (tokenId === undefined) return;
-    const bytes = vocabulary.get(vocabularyKey(request.sessionId, tokenId));
+    const bytes =
+      vocabulary.get(vocabularyKey(request.sessionId, tokenId)) ?? (isByteLevel ? byteOf(tokenId) : undefined);
     pieces[position] = bytes ? { tokenId, bytes } : { tokenId, bytes: null };
   });
   return { pieces, numPrompt };

@@ -59,29 +59,28 @@ export function Console() {
         )
       : [];
   const hasAny = findings.length + events.length + problems.length > 0;
-  const chips: [Chip, number, string][] = [
-    ["critical", counts.critical, t("console.critical")],
-    ["warning", counts.warning, t("console.warning")],
-    ["info", counts.info, t("console.info")],
-    ["component", events.length + problems.length, t("console.component")],
+  const chips: [Exclude<Chip, "all">, number][] = [
+    ["critical", counts.critical],
+    ["warning", counts.warning],
+    ["info", counts.info],
+    ["component", events.length + problems.length],
   ];
   return (
     <div className="console">
       <div className="console-bar">
+        <h2>{t("console.title")}</h2>
         <fieldset className="chips" aria-label={t("console.filter")}>
           <button type="button" className="chip" aria-pressed={chip === "all"} onClick={() => setChip("all")}>
             {t("console.all")}
           </button>
-          {chips.map(([id, n, word]) => (
+          {chips.map(([id, n]) => (
             <button type="button" className="chip" key={id} aria-pressed={chip === id} onClick={() => setChip(id)}>
               {id !== "component" && (
                 <SeverityGlyph
                   severity={id === "critical" ? Severity.CRITICAL : id === "warning" ? Severity.WARNING : Severity.INFO}
                 />
               )}
-              <span className={n > 0 ? id : undefined}>
-                {n} {word}
-              </span>
+              <span className={n > 0 ? id : undefined}>{t(`console.${id}`, { count: n })}</span>
             </button>
           ))}
         </fieldset>
@@ -182,6 +181,7 @@ function FindingRow({ finding }: { finding: Finding }) {
       </div>
       {isOpen && (
         <div className="finding-details">
+          <p className="finding-sentence">{summary}</p>
           <EvidenceTable finding={finding} />
           <Remedy finding={finding} />
         </div>

@@ -29,7 +29,11 @@ export function LoadTable({
       className="table-scroll"
       onScroll={(event: UIEvent<HTMLDivElement>) => isWindowed && setScroll(event.currentTarget.scrollTop)}
     >
-      <table className="numbers" data-testid="load-table" aria-rowcount={load.layers.length + 1}>
+      <table
+        className="numbers"
+        data-testid={cellTestId === "expert-cell" ? "expert-table" : "recent-expert-table"}
+        aria-rowcount={load.layers.length + 1}
+      >
         <caption className="visually-hidden">{t("table.caption", { range })}</caption>
         <thead>
           <tr>

@@ -9,6 +9,8 @@ import { expectedRows, type OpenRequest, piecesOf, useTokens } from "../tokens";
 
 const MAX_DRAWN = 4000;
 const DEFAULT_MAX_NEW = 128;
+// Greedy text of a small model soon repeats itself.
+const DEFAULT_TEMPERATURE = 0.7;
 
 /** Prompt box, tokens coloured by expert, and the route of one token. */
 export function TokensPanel({ isFull }: { isFull: boolean }) {
@@ -61,6 +63,7 @@ function PromptBox({ rows }: { rows: number }) {
   const { generator } = useServices();
   const [prompt, setPrompt] = useState("");
   const [maxNew, setMaxNew] = useState(DEFAULT_MAX_NEW);
+  const [temperature, setTemperature] = useState(DEFAULT_TEMPERATURE);
   const limit = useApp((state) => state.serverInfo?.maxPromptBytes ?? 0);
   const hasWorker = useApp((state) => state.serverInfo?.hasWorker ?? true);
   // Renders again with each change of a request.
@@ -73,7 +76,7 @@ function PromptBox({ rows }: { rows: number }) {
   const canGenerate = hasWorker && prompt.length > 0 && !isTooLong && !isRunning;
   const submit = (event?: FormEvent) => {
     event?.preventDefault();
-    if (canGenerate) void generator.generate(prompt, maxNew);
+    if (canGenerate) void generator.generate(prompt, maxNew, temperature);
   };
   return (
     <form className="prompt" onSubmit={submit}>
@@ -101,6 +104,18 @@ function PromptBox({ rows }: { rows: number }) {
             max={512}
             value={maxNew}
             onChange={(event) => setMaxNew(Math.max(1, Math.min(4096, Math.round(Number(event.target.value)) || 1)))}
+          />
+        </label>
+        <label className="inline-field" title={t("tokens.temperatureHint")}>
+          {t("tokens.temperature")}
+          <input
+            type="number"
+            data-testid="temperature"
+            min={0}
+            max={2}
+            step={0.1}
+            value={temperature}
+            onChange={(event) => setTemperature(Math.max(0, Math.min(2, Number(event.target.value) || 0)))}
           />
         </label>
         {isRunning ? (
