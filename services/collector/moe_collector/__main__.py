@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -101,6 +102,8 @@ async def _serve(settings: CollectorSettings, temp_dir: Path) -> int:
         return await _run(front, cluster, ray_thread, started, stopping)
     finally:
         await _stop(front, cluster, ray_thread, started)
+        # The process above us does so too, but it may have been killed.
+        await asyncio.to_thread(shutil.rmtree, temp_dir, ignore_errors=True)
 
 
 def _stop_event() -> asyncio.Event:

@@ -62,6 +62,7 @@ def kill_descendants(grace_s: float) -> int:
             killed.add(pid)
         _reap()
         time.sleep(0.02)
+    _reap()
     return len(killed)
 
 

@@ -5,6 +5,7 @@ with PR_SET_PDEATHSIG, which fires when the *thread* that started them ends.
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -56,6 +57,8 @@ class RayServe:
         from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
         from ray.serve.schema import LoggingConfig
 
+        # Set to INFO by the import; and its lines are no JSON.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             self._init(ray)
             quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -113,8 +116,6 @@ class RayServe:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Serve's own lines are no JSON; they are in its log folder.
-            "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             # Without it Ray takes 127.0.0.1 for a mistake, and listens on the machine's address and on 0.0.0.0.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -133,7 +134,7 @@ class RayServe:
         if not self._owns_cluster:
             ray.init(address=self._settings.ray_address, **common)
             return
-        _let_agent_choose_its_port()
+        _amend_ray_parameters()
         ray.init(
             num_cpus=2,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -164,23 +165,23 @@ class RayServe:
         return deployment.bind(self._settings)
 
 
-def _let_agent_choose_its_port() -> None:
-    """Give Ray's per-node agent a free port instead of 52365.
+def _amend_ray_parameters() -> None:
+    """Set what `ray.init` has no option for, though `ray start` has.
 
-    `ray.init` has no option for it (`ray start` does), and where the port is taken, by a second fleet say, the whole
-    cluster fails to start.
+    The per-node agent gets a free port instead of 52365: where that is taken, by a second fleet say, the whole cluster
+    fails to start. The autoscaler's monitor and the log monitor have nothing to do here and are left out.
     """
     from ray._private import parameter
 
     params = parameter.RayParams
-    if not getattr(params.__init__, "_moe_agent_port", False):
+    if not getattr(params.__init__, "_moe_amended", False):
         original = params.__init__
 
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            kwargs.setdefault("dashboard_agent_listen_port", 0)
-            original(self, *args, **kwargs)
+            amended = {"dashboard_agent_listen_port": 0, "no_monitor": True, "include_log_monitor": False}
+            original(self, *args, **(kwargs | amended))
 
-        init._moe_agent_port = True  # type: ignore[attr-defined]
+        init._moe_amended = True  # type: ignore[attr-defined]
         params.__init__ = init
 
 

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
 import nats
@@ -29,6 +30,8 @@ from moe_debugger.wire.codec import format_version
 from moe_debugger.wire.ids import new_id
 from moe_debugger.wire.subjects import EVENT_STREAM, EVENT_SUBJECTS, open_session_subject, partition_transform
 
+T = TypeVar("T")
+
 TOKEN = "a-token-of-this-test-0123456789"
 START_DEADLINE_S = 100.0
 
@@ -38,17 +41,17 @@ class Broker:
 
     def __init__(self, url: str) -> None:
         self.session_id = new_id()
-        self._url = url
+        self.url = url
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._call(self._start())
 
-    def _call(self, coroutine):  # type: ignore[no-untyped-def]
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
-        self._nats = await nats.connect(self._url)
+        self._nats = await nats.connect(self.url)
         source, destination = partition_transform(16)
         from nats.js.api import StreamConfig, SubjectTransform
 
@@ -70,7 +73,7 @@ class Broker:
 
     def messages(self) -> list[routing_pb2.SourceMessage]:
         """Return all that the stream holds, in order."""
-        return self._call(self._read())  # type: ignore[no-any-return]
+        return self._call(self._read())
 
     async def _read(self) -> list[routing_pb2.SourceMessage]:
         stream = self._nats.jetstream()
@@ -151,7 +154,6 @@ class WorkerProcess:
 def collector_broker() -> Iterator[Broker]:
     with NatsServer() as server:
         broker = Broker(server.url)
-        broker.url = server.url  # type: ignore[attr-defined]
         yield broker
         broker.close()
 
@@ -159,7 +161,7 @@ def collector_broker() -> Iterator[Broker]:
 @pytest.fixture(scope="session")
 def worker(collector_broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     log_path = tmp_path_factory.mktemp("worker") / "worker.log"
-    process = WorkerProcess(collector_broker.url, log_path)  # type: ignore[attr-defined]
+    process = WorkerProcess(collector_broker.url, log_path)
     try:
         process.wait_ready()
         yield process
