@@ -113,12 +113,11 @@ def _unreadable_reason(module: "nn.Module") -> str:
 
     if isinstance(module, nn.ModuleDict | nn.ModuleList):
         return f"{type(module).__name__} holds one module per expert, without token ids at its entrance"
-    parameters = [
-        parameter
-        for parameter in inspect.signature(type(module).forward).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(parameters) < 4:  # self, hidden states, expert ids, weights
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    # A wrapper around forward takes *args and says nothing: the hook checks each call's arguments anyway.
+    takes_any = any(each.kind is each.VAR_POSITIONAL for each in parameters)
+    if len(named) < 4 and not takes_any:  # self, hidden states, expert ids, weights
         return f"{type(module).__name__}.forward does not take (hidden states, expert ids, weights)"
     if _num_experts(module) is None:
         return f"{type(module).__name__} does not say its number of experts"

@@ -8,6 +8,7 @@ transformers' Mixtral experts by one that first counts what the experts were giv
 Which batch row belongs to which request is what the generation engine says when it calls the model.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import json
@@ -66,10 +67,12 @@ def _patch_mixtral(module: ModuleType) -> None:
     experts_class, model_class = module.MixtralExperts, module.MixtralForCausalLM
     experts_forward, model_forward = experts_class.forward, model_class.forward
 
+    @functools.wraps(experts_forward)
     def counted_experts(self: Any, hidden_states: Any, top_k_index: Any, *args: Any, **kwargs: Any) -> Any:
         recount.experts(self, top_k_index)
         return experts_forward(self, hidden_states, top_k_index, *args, **kwargs)
 
+    @functools.wraps(model_forward)
     def counted_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs["input_ids"], args = args[0], args[1:]
