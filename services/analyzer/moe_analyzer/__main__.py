@@ -100,6 +100,7 @@ async def run(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
             num_partitions=settings.num_partitions,
             recent_window_s=settings.recent_window_s,
             stale_after_s=settings.stale_after_s,
+            thresholds=settings.thresholds,
         )
         ownership = Ownership(redis, replica_id, settings.lease_s)
         context = PartitionContext(

@@ -10,7 +10,7 @@ from moe_analyzer.blob import unpack
 from moe_analyzer.findings import TrackedFindings
 from moe_analyzer.requests import RequestEntry, RowChunk, counts_field, decode_counts, rows_field
 from moe_analyzer.store import Store
-from moe_debugger.analysis import CaptureHealth, RoutingState, finish, merge_all
+from moe_debugger.analysis import CaptureHealth, RoutingState, Thresholds, finish, merge_all
 from moe_debugger.catalogue import Catalogue, SessionRow
 from moe_debugger.errors import InvalidInputError, MoEDebuggerError
 from moe_debugger.v1 import routing_pb2 as routing
@@ -48,13 +48,21 @@ class Queries:
     """All questions that can be asked about sessions."""
 
     def __init__(
-        self, store: Store, catalogue: Catalogue, *, num_partitions: int, recent_window_s: int, stale_after_s: float
+        self,
+        store: Store,
+        catalogue: Catalogue,
+        *,
+        num_partitions: int,
+        recent_window_s: int,
+        stale_after_s: float,
+        thresholds: Thresholds | None = None,
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._num_partitions = num_partitions
         self._recent_window_s = recent_window_s
         self._stale_after_ns = int(stale_after_s * _NS)
+        self._thresholds = thresholds
 
     async def list_sessions(self, tenant: str) -> list[pb.Session]:
         """Return the tenant's sessions, newest first."""
@@ -254,7 +262,7 @@ class Queries:
     async def _findings(self, tenant: str, session_id: str, merged: MergedSession) -> TrackedFindings:
         tracked = TrackedFindings.decode(await self._store.read_findings(tenant, session_id))
         if merged.newest_data_ns:
-            analysis = finish(merged.recent, health=_health(merged.sources))
+            analysis = finish(merged.recent, thresholds=self._thresholds, health=_health(merged.sources))
             if tracked.update(analysis, merged.newest_data_ns):
                 await self._store.write_findings(tenant, session_id, tracked.encode())
         return tracked

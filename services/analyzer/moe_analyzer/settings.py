@@ -5,6 +5,7 @@ import ipaddress
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from moe_debugger.analysis import Thresholds
 from moe_debugger.errors import ConfigError
 
 __all__ = ["ENV_PREFIX", "Settings", "load_settings"]
@@ -35,7 +36,25 @@ class Settings(BaseSettings):
         32 << 20, ge=0, description="Kept decisions per session and partition; the oldest requests go first."
     )
     max_requests: int = Field(2000, ge=1, description="Requests that are told apart, per session and partition.")
+    dead_expert: float = Field(
+        Thresholds().dead_expert, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
+    )
+    load_balance: float = Field(
+        Thresholds().load_balance, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
+    )
+    routing_confidence: float = Field(
+        Thresholds().routing_confidence, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
+    )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Return where the rules draw their lines."""
+        return Thresholds(
+            dead_expert=self.dead_expert,
+            load_balance=self.load_balance,
+            routing_confidence=self.routing_confidence,
+        )
 
     @field_validator("host")
     @classmethod

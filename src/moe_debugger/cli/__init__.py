@@ -1,10 +1,12 @@
 """The command line: `moe-debugger`."""
 
+import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 
 from moe_debugger.cli.demo import demo
@@ -92,6 +94,11 @@ def root(
 
 def main() -> None:
     """Run the command line; our own errors are printed without a traceback."""
+    # The library's progress is for services: here it would stand between the lines of a table.
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     try:
         app()
     except ConfigError as error:
