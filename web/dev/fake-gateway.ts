@@ -275,12 +275,12 @@ export class FakeGateway {
             startUnixNs: BigInt(Math.floor(Date.now() / 1000) - 200 + i) * 1_000_000_000n,
             durationS: 1,
             numTokens: BigInt(i % 40 < 30 ? 200 + ((i * 37) % 90) : 0),
-            loadEntropy: encodeF32(
+            effectiveExperts: encodeF32(
               Array.from({ length: fake.numLayers }, (_, l) =>
                 i % 40 < 30
                   ? fake.options.isCollapsed && l === 2
-                    ? Math.max(0.4, 0.99 - i / 250)
-                    : 0.94 + ((i * (l + 3)) % 7) / 120
+                    ? fake.numExperts ** Math.max(0.4, 0.99 - i / 250)
+                    : fake.numExperts ** (0.94 + ((i * (l + 3)) % 7) / 120)
                   : Number.NaN,
               ),
             ),

@@ -22,6 +22,7 @@ interface HistoryState {
   points: HistoryPoint[] | null;
   error: string | null;
   sessionId: string;
+  drawnResolution: Resolution;
 }
 
 export const MAX_POINTS = 300;
@@ -32,12 +33,20 @@ export const useHistoryStore = create<HistoryState>(() => ({
   points: null,
   error: null,
   sessionId: "",
+  drawnResolution: 1,
 }));
 
-export function decodeRollUps(rollUps: readonly RollUp[]): HistoryPoint[] {
+/**
+ * Points with each layer's load entropy in 0..1. It is taken from the effective experts, exp(H), and the layer's own E,
+ * so that layers of different sizes share one axis.
+ */
+export function decodeRollUps(rollUps: readonly RollUp[], numExperts: readonly number[]): HistoryPoint[] {
   return rollUps
     .map((rollUp) => {
-      const loadEntropy = decodeF32(rollUp.loadEntropy, "load_entropy");
+      const loadEntropy = decodeF32(rollUp.effectiveExperts, "effective_experts").map((effective, row) => {
+        const size = numExperts[row] ?? 0;
+        return size > 1 ? Math.log(effective) / Math.log(size) : Number.NaN;
+      });
       let minEntropy = Number.NaN;
       for (const value of loadEntropy) {
         if (!Number.isNaN(value) && !(minEntropy <= value)) minEntropy = value;
@@ -59,9 +68,13 @@ export function useHistoryPolling(): void {
   const sessionId = useApp((state) => state.sessionId);
   const resolution = useHistoryStore((state) => state.resolution);
   const isOver = useApp((state) => (state.picture?.snapshot.session?.state ?? 0) >= SessionState.CLOSED);
-  const isLive = useApp((state) => state.connection.state === "live");
+  const isLive = useApp((state) => state.connection.state === "live" && state.picture !== null);
   useEffect(() => {
-    useHistoryStore.setState({ points: null, error: null, sessionId });
+    // A lost connection keeps what is drawn; another session or span starts anew.
+    const drawn = useHistoryStore.getState();
+    if (drawn.sessionId !== sessionId || drawn.drawnResolution !== resolution) {
+      useHistoryStore.setState({ points: null, error: null, sessionId, drawnResolution: resolution });
+    }
     if (!sessionId || !isLive) return;
     const controller = new AbortController();
     const load = async () => {
@@ -70,7 +83,11 @@ export function useHistoryPolling(): void {
           { sessionId, resolutionS: resolution, maxPoints: MAX_POINTS },
           { signal: controller.signal },
         );
-        if (!useApp.getState().isPaused) useHistoryStore.setState({ points: decodeRollUps(points), error: null });
+        const { isPaused, picture } = useApp.getState();
+        const numExperts = picture?.whole.layers.map((layer) => layer.numExperts);
+        if (!isPaused && numExperts) {
+          useHistoryStore.setState({ points: decodeRollUps(points, numExperts), error: null });
+        }
       } catch (cause) {
         if (!controller.signal.aborted) useHistoryStore.setState({ error: ConnectError.from(cause).rawMessage });
       }

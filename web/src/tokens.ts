@@ -45,6 +45,9 @@ export interface TokensState {
   listError: string | null;
   /** Pieces by session and token id, as the worker sent them: they give earlier requests their text. */
   vocabulary: Map<string, Uint8Array>;
+  prompt: string;
+  maxNewTokens: number;
+  temperature: number;
 }
 
 export const useTokens = create<TokensState>(() => ({
@@ -54,6 +57,10 @@ export const useTokens = create<TokensState>(() => ({
   list: [],
   listError: null,
   vocabulary: new Map(),
+  prompt: "",
+  maxNewTokens: 128,
+  // Greedy text of a small model soon repeats itself.
+  temperature: 0.7,
 }));
 
 const POLL_MS = 400;

@@ -140,18 +140,16 @@ describe("history", () => {
       startUnixNs: BigInt(second) * 1_000_000_000n,
       durationS: 1,
       numTokens: 4n,
-      loadEntropy: encodeF32(values),
-      effectiveExperts: new Uint8Array(),
+      loadEntropy: new Uint8Array(),
+      effectiveExperts: encodeF32(values),
       firstStep: 0n,
       lastStep: 0n,
     });
-    const points = decodeRollUps([
-      point(12, [0.5, Number.NaN]),
-      point(10, [1, 0.75]),
-      point(11, [0.5, 0.25]),
-      point(20, [1, 1]),
-    ]);
-    expect(points.map(({ minEntropy }) => minEntropy)).toEqual([0.75, 0.25, 0.5, 1]);
+    const points = decodeRollUps(
+      [point(12, [2, Number.NaN]), point(10, [4, 2]), point(11, [4, 1]), point(20, [4, 4])],
+      [4, 4],
+    );
+    expect(points.map(({ minEntropy }) => minEntropy)).toEqual([0.5, 0, 0.5, 1]);
     const path = linePath(
       points,
       ({ minEntropy }) => minEntropy,

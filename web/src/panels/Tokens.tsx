@@ -1,4 +1,4 @@
-import { type FormEvent, type KeyboardEvent, memo, useEffect, useMemo, useRef, useState } from "react";
+import { type FormEvent, type KeyboardEvent, memo, useEffect, useMemo, useRef } from "react";
 import { useTranslation } from "react-i18next";
 import { useServices } from "../context";
 import { formatClock, formatFixed, formatInteger, formatPercent } from "../format";
@@ -8,9 +8,6 @@ import { useApp } from "../store";
 import { expectedRows, type OpenRequest, piecesOf, useTokens } from "../tokens";
 
 const MAX_DRAWN = 4000;
-const DEFAULT_MAX_NEW = 128;
-// Greedy text of a small model soon repeats itself.
-const DEFAULT_TEMPERATURE = 0.7;
 
 /** Prompt box, tokens coloured by expert, and the route of one token. */
 export function TokensPanel({ isFull }: { isFull: boolean }) {
@@ -61,9 +58,7 @@ function LayerPicker() {
 function PromptBox({ rows }: { rows: number }) {
   const { t } = useTranslation();
   const { generator } = useServices();
-  const [prompt, setPrompt] = useState("");
-  const [maxNew, setMaxNew] = useState(DEFAULT_MAX_NEW);
-  const [temperature, setTemperature] = useState(DEFAULT_TEMPERATURE);
+  const { prompt, maxNewTokens, temperature } = useTokens();
   const limit = useApp((state) => state.serverInfo?.maxPromptBytes ?? 0);
   const hasWorker = useApp((state) => state.serverInfo?.hasWorker ?? true);
   // Renders again with each change of a request.
@@ -76,7 +71,7 @@ function PromptBox({ rows }: { rows: number }) {
   const canGenerate = hasWorker && prompt.length > 0 && !isTooLong && !isRunning;
   const submit = (event?: FormEvent) => {
     event?.preventDefault();
-    if (canGenerate) void generator.generate(prompt, maxNew, temperature);
+    if (canGenerate) void generator.generate(prompt, maxNewTokens, temperature);
   };
   return (
     <form className="prompt" onSubmit={submit}>
@@ -89,7 +84,7 @@ function PromptBox({ rows }: { rows: number }) {
         spellCheck={false}
         disabled={!hasWorker}
         aria-invalid={isTooLong}
-        onChange={(event) => setPrompt(event.target.value)}
+        onChange={(event) => useTokens.setState({ prompt: event.target.value })}
         onKeyDown={(event: KeyboardEvent) => {
           if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit();
         }}
@@ -102,8 +97,12 @@ function PromptBox({ rows }: { rows: number }) {
             data-testid="max-tokens"
             min={1}
             max={512}
-            value={maxNew}
-            onChange={(event) => setMaxNew(Math.max(1, Math.min(4096, Math.round(Number(event.target.value)) || 1)))}
+            value={maxNewTokens}
+            onChange={(event) =>
+              useTokens.setState({
+                maxNewTokens: Math.max(1, Math.min(4096, Math.round(Number(event.target.value)) || 1)),
+              })
+            }
           />
         </label>
         <label className="inline-field" title={t("tokens.temperatureHint")}>
@@ -115,7 +114,9 @@ function PromptBox({ rows }: { rows: number }) {
             max={2}
             step={0.1}
             value={temperature}
-            onChange={(event) => setTemperature(Math.max(0, Math.min(2, Number(event.target.value) || 0)))}
+            onChange={(event) =>
+              useTokens.setState({ temperature: Math.max(0, Math.min(2, Number(event.target.value) || 0)) })
+            }
           />
         </label>
         {isRunning ? (
@@ -160,7 +161,7 @@ function RequestLine({ request }: { request: OpenRequest | undefined }) {
   });
   const isOver = request.state !== "waiting" && request.state !== "generating";
   const routes =
-    request.state === "waiting" || (request.state === "reopened" && !request.routes)
+    request.state === "waiting" || (expected === 0 && !request.routes)
       ? ""
       : request.isFinal
         ? t("tokens.rowsFinal", { rows: formatInteger(rows) })
@@ -521,11 +522,11 @@ function RequestList() {
               data-tokens={String(item.numTokens)}
               onClick={() => generator.open(item.requestId)}
             >
-              <span className="num muted">{formatClock(item.firstSeenAtUnixNs)}</span>
               <span className="request-text">
                 {textOf(item.requestId) || <span className="num">…{item.requestId.slice(-8)}</span>}
               </span>
               <span className="num muted">
+                {formatClock(item.firstSeenAtUnixNs)} ·{" "}
                 {item.hasRoutes
                   ? t("tokens.requestTokens", { n: formatInteger(item.numTokens) })
                   : t("tokens.noRoutes")}
