@@ -3,6 +3,7 @@
 The details hold one `google.rpc.ErrorInfo` whose reason is a constant, for clients that translate messages.
 """
 
+import re
 from collections.abc import Mapping
 
 import grpc
@@ -60,6 +61,12 @@ _STATUSES: tuple[tuple[type[MoEDebuggerError], grpc.StatusCode, str], ...] = (
     (FleetError, grpc.StatusCode.UNAVAILABLE, "FLEET_PART_DOWN"),
 )
 _RETRY_AFTER_S = 1
+# How grpc's own texts for a broken connection read; a service that answers UNAVAILABLE writes for people.
+_TRANSPORT_FAULT = re.compile(
+    r"failed to connect|socket closed|connection (refused|reset)|goaway|recvmsg|broken pipe|resolution|ipv[46]:|"
+    r"shutdown|stream removed|rst_stream|keepalive",
+    re.IGNORECASE,
+)
 
 
 def status_of(error: MoEDebuggerError) -> status_pb2.Status:
@@ -100,6 +107,9 @@ def upstream_error(error: grpc.aio.AioRpcError, what: str, advice: str) -> MoEDe
     """
     code, details = error.code(), error.details() or ""
     match code:
+        case grpc.StatusCode.UNAVAILABLE if details and not _TRANSPORT_FAULT.search(details):
+            # It answered, and says itself what it lacks.
+            return FleetError(f"{what} cannot answer now: {details}")
         case grpc.StatusCode.UNAVAILABLE:
             return FleetError(f"{what} cannot be reached; {advice}")
         case grpc.StatusCode.DEADLINE_EXCEEDED:

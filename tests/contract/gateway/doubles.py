@@ -30,6 +30,7 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
         self.tenants: set[str] = set()
         self.num_snapshots = 0
         self.is_slow = False
+        self.unavailable = ""
         self.num_cancelled = 0
 
     def add_session(self, session_id: str, name: str = "demo") -> None:
@@ -73,6 +74,8 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
 
     async def _check(self, request: Any, context: Any) -> None:
         self.tenants.add(request.tenant)
+        if self.unavailable:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self.unavailable)
         if self.is_slow:
             try:
                 await asyncio.Event().wait()

@@ -60,13 +60,16 @@ async def gateway_process(**settings: Any) -> AsyncIterator[Process]:
         await running.end()
 
 
+# A cold start imports for a second of CPU, which a busy machine stretches.
+_START_S = 60.0
+_STOP_S = 4.0
 _NOWHERE = {"analyzer_target": "127.0.0.1:1", "worker_target": "127.0.0.1:1", "nats_url": "nats://moe:pw@127.0.0.1:1"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_ends_quickly_and_in_order_although_streams_are_open(number: signal.Signals) -> None:
     async with gateway_process(web_port=0, grpc_port=0, **_NOWHERE) as running:
-        await aeventually(lambda: running.events("gateway_ready"))
+        await aeventually(lambda: running.events("gateway_ready"), _START_S)
         ready = running.events("gateway_ready")[0]
 
         # Everything it listens on is on loopback.
@@ -93,7 +96,8 @@ async def test_ends_quickly_and_in_order_although_streams_are_open(number: signa
             began = time.monotonic()
             running.process.send_signal(number)
             assert await running.end() == 0
-            assert time.monotonic() - began < 3
+            # 0.5 s on a quiet machine.
+            assert time.monotonic() - began < _STOP_S
         for reader in readers:
             error = await reader
             assert (error.code, error.reasons) == (14, ["FLEET_PART_DOWN"])
@@ -103,7 +107,7 @@ async def test_ends_quickly_and_in_order_although_streams_are_open(number: signa
 
 async def test_health_service_answers_on_the_native_port() -> None:
     async with gateway_process(web_port=0, grpc_port=0, **_NOWHERE) as running:
-        await aeventually(lambda: running.events("gateway_ready"))
+        await aeventually(lambda: running.events("gateway_ready"), _START_S)
         target = f"127.0.0.1:{running.events('gateway_ready')[0]['grpc_port']}"
         async with grpc.aio.insecure_channel(target) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -115,7 +119,7 @@ async def test_health_service_answers_on_the_native_port() -> None:
 @pytest.mark.parametrize("taken", ["web_port", "grpc_port"])
 async def test_taken_port_is_named_with_exit_code_3(taken: str) -> None:
     async with gateway_process(web_port=0, grpc_port=0, **_NOWHERE) as first:
-        await aeventually(lambda: first.events("gateway_ready"))
+        await aeventually(lambda: first.events("gateway_ready"), _START_S)
         port = first.events("gateway_ready")[0][taken]
         ports = {"web_port": free_port(), "grpc_port": free_port(), taken: port}
         async with gateway_process(**ports, **_NOWHERE) as second:

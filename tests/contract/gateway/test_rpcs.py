@@ -199,6 +199,14 @@ async def test_worker_that_dies_midway_ends_the_stream_with_advice(
     assert "nothing was generated" in caught.value.message or "still starting" in caught.value.message
 
 
+async def test_what_the_analyzer_lacks_is_passed_on(bench: Bench, connect: Connect, transport: str) -> None:
+    bench.analyzer.unavailable = "Redis does not answer the analyzer; try again"
+    with pytest.raises(CallError) as caught:
+        await connect(transport).unary("ListSessions", pb.ListSessionsRequest())
+    assert (caught.value.code, caught.value.reasons) == (14, ["FLEET_PART_DOWN"])
+    assert bench.analyzer.unavailable in caught.value.message
+
+
 async def test_fault_in_a_handler_leaks_nothing(
     bench: Bench, connect: Connect, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
