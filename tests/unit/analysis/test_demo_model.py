@@ -30,7 +30,7 @@ class RouterTap:
         self.handles = [router.register_forward_hook(self._keep) for router in routers]
 
     def _keep(self, _module: Any, _inputs: Any, output: tuple[Any, Any, Any]) -> None:
-        self.outputs.append(tuple(part.detach().float() for part in output))  # type: ignore[arg-type]
+        self.outputs.append(tuple(part.detach().float() for part in output))
 
     def fold(
         self,
