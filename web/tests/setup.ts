@@ -2,7 +2,9 @@ import { afterEach } from "vitest";
 
 // Components run in happy-dom, the rest in node.
 if (typeof document !== "undefined") {
-  const { cleanup } = await import("@testing-library/react");
+  const { cleanup, configure } = await import("@testing-library/react");
+  // A loaded machine is slow, not wrong.
+  configure({ asyncUtilTimeout: 10_000 });
   afterEach(cleanup);
   globalThis.matchMedia ??= ((query: string) => ({
     matches: false,

@@ -74,7 +74,7 @@ function PromptBox({ rows }: { rows: number }) {
     if (canGenerate) void generator.generate(prompt, maxNewTokens, temperature);
   };
   return (
-    <form className="prompt" onSubmit={submit}>
+    <form className="prompt" onSubmit={submit} noValidate>
       <textarea
         data-testid="prompt"
         aria-label={t("tokens.prompt")}
