@@ -73,21 +73,29 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which model runs, and how."""
 
-    path: str | None = Field(None, min_length=1, description="`demo`, or a folder with safetensors weights.")
-    device: Annotated[str, AfterValidator(_to_device)] | None = Field(None, description="auto, cpu, cuda or cuda:N.")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(None, description="Of the weights.")
+    path: str | None = Field(default=None, min_length=1, description="`demo`, or a folder with safetensors weights.")
+    device: Annotated[str, AfterValidator(_to_device)] | None = Field(
+        default=None, description="auto, cpu, cuda or cuda:N."
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="Of the weights."
+    )
 
 
 class CaptureConfig(_Section):
     """What is captured."""
 
-    level: Literal["counts", "routes", "routes+tokens", "full"] | None = Field(None, description="How much of it.")
-    sampling_rate: float | None = Field(None, gt=0, le=1, description="Share of the requests that are captured.")
+    level: Literal["counts", "routes", "routes+tokens", "full"] | None = Field(
+        default=None, description="How much of it."
+    )
+    sampling_rate: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the requests that are captured."
+    )
     buffer_size: Annotated[int, BeforeValidator(_to_bytes), Field(ge=1 << 20, le=1 << 34)] | None = Field(
-        None, description="Most bytes that wait to be sent: a number, or a size such as 64 MiB."
+        default=None, description="Most bytes that wait to be sent: a number, or a size such as 64 MiB."
     )
     gradients: Annotated[bool, AfterValidator(_refuse_gradients)] = Field(
-        False, description="Not there yet: true is refused."
+        default=False, description="Not there yet: true is refused."
     )
 
 
@@ -95,25 +103,31 @@ class ThresholdsConfig(_Section):
     """From where on something is a finding; the values' meaning is in docs/metrics.md."""
 
     dead_expert: float | None = Field(
-        None, gt=0, lt=1, description="An unused expert is dead where its share is proved below this part of 1/E."
+        default=None,
+        gt=0,
+        lt=1,
+        description="An unused expert is dead where its share is proved below this part of 1/E.",
     )
     load_balance: float | None = Field(
-        None, gt=0, lt=1, description="Load is skewed below this many effective experts, as a part of all experts."
+        default=None,
+        gt=0,
+        lt=1,
+        description="Load is skewed below this many effective experts, as a part of all experts.",
     )
     routing_confidence: float | None = Field(
-        None, gt=0, lt=1, description="A router is undecided below this 1 - token entropy / ln E."
+        default=None, gt=0, lt=1, description="A router is undecided below this 1 - token entropy / ln E."
     )
 
 
 class PerformanceConfig(_Section):
     """What the worker may use."""
 
-    batch_size: int | None = Field(None, ge=1, le=256, description="Most requests that share a forward.")
+    batch_size: int | None = Field(default=None, ge=1, le=256, description="Most requests that share a forward.")
     profiling: Annotated[bool, AfterValidator(_refuse_profiling)] = Field(
-        False, description="Not there yet: true is refused."
+        default=False, description="Not there yet: true is refused."
     )
     memory_limit: Annotated[None, BeforeValidator(_refuse_memory_limit)] = Field(
-        None, description="Not there yet: any value is refused."
+        default=None, description="Not there yet: any value is refused."
     )
 
 
@@ -220,7 +234,8 @@ def _line_of(document: CommentedMap, location: tuple[int | str, ...]) -> int:
 def _all_keys() -> Iterator[str]:
     for section, info in Config.model_fields.items():
         yield section
-        assert info.annotation is not None
+        assert isinstance(info.annotation, type)
+        assert issubclass(info.annotation, BaseModel)
         for key in info.annotation.model_fields:
             yield f"{section}.{key}"
 

@@ -65,7 +65,7 @@ def test_the_example_names_every_key_and_is_accepted(tmp_path: Path) -> None:
     config = load_config(path)
     for section, info in Config.model_fields.items():
         assert f"{section}:" in example
-        assert info.annotation is not None
+        assert isinstance(info.annotation, type)
         assert issubclass(info.annotation, BaseModel)
         for key in info.annotation.model_fields:
             assert re.search(rf"^  (# )?{key}\b", example, re.MULTILINE), f"{section}.{key}"
@@ -75,3 +75,13 @@ def test_the_example_names_every_key_and_is_accepted(tmp_path: Path) -> None:
         if variable.startswith("MOE_COLLECTOR_"):
             default = collector.model_fields[variable.removeprefix("MOE_COLLECTOR_").lower()].default
             assert value == str(default), variable
+
+
+def test_the_thresholds_of_a_file_are_those_of_the_analyzer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_analyzer.settings import load_settings
+
+    sections = {"thresholds": {"dead_expert": 0.1, "load_balance": 0.5, "routing_confidence": 0.2}}
+    for variable, value in Config.model_validate(sections).service_env().items():
+        monkeypatch.setenv(variable, value)
+    thresholds = load_settings().thresholds
+    assert (thresholds.dead_expert, thresholds.load_balance, thresholds.routing_confidence) == (0.1, 0.5, 0.2)

@@ -1,6 +1,7 @@
 """Where the servers come from: the wheel, then PATH with a version check, then an error that helps."""
 
 import stat
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def empty_scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(servers.sysconfig, "get_path", lambda _name: str(tmp_path / "scripts"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path / "scripts"))
     monkeypatch.setattr(servers, "_valkey_wheel", lambda: None)
     return folder
 
