@@ -64,7 +64,7 @@ _RETRY_AFTER_S = 1
 # How grpc's own texts for a broken connection read; a service that answers UNAVAILABLE writes for people.
 _TRANSPORT_FAULT = re.compile(
     r"failed to connect|socket closed|connection (refused|reset)|goaway|recvmsg|broken pipe|resolution|ipv[46]:|"
-    r"shutdown|stream removed|rst_stream|keepalive",
+    r"shutdown|stream removed|rst_stream|keepalive|cancelling all calls",
     re.IGNORECASE,
 )
 
@@ -109,7 +109,7 @@ def upstream_error(error: grpc.aio.AioRpcError, what: str, advice: str) -> MoEDe
     match code:
         case grpc.StatusCode.UNAVAILABLE if details and not _TRANSPORT_FAULT.search(details):
             # It answered, and says itself what it lacks.
-            return FleetError(f"{what} cannot answer now: {details}")
+            return FleetError(f"{what} cannot answer now ({details}); {advice}")
         case grpc.StatusCode.UNAVAILABLE:
             return FleetError(f"{what} cannot be reached; {advice}")
         case grpc.StatusCode.DEADLINE_EXCEEDED:

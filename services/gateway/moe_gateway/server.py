@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 
 SERVICE_NAME: str = gateway_pb2.DESCRIPTOR.services_by_name["DebuggerService"].full_name
 # Streams end by themselves as soon as the drain begins; these bound what does not.
-_GRPC_GRACE_S = 1.0
+_GRPC_GRACE_S = 0.5
 _WEB_GRACE_S = 1
 _MAX_CONNECTIONS = 1024
 
