@@ -80,7 +80,8 @@ async def _serve(settings: CollectorSettings, temp_dir: Path) -> int:
     from .deployment import RayServe
     from .front import Front
 
-    stopping = _stop_event()
+    stopping = asyncio.Event()
+    _listen_for_stop(stopping)
     front = Front(
         settings.host,
         settings.port,
@@ -106,12 +107,10 @@ async def _serve(settings: CollectorSettings, temp_dir: Path) -> int:
         await asyncio.to_thread(shutil.rmtree, temp_dir, ignore_errors=True)
 
 
-def _stop_event() -> asyncio.Event:
-    stopping = asyncio.Event()
+def _listen_for_stop(stopping: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stopping.set)
-    return stopping
 
 
 async def _run(
@@ -130,6 +129,8 @@ async def _run(
         except FleetError as error:
             _log.error("start_failed", error=str(error))
             return 1
+        # Again, in place of Ray's handler, which writes a stack trace at each SIGTERM.
+        _listen_for_stop(stopping)
     loop = asyncio.get_running_loop()
     while not stopping.is_set():
         await front.probe(_PROBE_TIMEOUT_S)

@@ -88,7 +88,7 @@ class RayServe:
 
     def drain(self, grace_s: float, timeout_s: float) -> None:
         """Ask the replica to end its requests and to say goodbye; a replica that does not answer is no error."""
-        if self._handle is None:
+        if self._handle is None or not self.is_cluster_alive():
             return
         try:
             self._handle.drain.remote(grace_s).result(timeout_s=timeout_s)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -30,7 +30,6 @@ from .settings import CollectorSettings
 if TYPE_CHECKING:
     from ray.serve.grpc_util import RayServegRPCContext
 
-    from moe_debugger._debugger import CaptureLevelName
     from moe_debugger.models import TextTokenizer
 
 __all__ = ["MODEL_FAILED", "Worker", "status_of"]
@@ -80,7 +79,7 @@ class Worker:
         self._tokenizer: TextTokenizer = loaded.tokenizer
         self._debugger = MoEDebugger(
             loaded.model,
-            level=cast("CaptureLevelName", settings.level),
+            level=settings.level,
             fleet=settings.nats_url.get_secret_value(),
             session_name=settings.session_name,
             sampling_rate=settings.sampling_rate,

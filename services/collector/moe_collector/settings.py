@@ -40,8 +40,10 @@ class CollectorSettings(BaseSettings):
     )
     model: str = Field("demo", min_length=1, description="`demo`, or a local folder with safetensors weights.")
     device: str = Field("auto", description="Where the model runs: auto, cpu, cuda or cuda:N.")
-    precision: str = Field("auto", description="Of the weights: auto, float32, bfloat16 or float16.")
-    level: str = Field("routes+tokens", description="What is captured: counts, routes, routes+tokens or full.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of the weights.")
+    level: Literal["counts", "routes", "routes+tokens", "full"] = Field(
+        "routes+tokens", description="What is captured."
+    )
     sampling_rate: float = Field(1.0, gt=0, le=1, description="Share of the requests whose routing is captured.")
     buffer_bytes: int = Field(64 << 20, ge=1 << 20, le=1 << 34, description="Most bytes that wait to be sent.")
     max_batch_size: int = Field(8, ge=1, le=256, description="Most requests that share a forward.")
