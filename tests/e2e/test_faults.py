@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import grpc
 import numpy as np
 import pytest
-from e2e.fleet import Fleet, eventually, snapshot_counts
+from e2e.fleet import Fleet, Generation, eventually, snapshot_counts
 
 from moe_debugger.v1 import gateway_pb2, gateway_pb2_grpc
 
@@ -93,7 +93,8 @@ def test_a_killed_gateway_comes_back_on_the_same_ports(breakable: Fleet) -> None
     eventually(lambda: all_ready(breakable), 30, "the gateway is back")
 
 
-def test_a_killed_worker_ends_the_call_with_a_clear_message_and_comes_back(breakable: Fleet) -> None:
+@pytest.mark.parametrize("part", ["ray::ServeReplica", "-P -m moe_collector"], ids=["replica", "worker"])
+def test_a_killed_worker_ends_the_call_with_a_clear_message_and_comes_back(breakable: Fleet, part: str) -> None:
     fleet = breakable
     eventually(lambda: all_ready(fleet), 40, "all parts are ready")
     started = fleet.generate(PROMPT, 3)
@@ -105,19 +106,24 @@ def test_a_killed_worker_ends_the_call_with_a_clear_message_and_comes_back(break
         except grpc.RpcError as error:
             errors.append(error)
 
-    before = sum(part.num_tokens for part in fleet.recount().values())
+    before = sum(each.num_tokens for each in fleet.recount().values())
     thread = threading.Thread(target=generate)
     thread.start()
     eventually(
-        lambda: sum(part.num_tokens for part in fleet.recount().values()) > before + 20, 20, "the model is generating"
+        lambda: sum(each.num_tokens for each in fleet.recount().values()) > before + 20, 20, "the model is generating"
     )
-    os.kill(fleet.pid_of("-m moe_collector"), signal.SIGKILL)
+    os.kill(fleet.pid_of(part), signal.SIGKILL)
     thread.join(60)
     assert errors
     assert errors[0].code() == grpc.StatusCode.UNAVAILABLE
     assert "worker" in (errors[0].details() or "")
-    eventually(lambda: all_ready(fleet), 90, "the worker is back")
-    again = fleet.generate(PROMPT, 3)
-    assert again.is_finished
+
+    def generates_again() -> Generation | None:
+        try:
+            return fleet.generate(PROMPT, 3)
+        except grpc.RpcError:
+            return None
+
+    again = eventually(generates_again, 90, "the worker is back")
     assert again.text == started.text
     assert again.session_id == started.session_id
