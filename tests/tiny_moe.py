@@ -112,7 +112,7 @@ def recount(model: nn.Module) -> Iterator[Recount]:
             result.weights.setdefault(_name, []).append(weights.detach().float().cpu().numpy().copy())
             return _original(hidden, ids, weights, *rest)
 
-        module.forward = counted  # type: ignore[method-assign]
+        module.forward = counted
         patched.append((module, original))
     try:
         yield result

@@ -126,18 +126,20 @@ def router_statistics(
 
 
 def _margin(scores: Floats, expert_ids: npt.NDArray[np.int32]) -> Floats:
-    """K-th minus (K+1)-th score; NaN where the recomputed top-k is not the captured one, or there is no (K+1)-th."""
+    """K-th minus (K+1)-th score; NaN where the recomputed top-k is not the captured one, or there is no (K+1)-th.
+
+    The captured experts are a top-k exactly where the lowest of them scores at least what the best other one does,
+    which needs no sorting. In a tie both are a top-k, and the margin is 0.
+    """
     num_experts, k = scores.shape[1], expert_ids.shape[1]
-    margin = np.full(len(scores), np.nan, np.float32)
     if k >= num_experts:
-        return margin
-    order = np.argpartition(-scores, k, axis=1)
-    same = (np.sort(order[:, :k], axis=1) == np.sort(expert_ids, axis=1)).all(axis=1)
-    kth = np.take_along_axis(scores, order[:, :k], axis=1).min(axis=1)
-    gap = kth - np.take_along_axis(scores, order[:, k : k + 1], axis=1)[:, 0]
-    finite = same & np.isfinite(gap)
-    margin[finite] = gap[finite]
-    return margin
+        return np.full(len(scores), np.nan, np.float32)
+    lowest = np.take_along_axis(scores, expert_ids, axis=1).min(axis=1)
+    others = scores.copy()
+    np.put_along_axis(others, expert_ids, -np.inf, axis=1)
+    gap: npt.NDArray[np.float64] = (lowest - others.max(axis=1)).astype(np.float64)
+    gap[~np.isfinite(gap) | (gap < 0)] = np.nan
+    return gap.astype(np.float32)
 
 
 def sigmoid(logits: Floats) -> Floats:

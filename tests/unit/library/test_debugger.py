@@ -159,7 +159,7 @@ def test_wrong_requests_are_refused_and_a_wrong_number_of_rows_is_a_problem(mode
             {"request_ids": [new_id()], "positions": [-1]},
         ):
             with pytest.raises(InvalidInputError):
-                debugger.requests(**arguments)  # type: ignore[arg-type]
+                debugger.requests(**arguments)
         with debugger.requests([new_id()]):
             model(_ids(2, 3))
         performance = debugger.get_performance_metrics()
@@ -223,7 +223,10 @@ def test_analyze_of_rows_equals_analyze_of_the_session(model: Any) -> None:
         by_rows = moe_debugger.analyze(session.decisions(), num_experts=8, top_k=2)
         by_state = session.analyze()
     for index, metrics in by_state.metrics.items():
-        assert by_rows.metrics[index].to_dict() == pytest.approx(metrics.to_dict(), nan_ok=True)
+        ours, theirs = metrics.to_dict(), by_rows.metrics[index].to_dict()
+        # Sums of all probabilities are in the state, not in the rows.
+        del ours["switch_balancing_loss"], theirs["switch_balancing_loss"]
+        np.testing.assert_equal(theirs, ours)
 
 
 def test_iterating_by_batch_gives_the_same_rows(model: Any) -> None:
