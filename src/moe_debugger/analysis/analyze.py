@@ -199,7 +199,14 @@ def _requests(request_id: Any, num_rows: int) -> tuple[list[str] | None, npt.NDA
     """Return the distinct request ids and each row's index; None where rows name no requests."""
     if request_id is None:
         return None, np.zeros(num_rows, np.uint32)
-    names, index = np.unique(np.asarray(["" if x is None else str(x) for x in request_id], object), return_inverse=True)
+    column = np.asarray(request_id)
+    if column.dtype.kind == "O":
+        # Texts, with None where a row has no request.
+        column = np.asarray(["" if name is None else str(name) for name in request_id], dtype=np.str_)
+    # Neighbours mostly share their request: sorting one row of each run is much less than sorting all.
+    is_first = np.r_[True, column[1:] != column[:-1]][:num_rows]
+    names, run_index = np.unique(column[is_first], return_inverse=True)
+    index = np.repeat(run_index, np.diff(np.r_[np.flatnonzero(is_first), num_rows]))
     return [str(name) for name in names], index.astype(np.uint32)
 
 
@@ -231,7 +238,13 @@ def _layer_columns(
         if name in columns:
             values = np.asarray(columns[name])[rows].astype(dtype)
             setattr(layer, name, np.ascontiguousarray(values[:, :k]) if values.ndim == 2 else values)
-    position = np.asarray(columns["position"])[rows] if "position" in columns else _running_index(index)
+    if "position" in columns:
+        position = np.asarray(columns["position"])[rows]
+    elif "token_id" in columns or "gate_weights" in columns:
+        position = _running_index(index)
+    else:
+        # Positions only help to tell tokens apart, and nothing else here could.
+        position = np.zeros(n, np.int64)
     token_id = np.asarray(columns["token_id"])[rows].astype(np.uint32) if "token_id" in columns else None
     return RoutingColumns(
         **row_values,
