@@ -147,7 +147,7 @@ async def connect(url: str) -> Any:
     async def quiet(_: Exception) -> None:
         return
 
-    return await nats.connect(url, error_cb=quiet, max_reconnect_attempts=-1, reconnect_time_wait=0.1)  # type: ignore[arg-type]
+    return await nats.connect(url, error_cb=quiet, max_reconnect_attempts=-1, reconnect_time_wait=0.1)  # type: ignore[arg-type, unused-ignore]
 
 
 async def publish(js: Any, message: tuple[str, bytes, str], *, retry_s: float = 30.0) -> None:

@@ -121,7 +121,8 @@ class AnalyzerServer:
             options=[("grpc.max_send_message_length", _MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)],
         )
         rpc.add_AnalyzerServiceServicer_to_server(service, self._server)
-        self._health = health.aio.HealthServicer()
+        # The package defines `aio` at run time, out of a type checker's sight.
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:

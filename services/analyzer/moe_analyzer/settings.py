@@ -18,34 +18,49 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
 
-    host: str = Field("127.0.0.1", description="Address of the gRPC port. Loopback only, until there is login.")
-    port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 lets the system choose.")
-    nats_url: SecretStr = Field(SecretStr("nats://127.0.0.1:4222"), description="NATS server, with its password.")
-    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey, with password.")
+    host: str = Field(default="127.0.0.1", description="Address of the gRPC port. Loopback only, until there is login.")
+    port: int = Field(default=50052, ge=0, le=65535, description="gRPC port; 0 lets the system choose.")
+    nats_url: SecretStr = Field(
+        default=SecretStr("nats://127.0.0.1:4222"), description="NATS server, with its password."
+    )
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey, with password."
+    )
     database_url: SecretStr = Field(
-        SecretStr("sqlite+aiosqlite:///catalogue.db"), description="SQL catalogue, SQLAlchemy URL of an async driver."
+        default=SecretStr("sqlite+aiosqlite:///catalogue.db"),
+        description="SQL catalogue, SQLAlchemy URL of an async driver.",
     )
-    num_partitions: int = Field(16, ge=1, le=1024, description="Partitions of the stream; fixed when it is created.")
-    stream_max_bytes: int = Field(1 << 30, ge=1 << 20, description="The event stream's size; the oldest goes first.")
-    flush_interval_s: float = Field(0.2, ge=0.01, le=60, description="Time between two writes of a partition.")
-    lease_s: float = Field(3.0, ge=0.5, le=60, description="A silent replica loses its partitions after this time.")
-    recent_window_s: int = Field(30, ge=1, le=120, description="Length of the recent window, in broker time.")
-    stale_after_s: float = Field(15.0, gt=0, description="A session without a message for this long is stale.")
-    close_after_s: float = Field(600.0, gt=0, description="A session without a message for this long is closed.")
+    num_partitions: int = Field(
+        default=16, ge=1, le=1024, description="Partitions of the stream; fixed when it is created."
+    )
+    stream_max_bytes: int = Field(
+        default=1 << 30, ge=1 << 20, description="The event stream's size; the oldest goes first."
+    )
+    flush_interval_s: float = Field(default=0.2, ge=0.01, le=60, description="Time between two writes of a partition.")
+    lease_s: float = Field(
+        default=3.0, ge=0.5, le=60, description="A silent replica loses its partitions after this time."
+    )
+    recent_window_s: int = Field(default=30, ge=1, le=120, description="Length of the recent window, in broker time.")
+    stale_after_s: float = Field(default=15.0, gt=0, description="A session without a message for this long is stale.")
+    close_after_s: float = Field(
+        default=600.0, gt=0, description="A session without a message for this long is closed."
+    )
     rows_budget_bytes: int = Field(
-        32 << 20, ge=0, description="Kept decisions per session and partition; the oldest requests go first."
+        default=32 << 20, ge=0, description="Kept decisions per session and partition; the oldest requests go first."
     )
-    max_requests: int = Field(2000, ge=1, description="Requests that are told apart, per session and partition.")
+    max_requests: int = Field(
+        default=2000, ge=1, description="Requests that are told apart, per session and partition."
+    )
     dead_expert: float = Field(
-        Thresholds().dead_expert, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
+        default=Thresholds().dead_expert, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
     )
     load_balance: float = Field(
-        Thresholds().load_balance, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
+        default=Thresholds().load_balance, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
     )
     routing_confidence: float = Field(
-        Thresholds().routing_confidence, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
+        default=Thresholds().routing_confidence, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."
     )
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @property
     def thresholds(self) -> Thresholds:

@@ -163,7 +163,7 @@ async def test_close_session(service: Service) -> None:
 
 
 def _requests(tenant: str, session_id: str) -> dict[str, Any]:
-    place = {"tenant": tenant, "session_id": session_id}
+    place: dict[str, Any] = {"tenant": tenant, "session_id": session_id}
     return {
         "GetSnapshot": pb.AnalyzerServiceGetSnapshotRequest(**place),
         "GetHistory": pb.AnalyzerServiceGetHistoryRequest(**place, resolution_s=1),
@@ -189,8 +189,8 @@ async def test_errors_have_codes_and_say_what_is_wrong(service: Service) -> None
     for method, request in _requests("NOT A TENANT", service.session_id).items():
         assert await code(method, request) == grpc.StatusCode.INVALID_ARGUMENT, method
     assert await code("ListSessions", pb.AnalyzerServiceListSessionsRequest()) == grpc.StatusCode.INVALID_ARGUMENT
-    place = {"tenant": "default", "session_id": service.session_id}
-    history = pb.AnalyzerServiceGetHistoryRequest(**place, resolution_s=5)  # type: ignore[arg-type]
+    place: dict[str, Any] = {"tenant": "default", "session_id": service.session_id}
+    history = pb.AnalyzerServiceGetHistoryRequest(**place, resolution_s=5)
     assert await code("GetHistory", history) == grpc.StatusCode.INVALID_ARGUMENT
     for request_id, expected in (
         ("", grpc.StatusCode.INVALID_ARGUMENT),
