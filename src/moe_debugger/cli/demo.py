@@ -92,7 +92,9 @@ def demo(
     if found is not None:
         _print_findings(console, found, "as on the page")
     else:
-        _print_findings(console, account.findings(), f"from the loads of the last {_RECENT_STEPS} steps")
+        # Sums hold no requests whose variance could prove anything; the analyzer, which has the rows, goes further.
+        origin = f"from the sums of the last {_RECENT_STEPS} steps; with a fleet they come from all decisions"
+        _print_findings(console, account.findings(), origin)
 
 
 @contextlib.contextmanager
@@ -161,7 +163,9 @@ class _Account:
         fault_step = self._steps[-1].plan.fault_step
         healthy = [] if fault_step is None else self._steps[fault_step // 3 : fault_step]
         analysis = finish(self._state(self._steps[-_RECENT_STEPS:]), baseline=self._state(healthy) if healthy else None)
-        return [(finding.severity, finding_sentence(finding.code, dict(finding.args))) for finding in analysis.findings]
+        return [
+            (str(finding.severity), finding_sentence(finding.code, dict(finding.args))) for finding in analysis.findings
+        ]
 
     @staticmethod
     def _state(steps: Sequence[ScenarioStep]) -> RoutingState:

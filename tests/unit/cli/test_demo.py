@@ -1,0 +1,43 @@
+"""The findings at the end of `demo` come from the loads of the run, by the same rules as everywhere."""
+
+from moe_debugger.cli.demo import _Account, _line
+from moe_debugger.demo.scenarios import ScenarioStep, plan_scenario
+from moe_debugger.demo.training import StepResult
+
+_HEALTHY = ((250, 260, 255, 259, 250, 256, 260, 258),) * 4
+_COLLAPSED = ((1024, 1024, 0, 0, 0, 0, 0, 0),) * 4
+
+
+def _step(number: int, counts: tuple[tuple[int, ...], ...], *, is_fault_on: bool) -> ScenarioStep:
+    return ScenarioStep(
+        plan=plan_scenario("collapse", steps=200, fault_step=100),
+        result=StepResult(step=number, loss=2.0, balance_loss=1.0, counts=counts),
+        balance_coef=-0.3 if is_fault_on else 0.05,
+        is_fault_on=is_fault_on,
+        elapsed_s=1.0,
+    )
+
+
+def test_sums_of_a_collapsed_run_say_so_in_sentences_but_raise_no_alarm() -> None:
+    account = _Account()
+    for number in range(200):
+        account.add(_step(number, _HEALTHY if number < 100 else _COLLAPSED, is_fault_on=number >= 100))
+    findings = account.findings()
+    assert all("used 2 of 8 experts" in sentence for _, sentence in findings), findings
+    assert len(findings) == 4
+    # Sums without requests prove nothing: an alarm from them would be a guess.
+    assert {severity for severity, _ in findings} == {"info"}
+    assert all("{{" not in sentence and " " in sentence for _, sentence in findings)
+
+
+def test_a_healthy_run_has_no_alarm() -> None:
+    account = _Account()
+    for number in range(200):
+        account.add(_step(number, _HEALTHY, is_fault_on=False))
+    assert [finding for finding in account.findings() if finding[0] != "info"] == []
+
+
+def test_a_line_names_the_fault_while_it_is_on() -> None:
+    assert "FAULT" in _line(_step(120, _COLLAPSED, is_fault_on=True))
+    assert "effective experts by layer: 2.0 2.0 2.0 2.0" in _line(_step(120, _COLLAPSED, is_fault_on=True))
+    assert "FAULT" not in _line(_step(1, _HEALTHY, is_fault_on=False))
