@@ -33,7 +33,7 @@ from moe_debugger.wire.subjects import EVENT_STREAM, EVENT_SUBJECTS, open_sessio
 T = TypeVar("T")
 
 TOKEN = "a-token-of-this-test-0123456789"
-START_DEADLINE_S = 100.0
+START_DEADLINE_S = 150.0
 
 
 class Broker:

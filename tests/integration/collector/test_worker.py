@@ -24,7 +24,7 @@ from moe_debugger.wire.ids import new_id
 
 from .conftest import TOKEN, Broker, WorkerProcess
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 Stub = pb_grpc.WorkerServiceStub
 
