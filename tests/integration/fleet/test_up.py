@@ -16,6 +16,9 @@ from fleet_process import FleetProcess, wait_until
 
 from moe_debugger.embedded import health
 
+# A fleet starts in 3 s on a quiet machine, in 30 s on one that does much else.
+pytestmark = pytest.mark.timeout(300)
+
 StartFleet = Callable[..., FleetProcess]
 
 
