@@ -170,7 +170,7 @@ class Fleet:
         if self._supervisor is not None:
             self._supervisor.stop(STOP_ORDER, self.is_hurried)
         for port in self._reserved:
-            port.release()
+            port.close()
         if self._guardian is not None:
             kill_marked(self.fleet_id, timeout_s=_SWEEP_TIMEOUT_S, spare=frozenset({os.getpid(), self._guardian.pid}))
             self._guardian.dismiss()

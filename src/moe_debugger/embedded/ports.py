@@ -1,11 +1,13 @@
 """Loopback ports: the one the user gave or an error, else a preferred one, else any free one.
 
-A reserved port stays bound until just before its server starts, so that two fleets that start at the same time
-never choose the same one.
+A reserved port stays bound until just before its server starts. A busy machine takes seconds from there until the
+server has bound it, so a fleet also holds a claim on the port for as long as it lives: another fleet that starts
+meanwhile takes a different one. A claim is an abstract Unix socket, which the kernel removes however its holder ends.
 """
 
 import random
 import socket
+import sys
 from pathlib import Path
 
 from moe_debugger.errors import FleetError
@@ -32,6 +34,29 @@ def _bind(port: int) -> socket.socket | None:
     return probe
 
 
+def _claim(port: int) -> socket.socket | None:
+    """Claim a port among all fleets; None where another one has it."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if sys.platform == "linux":
+        try:
+            claim.bind(f"\0moe-debugger/port/{port}")
+        except OSError:
+            claim.close()
+            return None
+    return claim
+
+
+def _reserve(port: int) -> "ReservedPort | None":
+    claim = _claim(port)
+    if claim is None:
+        return None
+    probe = _bind(port)
+    if probe is None:
+        claim.close()
+        return None
+    return ReservedPort(port, probe, claim)
+
+
 def is_port_free(port: int) -> bool:
     """Say whether a server could listen on 127.0.0.1:`port` now."""
     probe = _bind(port)
@@ -42,12 +67,13 @@ def is_port_free(port: int) -> bool:
 
 
 class ReservedPort:
-    """A port of 127.0.0.1 that is ours; `release` it just before its server binds it."""
+    """A port of 127.0.0.1 that is ours; `release` it just before its server binds it, `close` it at the end."""
 
-    def __init__(self, port: int, probe: socket.socket, note: str = "") -> None:
+    def __init__(self, port: int, probe: socket.socket, claim: socket.socket) -> None:
         self.port = port
+        self._claim = claim
         #: Says that another port than the preferred one was taken; empty where it was not.
-        self.note = note
+        self.note = ""
         self._probe: socket.socket | None = probe
 
     @property
@@ -56,10 +82,15 @@ class ReservedPort:
         return f"{LOOPBACK}:{self.port}"
 
     def release(self) -> None:
-        """Let the port go; harmless when repeated."""
+        """Let a server of this fleet bind the port; harmless when repeated."""
         if self._probe is not None:
             self._probe.close()
             self._probe = None
+
+    def close(self) -> None:
+        """Let the port go for other fleets too; harmless when repeated."""
+        self.release()
+        self._claim.close()
 
 
 def _ephemeral_start() -> int:
@@ -84,22 +115,23 @@ def reserve_port(name: str, *, option: str = "", requested: int | None = None, p
         FleetError: the requested port is taken or not allowed.
     """
     if requested is not None:
-        probe = _bind(requested)
-        if probe is None:
+        reserved = _reserve(requested)
+        if reserved is None:
             raise FleetError(
                 f"port {requested} ({option or name}) cannot be used on {LOOPBACK}: it is taken, or not allowed. "
                 f"Give another one{f' with {option}' if option else ''}, or leave the option out for a free one."
             )
-        return ReservedPort(requested, probe)
+        return reserved
     if preferred:
-        probe = _bind(preferred)
-        if probe is not None:
-            return ReservedPort(preferred, probe)
+        reserved = _reserve(preferred)
+        if reserved is not None:
+            return reserved
     last = _ephemeral_start() - 1
     for _ in range(_NUM_TRIES):
         port = random.randint(_FIRST_CHOSEN_PORT, last)  # noqa: S311 - spreads fleets apart, no secret
-        probe = _bind(port)
-        if probe is not None:
-            note = f"port {preferred} is taken: {name} is on {port}" if preferred and option else ""
-            return ReservedPort(port, probe, note)
+        reserved = _reserve(port)
+        if reserved is not None:
+            if preferred and option:
+                reserved.note = f"port {preferred} is taken: {name} is on {port}"
+            return reserved
     raise FleetError(f"no free port for {name} on {LOOPBACK} in {_FIRST_CHOSEN_PORT}..{last} after {_NUM_TRIES} tries")

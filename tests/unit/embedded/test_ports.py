@@ -25,16 +25,22 @@ def test_another_port_is_chosen_and_said_where_the_preferred_one_is_taken(taken_
     assert port.port != taken_port
     assert str(taken_port) in port.note
     assert str(port.port) in port.note
-    port.release()
+    port.close()
 
 
-def test_a_reserved_port_is_nobody_elses_until_it_is_released() -> None:
+def test_a_reserved_port_is_nobody_elses_until_it_is_closed() -> None:
     first = reserve_port("the page")
     assert not is_port_free(first.port)
     with pytest.raises(FleetError):
         reserve_port("the page", requested=first.port)
+    # Its own server may bind it now, but no other fleet may choose it.
     first.release()
     first.release()
+    assert is_port_free(first.port)
+    with pytest.raises(FleetError):
+        reserve_port("the page", requested=first.port)
+    first.close()
+    first.close()
     second = reserve_port("the page", requested=first.port)
     assert second.port == first.port
-    second.release()
+    second.close()
