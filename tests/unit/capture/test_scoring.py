@@ -10,7 +10,7 @@ from moe_debugger.capture.scoring import SelectionRule, confirm_scoring, router_
 RULE = SelectionRule(None)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _softmax(logits: np.ndarray) -> np.ndarray:
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
     return exponentials / exponentials.sum(1, keepdims=True)  # type: ignore[no-any-return]
 
