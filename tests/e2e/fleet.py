@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +70,9 @@ class Fleet:
         self.recount_folder = Path(self.folder.name) / "recount"
         self.recount_folder.mkdir()
         self.marker = f"{os.getpid()}-{time.time_ns()}"
-        environment = {**os.environ, MARKER: self.marker}
+        # Short: Ray's Unix sockets lie below it, and their paths end at 107 bytes.
+        self.temporary = Path(tempfile.mkdtemp(prefix="m-"))
+        environment = {**os.environ, MARKER: self.marker, "TMPDIR": str(self.temporary)}
         if recount:
             environment |= {
                 "MOE_TEST_RECOUNT_DIR": str(self.recount_folder),
@@ -141,6 +144,7 @@ class Fleet:
                 continue
         if self.process.stdout is not None:
             self.process.stdout.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
         self.folder.cleanup()
 
     # --- clients ---------------------------------------------------------------------------------------------

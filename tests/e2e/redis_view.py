@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import redis
+
 from moe_analyzer.aggregate import PartHead
 from moe_analyzer.requests import counts_field, decode_counts
 from moe_analyzer.store import session_key
