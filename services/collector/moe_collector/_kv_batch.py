@@ -10,7 +10,7 @@ columns that are padding in every row that is left are cut off.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class KVBatch:
         import torch
 
         width = max(self._num_columns, num_columns)
-        for layer, joining in zip(self.cache.layers, cache.layers, strict=True):
+        for layer, joining in zip(_layers(self.cache), _layers(cache), strict=True):
             if layer.is_initialized:  # layers that share another one's keys hold nothing
                 layer.keys = torch.cat([_pad_left(layer.keys, width), _pad_left(joining.keys, width)])
                 layer.values = torch.cat([_pad_left(layer.values, width), _pad_left(joining.values, width)])
@@ -105,13 +105,18 @@ class KVBatch:
         import torch
 
         surplus = self._num_columns - max(self._lengths)
-        for layer in self.cache.layers:
+        for layer in _layers(self.cache):
             if layer.is_initialized:
                 index = torch.tensor(rows, device=layer.keys.device)
                 # A copy, so that the rows that left free their memory.
                 layer.keys = layer.keys[..., surplus:, :].index_select(0, index)
                 layer.values = layer.values[..., surplus:, :].index_select(0, index)
         self._num_columns -= surplus
+
+
+def _layers(cache: "DynamicCache") -> list[Any]:
+    # All are `DynamicLayer`s here; the type of `Cache.layers` allows for others.
+    return list(cache.layers)
 
 
 def _pad_left(tensor: "torch.Tensor", width: int) -> "torch.Tensor":

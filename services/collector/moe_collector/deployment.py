@@ -83,7 +83,8 @@ class RayServe:
             return True
         import ray
 
-        node = ray._private.worker._global_node
+        worker: Any = ray._private.worker  # pyright: ignore
+        node = worker._global_node
         return node is not None and bool(node.remaining_processes_alive())
 
     def drain(self, grace_s: float, timeout_s: float) -> None:

@@ -423,6 +423,7 @@ class GenerationEngine:
         positions = (columns - padding).clamp(min=0).to(device)
         ids = ids.to(device)
         cache = new_cache()
+        logits = torch.empty(0)
         # Only a request that is alone is longer than a chunk, so no chunk is padding from end to end.
         for start in range(0, width, PREFILL_CHUNK_TOKENS):
             if start and self._must_give_up(group):

@@ -12,8 +12,7 @@ from typing import Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from moe_debugger.v1 import collector_pb2 as pb
 
@@ -69,7 +68,7 @@ class Front:
         self._unavailable: str | None = STARTING
         self._missed = 0
         self._server: grpc.aio.Server | None = None
-        self._health = health_aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def is_ready(self) -> bool:

@@ -73,7 +73,8 @@ def guard_replica() -> None:
     original = getattr(replica, "add_port_to_grpc_server", None)
     if host and original is not None:
         loopback = f"[{host}]" if ":" in host else host
-        replica.add_port_to_grpc_server = lambda server, address: original(
+        module: Any = replica
+        module.add_port_to_grpc_server = lambda server, address: original(
             server, f"{loopback}:{address.rpartition(':')[2]}"
         )
 

@@ -77,7 +77,8 @@ async def failure_of(setup: Setup, **options: Any) -> grpc.aio.AioRpcError:
 
 
 async def health(setup: Setup) -> Any:
-    return (await health_pb2_grpc.HealthStub(setup.channel).Check(health_pb2.HealthCheckRequest())).status
+    health_stub: Any = health_pb2_grpc.HealthStub(setup.channel)
+    return (await health_stub.Check(health_pb2.HealthCheckRequest())).status
 
 
 async def test_it_says_that_the_worker_starts_until_the_first_probe(setup: Setup) -> None:

@@ -202,7 +202,8 @@ def test_the_files_of_the_cluster_are_private(worker: WorkerProcess, stub: Stub)
 
 def test_health_is_answered(worker: WorkerProcess, stub: Stub) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{worker.port}") as channel:
-        response = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        health_stub: Any = health_pb2_grpc.HealthStub(channel)
+        response = health_stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert response.status == health_pb2.HealthCheckResponse.SERVING
 
 

@@ -16,7 +16,7 @@ class RowRecount:
     It takes rows' names from `requests` as `MoEDebugger` does, and everything else from the tensors of the forward.
     """
 
-    def __init__(self, model: MixtralForCausalLM) -> None:
+    def __init__(self, model: Any) -> None:
         self.tokens: Counter[str] = Counter()
         self.routed: Counter[str] = Counter()
         self.positions: dict[str, list[int]] = {}
@@ -41,10 +41,11 @@ class RowRecount:
         if not self._names:
             return
         num_new = kwargs["input_ids"].shape[1]
-        self._valid = kwargs["attention_mask"][:, -num_new:].bool()
-        assert self._valid.shape[0] == len(self._names)
+        valid_rows: torch.Tensor = kwargs["attention_mask"][:, -num_new:].bool()
+        self._valid = valid_rows
+        assert valid_rows.shape[0] == len(self._names)
         for row, name in enumerate(self._names):
-            valid = self._valid[row]
+            valid = valid_rows[row]
             self.tokens[name] += int(valid.sum())
             self.positions.setdefault(name, []).extend(kwargs["position_ids"][row][valid].tolist())
             self.phases.setdefault(name, []).append(self._phase)
