@@ -105,6 +105,15 @@ def test_one_kind_of_text_does_not_look_like_a_collapse(counter: SlotCounter, he
         assert min(spread(layer) for layer in window.tolist()) >= 3.5
 
 
+@pytest.mark.parametrize("prompt", ["def main(argv):\n", "The method returns a ", "12 + 30 = ", '{"id": 12, "name": "'])
+def test_greedy_text_does_not_look_like_a_collapse(demo: LoadedModel, counter: SlotCounter, prompt: str) -> None:
+    # A model that falls into one repeated byte (spaces without end after code) would.
+    ids = torch.tensor([demo.tokenizer.encode(prompt)])
+    with torch.inference_mode():
+        text = bytes(demo.model.generate(ids, max_new_tokens=128, do_sample=False, pad_token_id=0)[0].tolist())
+    assert min(spread(layer) for layer in counter.count([text])[0].tolist()) >= 3.5
+
+
 def test_no_expert_is_unused_on_mixed_text(counter: SlotCounter, held_out: Corpus) -> None:
     mixed = np.sum([counter.count(windows_of(held_out, kind, 128, 10)).sum(axis=0) for kind in KINDS], axis=0)
     assert mixed.sum() == NUM_LAYERS * 4 * 10 * 128 * TOP_K
