@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -49,7 +50,8 @@ class Analyzer:
         return self
 
     def is_serving(self) -> bool:
-        answer = health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+        health: Any = health_pb2_grpc.HealthStub(self.channel)
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     @property

@@ -48,7 +48,7 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **cha
         model = MixtralForCausalLM(MixtralConfig(**shared, num_local_experts=8, num_experts_per_tok=2))
     elif name == "qwen3_moe":
         model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**shared, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, head_dim=8)
+            Qwen3MoeConfig(**{**shared, "head_dim": 8}, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16)
         )
     elif name == "olmoe":
         model = OlmoeForCausalLM(OlmoeConfig(**shared, num_experts=8, num_experts_per_tok=2))

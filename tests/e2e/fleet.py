@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -164,15 +164,15 @@ class Fleet:
         num_prompt = num_generated = 0
         text, finished = b"", False
         with grpc.insecure_channel(self.endpoints[through]) as channel:
+            call: Any
             if through == "worker":
                 call = collector_pb2_grpc.WorkerServiceStub(channel).Generate(request, timeout=timeout_s)
-                events = call
             else:
                 call = gateway_pb2_grpc.DebuggerServiceStub(channel).Generate(
                     gateway_pb2.DebuggerServiceGenerateRequest(request=request), timeout=timeout_s
                 )
-                events = (answer.response for answer in call)
-            for event in events:
+            for answer in call:
+                event: collector_pb2.GenerateResponse = answer if through == "worker" else answer.response
                 kind = event.WhichOneof("event")
                 if kind == "started":
                     request_id, session_id = event.started.request_id, event.started.session_id

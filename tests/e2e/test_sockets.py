@@ -4,6 +4,7 @@ import ipaddress
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -59,7 +60,7 @@ def _refuses(address: str, port: int) -> str | None:
             "/ray.serve.RayServeAPIService/ListApplications",
             "/moe_debugger.v1.WorkerService/GetWorkerInfo",
         ):
-            call = channel.unary_unary(method)
+            call: Any = channel.unary_unary(method)
             try:
                 call(b"", timeout=5)
             except grpc.RpcError as error:

@@ -204,7 +204,9 @@ def _data(data_dir: Path) -> Iterator[Check]:
         yield Check("data", "ok", f"{folder} will be made by `up`")
         return
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        yield Check("data", "missing", f"{folder} is not a folder that can be written", "name another folder with --data")
+        yield Check(
+            "data", "missing", f"{folder} is not a folder that can be written", "name another folder with --data"
+        )
         return
     holder = read_lock(folder)
     if holder is None:

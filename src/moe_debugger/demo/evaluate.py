@@ -69,9 +69,8 @@ def evaluate(model: Any, train: Corpus, held_out: Corpus, *, num_windows: int = 
     bigram = _bigram_classify(train, [window for kind in KINDS for window in test_windows[kind]])
 
     prompts = sample_windows(held_out, 256, 60, seed=seed + 2)
-    prompt_loads = {kind: window_loads(model, prompts[kind]) for kind in KINDS}
-    mixed = sum(loads.sum(axis=0) for loads in prompt_loads.values())
-    assert not isinstance(mixed, int)
+    prompt_loads: dict[Kind, Any] = {kind: window_loads(model, prompts[kind]) for kind in KINDS}
+    mixed = np.sum([loads.sum(axis=0) for loads in prompt_loads.values()], axis=0)
     return Evaluation(
         num_windows=num_windows,
         regression_accuracy=float((regression == labels).mean()),

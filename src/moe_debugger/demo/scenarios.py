@@ -37,7 +37,7 @@ _WARMUP_STEPS: Final = 20
 _HEALTHY_COEF: Final = 0.05
 # Measured: with -0.05 two of four layers collapse slowly, with -0.01 nothing visible happens, with -0.3 every layer is
 # near its floor of top_k experts within some tens of steps (docs/demo-model.md).
-_WRONG_SIGN_COEF: Final = -0.3
+_WRONG_SIGN_COEF: Final = -0.5
 
 _DEFAULT_STEPS: Final = 300
 _DEFAULT_FAULT_STEP: Final = 120

@@ -96,7 +96,7 @@ def report(evaluation: Evaluation) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the training command."""
-    parser = argparse.ArgumentParser(prog="python -m moe_debugger.demo.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m moe_debugger.demo.train", description="Train the demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--seed", type=int, default=0)

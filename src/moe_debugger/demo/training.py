@@ -155,7 +155,7 @@ class Trainer:
         # Short batches hold every kind equally often; a batch of two rows has two of the kinds, then the other two.
         num_rows = max(2, batch_tokens // length)
         first = step // len(row_lengths) * num_rows
-        kinds = tuple(KINDS[(first + row) % len(KINDS)] for row in range(num_rows))
+        kinds: tuple[Kind, ...] = tuple(KINDS[(first + row) % len(KINDS)] for row in range(num_rows))
         rows = [list(self._corpus.window(kind, length, self._rng)) for kind in kinds]
         return Batch(input_ids=torch.tensor(rows), kinds=kinds)
 

@@ -451,13 +451,17 @@ class LayerSnapshot(_message.Message):
     """Valid tokens and u64 [num_experts] of the recent window."""
     recent_expert_counts: _builtins.bytes
     load_entropy: _builtins.float
-    """Of the recent window; NaN where it is empty."""
+    """Of the recent window; NaN where it is empty.
+    H = -sum p_e ln p_e in nats, 0..ln E (not divided by ln E): `load_entropy` of docs/metrics.md.
+    """
     effective_experts: _builtins.float
+    """exp(load_entropy), 1..E."""
     hottest_expert: _builtins.int
     hottest_load_ratio: _builtins.float
     """Share of the hottest expert over the fair share 1/E."""
     num_unused_experts: _builtins.int
     mean_router_entropy: _builtins.float
+    """Mean per-token entropy of the router's probabilities in nats, 0..ln E; NaN without logits."""
     mean_top1_probability: _builtins.float
     num_padding_tokens: _builtins.int
     num_dropped_slots: _builtins.int
@@ -559,9 +563,9 @@ class RollUp(_message.Message):
     duration_s: _builtins.int
     num_tokens: _builtins.int
     load_entropy: _builtins.bytes
-    """f32 [num_layers]"""
+    """f32 [num_layers], nats, 0..ln E, as LayerSnapshot.load_entropy; NaN where the layer has no tokens in this roll-up."""
     effective_experts: _builtins.bytes
-    """f32 [num_layers]"""
+    """f32 [num_layers], exp(load_entropy), 1..E; NaN likewise."""
     first_step: _builtins.int
     last_step: _builtins.int
     def __init__(

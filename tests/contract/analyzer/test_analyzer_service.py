@@ -118,6 +118,11 @@ async def test_get_history(service: Service) -> None:
         )
         assert [one.start_unix_ns // SECOND for one in response.points] == starts
         assert all(len(np.frombuffer(one.load_entropy, "<f4")) == 3 for one in response.points)
+        # Nats, as in a snapshot: even routing over 8 experts is near ln 8 = 2.08 and not near 1.
+        for one in response.points:
+            entropy = np.frombuffer(one.load_entropy, "<f4")
+            assert np.frombuffer(one.effective_experts, "<f4") == pytest.approx(np.exp(entropy), rel=1e-5)
+            assert all(1 < value <= np.log(8) + 1e-6 for value in entropy)
     last = await service.stub.GetHistory(
         pb.AnalyzerServiceGetHistoryRequest(
             tenant="default", session_id=service.session_id, resolution_s=1, max_points=1
@@ -202,5 +207,6 @@ async def test_errors_have_codes_and_say_what_is_wrong(service: Service) -> None
 
 
 async def test_health_is_not_serving_until_the_replica_is_ready(service: Service) -> None:
-    answer = await health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest())
+    health: Any = health_pb2_grpc.HealthStub(service.channel)
+    answer = await health.Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING

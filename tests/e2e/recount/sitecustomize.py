@@ -95,7 +95,7 @@ def _note_rows(recount: _Recount) -> None:
         recount.rows = list(request_ids)
         return said(self, request_ids, *args, **kwargs)
 
-    MoEDebugger.requests = requests  # type: ignore[method-assign]
+    MoEDebugger.requests = requests  # type: ignore[assignment, method-assign]
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

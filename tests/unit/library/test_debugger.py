@@ -151,13 +151,14 @@ def test_requests_name_rows_phases_positions_and_dummies(model: Any) -> None:
 
 def test_wrong_requests_are_refused_and_a_wrong_number_of_rows_is_a_problem(model: Any) -> None:
     with torch.no_grad(), MoEDebugger(model) as debugger:
-        for arguments in (
+        wrong: list[dict[str, Any]] = [
             {"request_ids": ["moe.>"]},
             {"request_ids": [new_id()], "phase": "sleep"},
             {"request_ids": [new_id()], "phase": ["decode", "decode"]},
             {"request_ids": [new_id()], "positions": [1, 2]},
             {"request_ids": [new_id()], "positions": [-1]},
-        ):
+        ]
+        for arguments in wrong:
             with pytest.raises(InvalidInputError):
                 debugger.requests(**arguments)
         with debugger.requests([new_id()]):
