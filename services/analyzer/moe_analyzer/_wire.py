@@ -71,12 +71,14 @@ def source_message(source: SourceState, *, is_live: bool) -> pb.Source:
     )
 
 
-def account_message(sources: Iterable[SourceState], num_dead_lettered: int, live: set[str]) -> pb.Account:
+def account_message(
+    sources: Iterable[SourceState], num_dead_lettered: int, live: set[str], *, num_lost_stream_messages: int
+) -> pb.Account:
     """Return where the decisions of all sources went.
 
     A live source's decisions are in flight until they are counted; one that has ended has what it said last.
     """
-    account = pb.Account(num_dead_lettered=num_dead_lettered)
+    account = pb.Account(num_dead_lettered=num_dead_lettered, num_lost_stream_messages=num_lost_stream_messages)
     dropped: dict[routing.DropReason.ValueType, int] = {}
     for source in sources:
         counters = source.counters

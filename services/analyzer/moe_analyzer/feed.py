@@ -59,6 +59,8 @@ class EventFeed:
         self._subscription: Subscription | None = None
         self._consumer: str | None = None
         self._consumer_sequence = 0
+        # Up to here the broker has looked for messages of this partition, and all that it found were taken.
+        self.checked_sequence = 0
 
     async def __aenter__(self) -> Self:
         inbox = self._client.new_inbox()
@@ -108,7 +110,7 @@ class EventFeed:
         self._queue.put_nowait(None)
 
     async def next(self, timeout_s: float | None) -> StoredMessage | None:
-        """Return the next message; None after `timeout_s` without one.
+        """Return the next message; None after `timeout_s` without one, or where `checked_sequence` has grown.
 
         Raises:
             FeedBrokenError: a message was lost, or the consumer is silent.
@@ -134,7 +136,10 @@ class EventFeed:
             status = (message.headers or {}).get("Status")
             if status is None:
                 return self._read(message)
+            before = self.checked_sequence
             await self._answer(message, status)
+            if self.checked_sequence > before:
+                return None
 
     async def _answer(self, message: Msg, status: str) -> None:
         headers = message.headers or {}
@@ -149,6 +154,9 @@ class EventFeed:
             raise FeedBrokenError(
                 f"partition {self._partition}: message {last} was sent, {self._consumer_sequence} came"
             )
+        if (checked := headers.get("Nats-Last-Stream")) is not None:
+            # Past the last message that was sent: the broker skipped those of other partitions.
+            self.checked_sequence = max(self.checked_sequence, int(checked))
 
     def _read(self, message: Msg) -> StoredMessage:
         # $JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time ns>.<pending>, in newer servers with

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 import time
+from dataclasses import replace
 
 import nats.errors
 import nats.js.errors
@@ -18,6 +19,7 @@ from moe_analyzer.aggregate import POISON, Limits, SessionPart, SessionWrites
 from moe_analyzer.feed import EventFeed, FeedBrokenError, StoredMessage
 from moe_analyzer.lifecycle import SessionDirectory
 from moe_analyzer.live import publish_live
+from moe_analyzer.lost import LostRange, add_lost
 from moe_analyzer.ownership import Lease
 from moe_analyzer.requests import counts_field, decode_counts
 from moe_analyzer.store import Applied, FencedError, Store
@@ -131,6 +133,9 @@ class PartitionWorker:
         stream = await self._context.ensure_stream()
         self._before = self._applied = await self._context.store.load_applied(self.lease.partition)
         start = await self._start_sequence(stream)
+        if self._applied != self._before:
+            # At once: this partition may get no message for long, or never.
+            await self._flush()
         async with EventFeed(self._context.client, self._context.js, self.lease.partition, start) as feed:
             self._feed = feed
             flush_at: float | None = None
@@ -140,8 +145,10 @@ class PartitionWorker:
                     message = await feed.next(wait_s)
                     if message is not None:
                         await self._take(message, stream)
-                        if flush_at is None:
-                            flush_at = time.monotonic() + self._context.flush_interval_s
+                    elif feed.checked_sequence > max(self._applied.checked, self._applied.sequence):
+                        self._check_off(feed.checked_sequence, stream)
+                    if flush_at is None and self._applied != self._before:
+                        flush_at = time.monotonic() + self._context.flush_interval_s
                     if flush_at is not None and (
                         time.monotonic() >= flush_at or self._unflushed_bytes > _MAX_UNFLUSHED_BYTES
                     ):
@@ -159,24 +166,40 @@ class PartitionWorker:
     async def _start_sequence(self, stream: EventStream) -> int:
         """Return where to begin. Beginning too early is harmless: sources' watermarks drop what was counted."""
         applied = self._applied
-        if applied.is_empty:
-            return stream.first_sequence
-        if applied.stream != stream.identity:
+        if not applied.is_empty and applied.stream != stream.identity:
+            # What the old stream held and nobody counted is unknown here; the sources' own sequences tell.
             self._log.warning("stream_was_recreated", before=applied.stream, now=stream.identity)
+            applied = Applied(lost=applied.lost)
+        # A broker that crashed and lost its tail may give what it had checked out again.
+        known = max(applied.sequence, applied.checked if applied.checked <= stream.last_sequence else 0)
+        if known + 1 < stream.first_sequence:
+            self._lose(stream, known + 1, stream.first_sequence - 1, applied)
             return stream.first_sequence
-        if applied.sequence + 1 < stream.first_sequence:
-            self._log.warning("stream_gap", applied=applied.sequence, first=stream.first_sequence)
+        if applied.is_empty or applied.sequence < stream.first_sequence:
             return stream.first_sequence
         if not await self._still_has(applied, stream):
             self._log.warning("stream_lost_its_tail", applied=applied.sequence, last=stream.last_sequence)
             return stream.first_sequence
         return applied.sequence + 1
 
+    def _check_off(self, sequence: int, stream: EventStream) -> None:
+        """Note that no message of this partition is left up to `sequence`, so its discard loses nothing here."""
+        if self._applied.stream == stream.identity:
+            self._applied = replace(self._applied, checked=sequence)
+        else:
+            self._applied = Applied(0, 0, stream.identity, sequence, self._applied.lost)
+
+    def _lose(self, stream: EventStream, first: int, last: int, applied: Applied) -> None:
+        """Note that a range left the stream before this partition came to it, and go on behind it."""
+        self._log.warning("stream_gap", first_lost=first, last_lost=last, stream=stream.identity)
+        gone = LostRange(stream.identity, first, last, applied.stored_ns, time.time_ns())
+        self._applied = Applied(last, 0, stream.identity, last, add_lost(applied.lost, gone))
+
     async def _still_has(self, applied: Applied, stream: EventStream) -> bool:
         """False where a broker that crashed lost acknowledged messages and gave their sequences out again."""
         if applied.sequence > stream.last_sequence:
             return False
-        if applied.sequence < stream.first_sequence:
+        if applied.sequence < stream.first_sequence or not applied.stored_ns:
             return True
         try:
             message = await self._context.js.get_msg(EVENT_STREAM, seq=applied.sequence)
@@ -193,7 +216,9 @@ class PartitionWorker:
             self._bury(message.subject, message.payload, message.sequence, message.stored_ns, str(error))
         else:
             await self._take_event(message, subject)
-        self._applied = Applied(message.sequence, message.stored_ns, stream.identity)
+        self._applied = Applied(
+            message.sequence, message.stored_ns, stream.identity, message.sequence, self._applied.lost
+        )
 
     async def _take_event(self, message: StoredMessage, subject: StoredSubject) -> None:
         part = await self._part(subject)

@@ -8,6 +8,8 @@ from moe_analyzer._wire import account_message, layer_snapshot, roll_up, routes_
 from moe_analyzer.aggregate import RESOLUTIONS_S, PartHead, SourceState, rollup_field
 from moe_analyzer.blob import unpack
 from moe_analyzer.findings import TrackedFindings
+from moe_analyzer.lifecycle import CLOSE_GRACE_NS
+from moe_analyzer.lost import num_lost
 from moe_analyzer.requests import RequestEntry, RowChunk, counts_field, decode_counts, rows_field
 from moe_analyzer.store import Store
 from moe_debugger.analysis import CaptureHealth, RoutingState, Thresholds, finish, merge_all
@@ -101,7 +103,16 @@ class Queries:
                 layer_snapshot(descriptions.get(index), layer, merged.recent.layers.get(index))
                 for index, layer in merged.totals.layers.items()
             ],
-            account=account_message(merged.sources, merged.num_dead_lettered, self._live_ids(merged.sources, now)),
+            account=account_message(
+                merged.sources,
+                merged.num_dead_lettered,
+                self._live_ids(merged.sources, now),
+                num_lost_stream_messages=num_lost(
+                    await self._store.lost_ranges(self._num_partitions),
+                    opened_ns=row.created_at_unix_ns,
+                    closed_ns=row.closed_at_unix_ns and row.closed_at_unix_ns + CLOSE_GRACE_NS,
+                ),
+            ),
             sources=[source_message(one, is_live=self._is_live(one, now)) for one in merged.sources],
             findings=findings.in_order(),
             first_step=merged.totals.first_step or 0,

@@ -3,7 +3,8 @@
 Keys of a partition (one slot of a Redis Cluster, see `wire.subjects.redis_prefix`):
 
     <p>lease                          hash: owner, epoch
-    <p>meta                           hash: applied (stream sequence), applied_ns, stream (its identity)
+    <p>meta                           hash: applied (stream sequence), applied_ns, stream (its identity), checked (no
+                                      message of this partition between applied and here), lost (see `lost`)
     <p>sessions                       hash: "<tenant>:<session>" -> summary
     <p><tenant>:<session>:state       hash: head, r<resolution>:<start>, wait:<source>:<sequence>
     <p><tenant>:<session>:sources     hash: source id -> its account
@@ -22,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from moe_analyzer.aggregate import SessionWrites
+from moe_analyzer.lost import LostRange, decode_lost, encode_lost
 from moe_analyzer.ownership import Lease, lease_key
 from moe_debugger.errors import FleetError
 from moe_debugger.wire.ids import check_id, check_tenant
@@ -35,6 +37,7 @@ _CONNECT_TIMEOUT_S = 2.0
 
 # KEYS: lease, meta, sessions, then the hashes to write.
 # ARGV: owner, epoch, expected meta (JSON: applied, stream), new applied, new applied_ns, new stream,
+#       name of this write, new checked, new lost,
 #       number of summaries, (field, value)*, then for each hash: number of sets, (field, value)*, number of
 #       deletes, field*.
 # Returns 1 = written, 2 = this very write was there already (its answer was lost), 0 = the lease is another's,
@@ -45,7 +48,7 @@ local meta = redis.call('HMGET', KEYS[2], 'applied', 'stream')
 local applied, stream = meta[1] or '', meta[2] or ''
 if applied == ARGV[5] and stream == ARGV[7] and redis.call('HGET', KEYS[2], 'write') == ARGV[8] then return 2 end
 if applied ~= ARGV[3] or stream ~= ARGV[4] then return -1 end
-local at = 9
+local at = 11
 local function set(key)
   local count = tonumber(ARGV[at]); at = at + 1
   for i = 1, count do
@@ -60,7 +63,8 @@ for k = 4, #KEYS do
     redis.call('HDEL', KEYS[k], ARGV[at]); at = at + 1
   end
 end
-redis.call('HSET', KEYS[2], 'applied', ARGV[5], 'applied_ns', ARGV[6], 'stream', ARGV[7], 'write', ARGV[8])
+redis.call('HSET', KEYS[2], 'applied', ARGV[5], 'applied_ns', ARGV[6], 'stream', ARGV[7], 'write', ARGV[8],
+  'checked', ARGV[9], 'lost', ARGV[10])
 return 1
 """
 
@@ -71,11 +75,21 @@ class FencedError(FleetError):
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """How far a partition's state has consumed which stream; all empty where there is no state."""
+    """How far a partition's state has consumed which stream; all empty where there is no state.
+
+    Attributes:
+        sequence: the last message that was taken in; everything of this partition up to it was taken in or is lost.
+        stored_ns: the broker's time of that message; 0 where `sequence` is not one of this partition's messages.
+        stream: the stream's identity.
+        checked: the broker said that between `sequence` and here no message is of this partition.
+        lost: what may have left streams before this partition came to it.
+    """
 
     sequence: int = 0
     stored_ns: int = 0
     stream: str = ""
+    checked: int = 0
+    lost: tuple[LostRange, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -109,10 +123,20 @@ class Store:
 
     async def load_applied(self, partition: int) -> Applied:
         """Return how far a partition has come."""
-        applied, stored_ns, stream = await self._redis.hmget(
-            redis_prefix(partition) + "meta", "applied", "applied_ns", "stream"
+        applied, stored_ns, stream, checked, lost = await self._redis.hmget(
+            redis_prefix(partition) + "meta", "applied", "applied_ns", "stream", "checked", "lost"
         )
-        return Applied() if stream is None else Applied(int(applied), int(stored_ns), stream.decode())
+        if stream is None:
+            return Applied()
+        # A state that was written before `checked` and `lost` were stored has neither.
+        return Applied(int(applied), int(stored_ns), stream.decode(), int(checked or 0), decode_lost(lost))
+
+    async def lost_ranges(self, num_partitions: int) -> list[LostRange]:
+        """Return what may have left the stream before it was counted, of all partitions."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for partition in range(num_partitions):
+                pipe.hget(redis_prefix(partition) + "meta", "lost")
+            return [one for found in await pipe.execute() for one in decode_lost(found)]
 
     async def load_session(
         self, partition: int, tenant: str, session_id: str
@@ -161,9 +185,12 @@ class Store:
                     keys.append(session_key(lease.partition, tenant, session_id, kind))
                     hashes += _changes(fields)
         # Names this write: the offset alone would not, since two owners may come to the same one.
-        write_id = json.dumps([lease.epoch, [[*session, write.flush] for session, write in writes.items()]])
+        lost = encode_lost(after.lost)
+        flushes = [[*session, write.flush] for session, write in writes.items()]
+        write_id = json.dumps([lease.epoch, flushes, after.checked, lost])
         expected = ["", ""] if before.is_empty else [before.sequence, before.stream]
         args = [lease.owner, lease.epoch, *expected, after.sequence, after.stored_ns, after.stream, write_id]
+        args += [after.checked, lost]
         result = await self._flush(keys=keys, args=[*args, *summaries, *hashes])
         if result == 0:
             raise FencedError(f"partition {lease.partition}: the lease {lease.epoch} is lost")

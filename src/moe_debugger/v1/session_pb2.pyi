@@ -271,8 +271,17 @@ class Account(_message.Message):
     num_late: _builtins.int
     num_dead_lettered: _builtins.int
     num_missing_messages: _builtins.int
+    """Exact: sequences that are missing below the last_sequence of the session's sources. A source that sent nothing after
+    its loss, or whose messages are all lost, adds nothing here.
+    """
     num_lost_stream_messages: _builtins.int
-    """Messages that left the stream before they were counted (a gap)."""
+    """An UPPER BOUND, not a count: stream sequences that the stream discarded (its byte budget) before the analyzer had
+    consumed them, in the session's lifetime. The stream is shared, so they may have been of other sessions of the fleet,
+    or have been counted by the partition that they were of; nobody can tell afterwards. 0 says that nothing left the
+    stream uncounted. Overlaps num_missing_messages: do not add the two. Without what was in a stream that was deleted and
+    made anew, whose size is not known; num_missing_messages shows that, too. A rebuild after the loss of Redis begins
+    anew: everything that the stream had discarded by then is in it, for every session that was there.
+    """
     @_builtins.property
     def dropped(self) -> _containers.RepeatedCompositeFieldContainer[_routing_pb2.DropCounter]: ...
     def __init__(
