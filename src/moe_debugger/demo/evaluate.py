@@ -110,7 +110,7 @@ def window_loads(model: Any, windows: Sequence[bytes]) -> Ints:
         with torch.inference_mode():
             output = model(input_ids=_as_ids(part), use_cache=False, output_router_logits=True)
         layers = [logits.view(len(part), len(part[0]), -1) for logits in output.router_logits]
-        chosen = torch.stack([torch.topk(layer, top_k, dim=-1).indices for layer in layers], dim=1)
+        chosen = torch.stack([torch.topk(layer.softmax(dim=-1), top_k).indices for layer in layers], dim=1)
         loads.append(torch.nn.functional.one_hot(chosen, layers[0].shape[-1]).sum(dim=(2, 3)).numpy())
     return np.concatenate(loads).astype(np.int64)
 

@@ -198,6 +198,7 @@ class Trainer:
 def _slot_counts(router_logits: torch.Tensor, top_k: int) -> tuple[int, ...]:
     import torch
 
-    chosen = torch.topk(router_logits.flatten(0, -2), top_k, dim=-1).indices
+    # As the router does it: float32 probabilities tie where logits still differ, and a tie goes to the lower expert.
+    chosen = torch.topk(torch.softmax(router_logits.flatten(0, -2).float(), dim=-1), top_k, dim=-1).indices
     counts = torch.bincount(chosen.flatten(), minlength=router_logits.shape[-1])
     return tuple(int(count) for count in counts.tolist())
