@@ -367,7 +367,6 @@ class GenerationEngine:
                 self._fail(self._running, error)
 
     def _fail(self, requests: list[_Request], error: Exception) -> None:
-        _log.error("forward_failed", num_requests=len(requests), error=repr(error)[:500])
         failure = GenerationError(f"the model failed: {type(error).__name__}: {str(error)[:300]}")
         failed = list(requests)
         with self._condition:
@@ -377,6 +376,8 @@ class GenerationEngine:
                 self._forget(request)
         for request in failed:
             request.emit(failure)
+        # Last: whoever waits has the answer, whatever becomes of the log.
+        _log.error("forward_failed", num_requests=len(failed), error=repr(error)[:500])
 
     def _drop_cancelled(self) -> None:
         if not any(request.is_cancelled for request in self._running):
