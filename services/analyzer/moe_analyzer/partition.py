@@ -45,6 +45,8 @@ _MAX_UNFLUSHED_BYTES = 16 << 20
 # A session that was silent this long leaves the memory; Redis has it.
 _IDLE_SESSION_S = 60.0
 _MAX_DEAD_PAYLOAD_BYTES = 900_000
+# How often a partition that takes messages looks whether the stream's discard has overtaken it.
+_OVERTAKEN_CHECK_S = 2.0
 
 
 class PartitionContext:
@@ -93,6 +95,7 @@ class PartitionWorker:
         self._before = self._applied = Applied()
         self._unflushed_bytes = 0
         self._closes: list[tuple[str, int]] = []
+        self._reached, self._safe, self._look_at = 0, 0, 0.0
 
     def connection_lost(self) -> None:
         """Begin again at the applied offset: the consumer may be gone with the connection."""
@@ -136,17 +139,23 @@ class PartitionWorker:
         if self._applied != self._before:
             # At once: this partition may get no message for long, or never.
             await self._flush()
+        # Up to `_reached` no message is left to take; up to `_safe` that was so when the stream was last looked at.
+        self._reached = self._safe = start - 1
+        self._look_at = 0.0
         async with EventFeed(self._context.client, self._context.js, self.lease.partition, start) as feed:
             self._feed = feed
             flush_at: float | None = None
             try:
                 while not self._stop.is_set():
-                    wait_s = None if flush_at is None else max(0.0, flush_at - time.monotonic())
-                    message = await feed.next(wait_s)
+                    look_at = self._look_at if self._reached > self._safe else None
+                    wake_at = min((at for at in (flush_at, look_at) if at is not None), default=None)
+                    message = await feed.next(None if wake_at is None else max(0.0, wake_at - time.monotonic()))
                     if message is not None:
                         await self._take(message, stream)
                     elif feed.checked_sequence > max(self._applied.checked, self._applied.sequence):
                         self._check_off(feed.checked_sequence, stream)
+                    if look_at is not None and time.monotonic() >= look_at:
+                        await self._look_whether_overtaken(stream)
                     if flush_at is None and self._applied != self._before:
                         flush_at = time.monotonic() + self._context.flush_interval_s
                     if flush_at is not None and (
@@ -182,8 +191,31 @@ class PartitionWorker:
             return stream.first_sequence
         return applied.sequence + 1
 
+    async def _look_whether_overtaken(self, stream: EventStream) -> None:
+        """Note what the stream discarded in front of a consumer that is slower than the sources.
+
+        The broker goes on at what is left, without a gap in what it sends. But where the stream still begins at or
+        before the place that this partition had reached at the last look, all that came since came whole.
+        """
+        self._look_at = time.monotonic() + _OVERTAKEN_CHECK_S
+        try:
+            now = await self._context.ensure_stream()
+        except (nats.errors.Error, TimeoutError):
+            return  # the next look spans this time, too
+        if now.identity != stream.identity:
+            raise FeedBrokenError(f"partition {self.lease.partition}: the stream was made anew")
+        reached = self._reached
+        if self._safe + 1 < now.first_sequence:
+            self._log.warning("stream_overtook", safe=self._safe, first=now.first_sequence)
+            gone = LostRange(stream.identity, self._safe + 1, now.first_sequence - 1, 0, time.time_ns())
+            self._applied = replace(self._applied, lost=add_lost(self._applied.lost, gone))
+            # What lies before the stream's begin now is noted, whether it came or not.
+            reached = max(reached, now.first_sequence - 1)
+        self._safe = reached
+
     def _check_off(self, sequence: int, stream: EventStream) -> None:
         """Note that no message of this partition is left up to `sequence`, so its discard loses nothing here."""
+        self._reached = max(self._reached, sequence)
         if self._applied.stream == stream.identity:
             self._applied = replace(self._applied, checked=sequence)
         else:
@@ -216,6 +248,7 @@ class PartitionWorker:
             self._bury(message.subject, message.payload, message.sequence, message.stored_ns, str(error))
         else:
             await self._take_event(message, subject)
+        self._reached = message.sequence
         self._applied = Applied(
             message.sequence, message.stored_ns, stream.identity, message.sequence, self._applied.lost
         )

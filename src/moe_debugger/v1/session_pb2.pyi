@@ -271,16 +271,16 @@ class Account(_message.Message):
     num_late: _builtins.int
     num_dead_lettered: _builtins.int
     num_missing_messages: _builtins.int
-    """Exact: sequences that are missing below the last_sequence of the session's sources. A source that sent nothing after
-    its loss, or whose messages are all lost, adds nothing here.
+    """Exact: sequences that are missing below the last_sequence of the session's sources. A source that sent nothing
+    after its loss, or whose messages are all lost, adds nothing here.
     """
     num_lost_stream_messages: _builtins.int
-    """An UPPER BOUND, not a count: stream sequences that the stream discarded (its byte budget) before the analyzer had
-    consumed them, in the session's lifetime. The stream is shared, so they may have been of other sessions of the fleet,
-    or have been counted by the partition that they were of; nobody can tell afterwards. 0 says that nothing left the
-    stream uncounted. Overlaps num_missing_messages: do not add the two. Without what was in a stream that was deleted and
-    made anew, whose size is not known; num_missing_messages shows that, too. A rebuild after the loss of Redis begins
-    anew: everything that the stream had discarded by then is in it, for every session that was there.
+    """An UPPER BOUND, not a count: stream sequences that the stream discarded (its byte budget) before a partition of the
+    analyzer was known to have consumed its messages among them, in the session's lifetime. The stream is shared: they
+    may have been of other sessions, or have been counted; nobody can tell afterwards. Where it is 0, no such gap was
+    noticed. It overlaps num_missing_messages: do not add the two. A rebuild after the loss of Redis begins anew, with
+    all that the stream had discarded by then. What a stream held that was deleted, or what a crash of the analyzer
+    within 2 s of the discard hid, is not in it; num_missing_messages shows that for sources that go on.
     """
     @_builtins.property
     def dropped(self) -> _containers.RepeatedCompositeFieldContainer[_routing_pb2.DropCounter]: ...

@@ -59,6 +59,7 @@ async def until_counted(
     assert counts(view) == expected
     assert sum(layer.num_padding_tokens for layer in view.layers) == sum(source.num_padding for source in sources)
     assert view.account.num_missing_messages == 0
+    assert view.account.num_lost_stream_messages == 0
     return view
 
 
