@@ -280,7 +280,8 @@ class Publisher:
 
         async def on_disconnected() -> None:
             self._is_connected.clear()
-            _log.warning("nats_disconnected", source_id=self.source_id)
+            if not self._is_stopping:
+                _log.warning("nats_disconnected", source_id=self.source_id)
 
         async def on_reconnected() -> None:
             self._is_connected.set()
