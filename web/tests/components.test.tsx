@@ -206,7 +206,7 @@ describe("account", () => {
       dropped: 10n,
       sampledOut: 20n,
       inFlight: 5n,
-      missing: 3n,
+      missing: 1n,
       unexplained: 5n,
     });
     expect(accountNumbers(undefined).unexplained).toBe(0n);

@@ -245,7 +245,7 @@ export function accountNumbers(account: Account | undefined): AccountNumbers {
     dropped: dropped - sampled,
     sampledOut: sampled,
     inFlight,
-    missing: (account?.numMissingMessages ?? 0n) + (account?.numLostStreamMessages ?? 0n),
+    missing: account?.numMissingMessages ?? 0n,
     unexplained: rest > 0n ? rest : 0n,
   };
 }

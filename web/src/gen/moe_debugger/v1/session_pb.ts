@@ -235,12 +235,20 @@ export type Account = Message<"moe_debugger.v1.Account"> & {
   numDeadLettered: bigint;
 
   /**
+   * Exact: sequences that are missing below the last_sequence of the session's sources. A source that sent nothing
+   * after its loss, or whose messages are all lost, adds nothing here.
+   *
    * @generated from field: uint64 num_missing_messages = 7;
    */
   numMissingMessages: bigint;
 
   /**
-   * Messages that left the stream before they were counted (a gap).
+   * An UPPER BOUND, not a count: stream sequences that the stream discarded (its byte budget) before a partition of the
+   * analyzer was known to have consumed its messages among them, in the session's lifetime. The stream is shared: they
+   * may have been of other sessions, or have been counted; nobody can tell afterwards. Where it is 0, no such gap was
+   * noticed. It overlaps num_missing_messages: do not add the two. A rebuild after the loss of Redis begins anew, with
+   * all that the stream had discarded by then. What a stream held that was deleted, or what a crash of the analyzer
+   * within 2 s of the discard hid, is not in it; num_missing_messages shows that for sources that go on.
    *
    * @generated from field: uint64 num_lost_stream_messages = 8;
    */
@@ -418,12 +426,15 @@ export type LayerSnapshot = Message<"moe_debugger.v1.LayerSnapshot"> & {
 
   /**
    * Of the recent window; NaN where it is empty.
+   * H = -sum p_e ln p_e in nats, 0..ln E (not divided by ln E): `load_entropy` of docs/metrics.md.
    *
    * @generated from field: double load_entropy = 6;
    */
   loadEntropy: number;
 
   /**
+   * exp(load_entropy), 1..E.
+   *
    * @generated from field: double effective_experts = 7;
    */
   effectiveExperts: number;
@@ -446,6 +457,8 @@ export type LayerSnapshot = Message<"moe_debugger.v1.LayerSnapshot"> & {
   numUnusedExperts: number;
 
   /**
+   * Mean per-token entropy of the router's probabilities in nats, 0..ln E; NaN without logits.
+   *
    * @generated from field: double mean_router_entropy = 11;
    */
   meanRouterEntropy: number;
@@ -561,14 +574,14 @@ export type RollUp = Message<"moe_debugger.v1.RollUp"> & {
   numTokens: bigint;
 
   /**
-   * f32 [num_layers]
+   * f32 [num_layers], nats, 0..ln E, as LayerSnapshot.load_entropy; NaN where the layer has no tokens in this roll-up.
    *
    * @generated from field: bytes load_entropy = 4;
    */
   loadEntropy: Uint8Array;
 
   /**
-   * f32 [num_layers]
+   * f32 [num_layers], exp(load_entropy), 1..E; NaN likewise.
    *
    * @generated from field: bytes effective_experts = 5;
    */
