@@ -1,9 +1,13 @@
 """What holds for every test."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import structlog
+
+# Processes that the tests start inherit it where whoever started the tests ignores it (nohup), and `up` respects that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
