@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from moe_debugger.errors import ConfigError
+from moe_debugger.environment import read_settings
 from moe_debugger.wire.ids import DEFAULT_TENANT, TENANT_PATTERN
 
 from .engine import Limits
@@ -138,28 +138,4 @@ class CollectorSettings(BaseSettings):
         Raises:
             ConfigError: a value is wrong or a variable is unknown; the error lists all of them.
         """
-        names = {ENV_PREFIX + name.upper() for name in cls.model_fields}
-        source = os.environ if environ is None else environ
-        found = {key: value for key, value in source.items() if key.startswith(ENV_PREFIX)}
-        problems = [
-            f"{key}: there is no such setting; the settings are {', '.join(sorted(names))}"
-            for key in sorted(found.keys() - names)
-        ]
-        values = {key.removeprefix(ENV_PREFIX).lower(): value for key, value in found.items() if key in names}
-        try:
-            settings = cls.model_validate(values)
-        except ValidationError as error:
-            problems += [_problem(entry["loc"], entry["msg"], entry["input"]) for entry in error.errors()]
-            raise ConfigError("environment of the worker", problems) from None
-        if problems:
-            raise ConfigError("environment of the worker", problems)
-        return settings
-
-
-def _problem(location: tuple[int | str, ...], message: str, value: object) -> str:
-    message = message.removeprefix("Value error, ")
-    if not location:
-        return message
-    name = str(location[0])
-    shown = "(not shown)" if name in _SECRETS else repr(value)
-    return f"{ENV_PREFIX}{name.upper()}={shown}: {message}"
+        return read_settings(cls, prefix=ENV_PREFIX, service="worker", secrets=_SECRETS, environ=environ)

@@ -1,15 +1,14 @@
 """The gateway's settings: environment variables ``MOE_GATEWAY_*``, read once, all problems reported at once."""
 
 import ipaddress
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from moe_debugger.errors import ConfigError
+from moe_debugger.environment import read_settings
 from moe_debugger.wire.ids import DEFAULT_TENANT, TENANT_PATTERN
 
 __all__ = ["ENV_PREFIX", "GatewaySettings", "is_loopback"]
@@ -120,31 +119,4 @@ class GatewaySettings(BaseSettings):
         Raises:
             ConfigError: a value is wrong or a variable is unknown; the error lists all of them.
         """
-        names = {ENV_PREFIX + name.upper() for name in cls.model_fields}
-        found = {
-            key: value
-            for key, value in (os.environ if environ is None else environ).items()
-            if key.startswith(ENV_PREFIX)
-        }
-        problems = [
-            f"{key}: there is no such setting; the settings are {', '.join(sorted(names))}"
-            for key in sorted(found.keys() - names)
-        ]
-        values = {key.removeprefix(ENV_PREFIX).lower(): value for key, value in found.items() if key in names}
-        try:
-            settings = cls.model_validate(values)
-        except ValidationError as error:
-            problems += [_problem(entry["loc"], entry["msg"], entry["input"]) for entry in error.errors()]
-            raise ConfigError("environment of the gateway", problems) from None
-        if problems:
-            raise ConfigError("environment of the gateway", problems)
-        return settings
-
-
-def _problem(location: tuple[int | str, ...], message: str, value: object) -> str:
-    message = message.removeprefix("Value error, ")
-    if not location:
-        return message
-    name = str(location[0])
-    shown = "(not shown)" if name in _SECRETS else repr(value)
-    return f"{ENV_PREFIX}{name.upper()}={shown}: {message}"
+        return read_settings(cls, prefix=ENV_PREFIX, service="gateway", secrets=_SECRETS, environ=environ)
