@@ -26,8 +26,8 @@ SPECIAL = 88
 LENGTHS = (7, 4, 6)
 SEED = 7
 
-# The logits of a router whose input is normalised then spread by about 2: choices differ between tokens, while a sigmoid
-# of them stays off its ends, where bfloat16 would tie.
+# The logits of a router whose input is normalised then spread by about 2: choices differ between tokens, while a
+# sigmoid of them stays off its ends, where bfloat16 would tie.
 _ROUTER_SPREAD = 2.0
 _BIAS_SPREAD = 0.3
 _SELECTION_BIAS = re.compile(r"correction_bias|expert_bias|router_bias|balancing_biases|bias_for_selection")
@@ -110,10 +110,11 @@ def maker(model_class: Any, config: Callable[[], Any]) -> Callable[..., nn.Modul
                 config(), dtype=dtype, experts_implementation=experts_implementation
             )
         redraw(model)
-        if getattr(model, "generation_config", None) is not None:
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
             # Random weights may well choose the end at the first step; without one, generate always makes every token.
-            model.generation_config.eos_token_id = None
-            model.generation_config.pad_token_id = PAD
+            generation.eos_token_id = None
+            generation.pad_token_id = PAD
         return model.eval()
 
     return make
