@@ -282,6 +282,7 @@ class LayerDescription(_message.Message):
     SCORING_FUNCTION_FIELD_NUMBER: _builtins.int
     WEIGHT_MEANING_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_REASON_FIELD_NUMBER: _builtins.int
+    EXPERT_PARALLEL_RANKS_FIELD_NUMBER: _builtins.int
     layer_index: _builtins.int
     """Index among the model's MoE layers, 0-based."""
     model_layer_index: _builtins.int
@@ -295,6 +296,10 @@ class LayerDescription(_message.Message):
     scoring_function: _builtins.str
     weight_meaning: _builtins.str
     unavailable_reason: _builtins.str
+    @_builtins.property
+    def expert_parallel_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """[num_experts], the expert-parallel rank that owns each expert; empty where every rank computes all of them."""
+
     def __init__(
         self,
         *,
@@ -309,10 +314,11 @@ class LayerDescription(_message.Message):
         scoring_function: _builtins.str = ...,
         weight_meaning: _builtins.str = ...,
         unavailable_reason: _builtins.str = ...,
+        expert_parallel_ranks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_index", b"layer_index", "model_layer_index", b"model_layer_index", "module_name", b"module_name", "num_experts", b"num_experts", "num_identity_experts", b"num_identity_experts", "num_shared_experts", b"num_shared_experts", "scoring_function", b"scoring_function", "stack", b"stack", "top_k", b"top_k", "unavailable_reason", b"unavailable_reason", "weight_meaning", b"weight_meaning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_parallel_ranks", b"expert_parallel_ranks", "layer_index", b"layer_index", "model_layer_index", b"model_layer_index", "module_name", b"module_name", "num_experts", b"num_experts", "num_identity_experts", b"num_identity_experts", "num_shared_experts", b"num_shared_experts", "scoring_function", b"scoring_function", "stack", b"stack", "top_k", b"top_k", "unavailable_reason", b"unavailable_reason", "weight_meaning", b"weight_meaning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,6 +326,8 @@ Global___LayerDescription: _TypeAlias = LayerDescription  # noqa: Y015
 
 @_typing.final
 class ParallelCoordinates(_message.Message):
+    """Where a source stands among the ranks of a sharded model."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GLOBAL_RANK_FIELD_NUMBER: _builtins.int
@@ -328,12 +336,15 @@ class ParallelCoordinates(_message.Message):
     TENSOR_PARALLEL_RANK_FIELD_NUMBER: _builtins.int
     EXPERT_PARALLEL_RANK_FIELD_NUMBER: _builtins.int
     PIPELINE_PARALLEL_RANK_FIELD_NUMBER: _builtins.int
+    REPLICA_OF_RANK_FIELD_NUMBER: _builtins.int
     global_rank: _builtins.int
     world_size: _builtins.int
     data_parallel_rank: _builtins.int
     tensor_parallel_rank: _builtins.int
     expert_parallel_rank: _builtins.int
     pipeline_parallel_rank: _builtins.int
+    replica_of_rank: _builtins.int
+    """Set where this rank routes the same tokens as that global rank, which publishes them: this source publishes none."""
     def __init__(
         self,
         *,
@@ -343,12 +354,15 @@ class ParallelCoordinates(_message.Message):
         tensor_parallel_rank: _builtins.int = ...,
         expert_parallel_rank: _builtins.int = ...,
         pipeline_parallel_rank: _builtins.int = ...,
+        replica_of_rank: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_replica_of_rank", b"_replica_of_rank", "replica_of_rank", b"replica_of_rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_parallel_rank", b"data_parallel_rank", "expert_parallel_rank", b"expert_parallel_rank", "global_rank", b"global_rank", "pipeline_parallel_rank", b"pipeline_parallel_rank", "tensor_parallel_rank", b"tensor_parallel_rank", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replica_of_rank", b"_replica_of_rank", "data_parallel_rank", b"data_parallel_rank", "expert_parallel_rank", b"expert_parallel_rank", "global_rank", b"global_rank", "pipeline_parallel_rank", b"pipeline_parallel_rank", "replica_of_rank", b"replica_of_rank", "tensor_parallel_rank", b"tensor_parallel_rank", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__replica_of_rank: _TypeAlias = _typing.Literal["replica_of_rank"]  # noqa: Y015
+    _WhichOneofArgType__replica_of_rank: _TypeAlias = _typing.Literal["_replica_of_rank", b"_replica_of_rank"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replica_of_rank) -> _WhichOneofReturnType__replica_of_rank | None: ...
 
 Global___ParallelCoordinates: _TypeAlias = ParallelCoordinates  # noqa: Y015
 

@@ -193,6 +193,7 @@ class Source(_message.Message):
     PROBLEMS_FIELD_NUMBER: _builtins.int
     SERIES_FIELD_NUMBER: _builtins.int
     TAIL_UNKNOWN_BYTES_FIELD_NUMBER: _builtins.int
+    COORDINATES_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     kind: _builtins.str
     host_name: _builtins.str
@@ -219,6 +220,10 @@ class Source(_message.Message):
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def series(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    @_builtins.property
+    def coordinates(self) -> _routing_pb2.ParallelCoordinates:
+        """Of its manifest."""
+
     def __init__(
         self,
         *,
@@ -242,10 +247,11 @@ class Source(_message.Message):
         problems: _abc.Iterable[_builtins.str] | None = ...,
         series: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         tail_unknown_bytes: _builtins.int = ...,
+        coordinates: _routing_pb2.ParallelCoordinates | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["coordinates", b"coordinates", "counters", b"counters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "hook_time_share", b"hook_time_share", "host_name", b"host_name", "is_healthy", b"is_healthy", "is_live", b"is_live", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "last_sequence", b"last_sequence", "last_step", b"last_step", "level", b"level", "num_counted", b"num_counted", "num_missing_messages", b"num_missing_messages", "problems", b"problems", "process_id", b"process_id", "said_goodbye", b"said_goodbye", "sampling_rate", b"sampling_rate", "series", b"series", "source_id", b"source_id", "started_at_unix_ns", b"started_at_unix_ns", "tail_unknown_bytes", b"tail_unknown_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinates", b"coordinates", "counters", b"counters", "hook_time_share", b"hook_time_share", "host_name", b"host_name", "is_healthy", b"is_healthy", "is_live", b"is_live", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "last_sequence", b"last_sequence", "last_step", b"last_step", "level", b"level", "num_counted", b"num_counted", "num_missing_messages", b"num_missing_messages", "problems", b"problems", "process_id", b"process_id", "said_goodbye", b"said_goodbye", "sampling_rate", b"sampling_rate", "series", b"series", "source_id", b"source_id", "started_at_unix_ns", b"started_at_unix_ns", "tail_unknown_bytes", b"tail_unknown_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,6 +458,7 @@ class LayerSnapshot(_message.Message):
     MEAN_TOP1_PROBABILITY_FIELD_NUMBER: _builtins.int
     NUM_PADDING_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DROPPED_SLOTS_FIELD_NUMBER: _builtins.int
+    EXPERT_PARALLEL_COUNTS_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     """Valid tokens routed by this layer, whole session."""
     expert_counts: _builtins.bytes
@@ -476,6 +483,10 @@ class LayerSnapshot(_message.Message):
     num_dropped_slots: _builtins.int
     @_builtins.property
     def description(self) -> _routing_pb2.LayerDescription: ...
+    @_builtins.property
+    def expert_parallel_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Assignments by expert-parallel rank, whole session; empty where the experts are not spread over ranks."""
+
     def __init__(
         self,
         *,
@@ -493,10 +504,11 @@ class LayerSnapshot(_message.Message):
         mean_top1_probability: _builtins.float = ...,
         num_padding_tokens: _builtins.int = ...,
         num_dropped_slots: _builtins.int = ...,
+        expert_parallel_counts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "effective_experts", b"effective_experts", "expert_counts", b"expert_counts", "hottest_expert", b"hottest_expert", "hottest_load_ratio", b"hottest_load_ratio", "load_entropy", b"load_entropy", "mean_router_entropy", b"mean_router_entropy", "mean_top1_probability", b"mean_top1_probability", "num_dropped_slots", b"num_dropped_slots", "num_padding_tokens", b"num_padding_tokens", "num_tokens", b"num_tokens", "num_unused_experts", b"num_unused_experts", "recent_expert_counts", b"recent_expert_counts", "recent_num_tokens", b"recent_num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "effective_experts", b"effective_experts", "expert_counts", b"expert_counts", "expert_parallel_counts", b"expert_parallel_counts", "hottest_expert", b"hottest_expert", "hottest_load_ratio", b"hottest_load_ratio", "load_entropy", b"load_entropy", "mean_router_entropy", b"mean_router_entropy", "mean_top1_probability", b"mean_top1_probability", "num_dropped_slots", b"num_dropped_slots", "num_padding_tokens", b"num_padding_tokens", "num_tokens", b"num_tokens", "num_unused_experts", b"num_unused_experts", "recent_expert_counts", b"recent_expert_counts", "recent_num_tokens", b"recent_num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
