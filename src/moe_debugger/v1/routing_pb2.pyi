@@ -135,6 +135,27 @@ DROP_REASON_CLOSED: DropReason.ValueType  # 5
 DROP_REASON_CAPTURE_ERROR: DropReason.ValueType  # 6
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015
 
+class _CheckStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CheckStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CheckStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHECK_STATUS_UNSPECIFIED: _CheckStatus.ValueType  # 0
+    CHECK_STATUS_OK: _CheckStatus.ValueType  # 1
+    CHECK_STATUS_FAILED: _CheckStatus.ValueType  # 2
+    CHECK_STATUS_UNKNOWN: _CheckStatus.ValueType  # 3
+    """Nothing was there to check, or what it takes to check is not known."""
+
+class CheckStatus(_CheckStatus, metaclass=_CheckStatusEnumTypeWrapper): ...
+
+CHECK_STATUS_UNSPECIFIED: CheckStatus.ValueType  # 0
+CHECK_STATUS_OK: CheckStatus.ValueType  # 1
+CHECK_STATUS_FAILED: CheckStatus.ValueType  # 2
+CHECK_STATUS_UNKNOWN: CheckStatus.ValueType  # 3
+"""Nothing was there to check, or what it takes to check is not known."""
+Global___CheckStatus: _TypeAlias = CheckStatus  # noqa: Y015
+
 @_typing.final
 class FormatVersion(_message.Message):
     """Version of a message's layout. A reader refuses a newer major, and reads a newer minor."""
@@ -158,6 +179,45 @@ class FormatVersion(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FormatVersion: _TypeAlias = FormatVersion  # noqa: Y015
+
+@_typing.final
+class HealthCheck(_message.Message):
+    """One check that a source makes of its own capture, over its whole life."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    NUM_CHECKED_FIELD_NUMBER: _builtins.int
+    NUM_VIOLATIONS_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    EXAMPLE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """One of the checks of docs/metrics.md, "Capture health": "conservation", "distinctness", "range"..."""
+    status: Global___CheckStatus.ValueType
+    num_checked: _builtins.int
+    """What was looked at, in `unit`."""
+    num_violations: _builtins.int
+    unit: _builtins.str
+    example: _builtins.str
+    """The first violation, or why the check is unknown; text for people, in English."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        status: Global___CheckStatus.ValueType = ...,
+        num_checked: _builtins.int = ...,
+        num_violations: _builtins.int = ...,
+        unit: _builtins.str = ...,
+        example: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["example", b"example", "name", b"name", "num_checked", b"num_checked", "num_violations", b"num_violations", "status", b"status", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HealthCheck: _TypeAlias = HealthCheck  # noqa: Y015
 
 @_typing.final
 class SourceCounters(_message.Message):
@@ -494,6 +554,7 @@ class SourceStatus(_message.Message):
     IS_HEALTHY_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
     SERIES_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
     last_step: _builtins.int
     buffer_used_bytes: _builtins.int
     buffer_limit_bytes: _builtins.int
@@ -508,6 +569,8 @@ class SourceStatus(_message.Message):
     def series(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Training series by name (balance_coef, loss, lr...): the newest value."""
 
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___HealthCheck]: ...
     def __init__(
         self,
         *,
@@ -519,10 +582,11 @@ class SourceStatus(_message.Message):
         is_healthy: _builtins.bool = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
         series: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        checks: _abc.Iterable[Global___HealthCheck] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_limit_bytes", b"buffer_limit_bytes", "buffer_used_bytes", b"buffer_used_bytes", "counters", b"counters", "hook_time_share", b"hook_time_share", "is_healthy", b"is_healthy", "last_step", b"last_step", "problems", b"problems", "series", b"series"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_limit_bytes", b"buffer_limit_bytes", "buffer_used_bytes", b"buffer_used_bytes", "checks", b"checks", "counters", b"counters", "hook_time_share", b"hook_time_share", "is_healthy", b"is_healthy", "last_step", b"last_step", "problems", b"problems", "series", b"series"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -669,7 +733,9 @@ class LayerRoutes(_message.Message):
     row_index: _builtins.bytes
     """u32 [n], rows of the batch that this layer saw; empty = all of them, in order."""
     expert_ids: _builtins.bytes
-    """u8 [n, k] where num_experts <= 255, else u16; the all-ones value means "no expert"."""
+    """u8 [n, k] where num_experts + num_identity_experts <= 255, else u16; the all-ones value means "no expert".
+    Identity ("zero") experts have the ids from num_experts on.
+    """
     expert_id_width: _builtins.int
     """Bytes per expert id: 1 or 2."""
     gate_weights: _builtins.bytes
@@ -771,13 +837,22 @@ class LayerCounts(_message.Message):
     EXPERT_COUNTS_FIELD_NUMBER: _builtins.int
     PROBABILITY_SUM_FIELD_NUMBER: _builtins.int
     NUM_DROPPED_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_IDENTITY_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_SKIPPED_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_PADDING_TOKENS_FIELD_NUMBER: _builtins.int
     layer_index: _builtins.int
     num_tokens: _builtins.int
+    """Valid tokens; padding is none."""
     expert_counts: _builtins.bytes
-    """u64 [E], assignments per expert"""
+    """u64 [E], assignments per routed expert"""
     probability_sum: _builtins.bytes
-    """f64 [E]"""
+    """f64 [E], sum over the valid tokens of the router's probability; empty where the router has none"""
     num_dropped_slots: _builtins.int
+    """Slots of valid tokens. What is left of num_tokens * top_k was unused."""
+    num_identity_slots: _builtins.int
+    num_skipped_slots: _builtins.int
+    num_padding_tokens: _builtins.int
+    """Padded rows; part of nothing else."""
     def __init__(
         self,
         *,
@@ -786,10 +861,13 @@ class LayerCounts(_message.Message):
         expert_counts: _builtins.bytes = ...,
         probability_sum: _builtins.bytes = ...,
         num_dropped_slots: _builtins.int = ...,
+        num_identity_slots: _builtins.int = ...,
+        num_skipped_slots: _builtins.int = ...,
+        num_padding_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_counts", b"expert_counts", "layer_index", b"layer_index", "num_dropped_slots", b"num_dropped_slots", "num_tokens", b"num_tokens", "probability_sum", b"probability_sum"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_counts", b"expert_counts", "layer_index", b"layer_index", "num_dropped_slots", b"num_dropped_slots", "num_identity_slots", b"num_identity_slots", "num_padding_tokens", b"num_padding_tokens", "num_skipped_slots", b"num_skipped_slots", "num_tokens", b"num_tokens", "probability_sum", b"probability_sum"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -193,6 +193,7 @@ class Source(_message.Message):
     PROBLEMS_FIELD_NUMBER: _builtins.int
     SERIES_FIELD_NUMBER: _builtins.int
     TAIL_UNKNOWN_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
     COORDINATES_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     kind: _builtins.str
@@ -221,6 +222,10 @@ class Source(_message.Message):
     @_builtins.property
     def series(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[_routing_pb2.HealthCheck]:
+        """What the source's own checks said last; empty where it makes none."""
+
+    @_builtins.property
     def coordinates(self) -> _routing_pb2.ParallelCoordinates:
         """Of its manifest."""
 
@@ -247,11 +252,12 @@ class Source(_message.Message):
         problems: _abc.Iterable[_builtins.str] | None = ...,
         series: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         tail_unknown_bytes: _builtins.int = ...,
+        checks: _abc.Iterable[_routing_pb2.HealthCheck] | None = ...,
         coordinates: _routing_pb2.ParallelCoordinates | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coordinates", b"coordinates", "counters", b"counters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinates", b"coordinates", "counters", b"counters", "hook_time_share", b"hook_time_share", "host_name", b"host_name", "is_healthy", b"is_healthy", "is_live", b"is_live", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "last_sequence", b"last_sequence", "last_step", b"last_step", "level", b"level", "num_counted", b"num_counted", "num_missing_messages", b"num_missing_messages", "problems", b"problems", "process_id", b"process_id", "said_goodbye", b"said_goodbye", "sampling_rate", b"sampling_rate", "series", b"series", "source_id", b"source_id", "started_at_unix_ns", b"started_at_unix_ns", "tail_unknown_bytes", b"tail_unknown_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks", "coordinates", b"coordinates", "counters", b"counters", "hook_time_share", b"hook_time_share", "host_name", b"host_name", "is_healthy", b"is_healthy", "is_live", b"is_live", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "last_sequence", b"last_sequence", "last_step", b"last_step", "level", b"level", "num_counted", b"num_counted", "num_missing_messages", b"num_missing_messages", "problems", b"problems", "process_id", b"process_id", "said_goodbye", b"said_goodbye", "sampling_rate", b"sampling_rate", "series", b"series", "source_id", b"source_id", "started_at_unix_ns", b"started_at_unix_ns", "tail_unknown_bytes", b"tail_unknown_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -621,7 +627,9 @@ class RequestSummary(_message.Message):
     HAS_ROUTES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     num_tokens: _builtins.int
-    """Valid tokens routed, equal for every MoE layer of a decoder."""
+    """Valid tokens that one MoE layer of the decoder routed (of another stack where the decoder saw none): never the sum
+    of an encoder's tokens and a decoder's.
+    """
     num_prefill_tokens: _builtins.int
     num_decode_tokens: _builtins.int
     first_seen_at_unix_ns: _builtins.int
@@ -649,7 +657,9 @@ Global___RequestSummary: _TypeAlias = RequestSummary  # noqa: Y015
 
 @_typing.final
 class RequestRoutes(_message.Message):
-    """All kept decisions of one request, sorted by position; n tokens."""
+    """All kept decisions of one request, sorted by stack (the decoder first) and position; n token rows. An encoder's tokens
+    are rows of their own, with positions of their own: layers of other stacks have no expert there.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -660,6 +670,8 @@ class RequestRoutes(_message.Message):
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     NUM_ROWS_NOT_KEPT_FIELD_NUMBER: _builtins.int
+    STACKS_FIELD_NUMBER: _builtins.int
+    STACK_INDEX_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     position: _builtins.bytes
     """u32 [n]"""
@@ -669,10 +681,16 @@ class RequestRoutes(_message.Message):
     """u32 [n]; empty where the level holds no tokens"""
     num_rows_not_kept: _builtins.int
     """Rows beyond the budget that were counted but not kept."""
+    stack_index: _builtins.bytes
+    """u8 [n]; empty where all rows are of one stack"""
     @_builtins.property
     def summary(self) -> Global___RequestSummary: ...
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestLayerRoutes]: ...
+    @_builtins.property
+    def stacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the stacks that `stack_index` points to, such as "decoder", "encoder"."""
+
     def __init__(
         self,
         *,
@@ -683,10 +701,12 @@ class RequestRoutes(_message.Message):
         token_id: _builtins.bytes = ...,
         layers: _abc.Iterable[Global___RequestLayerRoutes] | None = ...,
         num_rows_not_kept: _builtins.int = ...,
+        stacks: _abc.Iterable[_builtins.str] | None = ...,
+        stack_index: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "num_rows_not_kept", b"num_rows_not_kept", "num_tokens", b"num_tokens", "phase", b"phase", "position", b"position", "summary", b"summary", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "num_rows_not_kept", b"num_rows_not_kept", "num_tokens", b"num_tokens", "phase", b"phase", "position", b"position", "stack_index", b"stack_index", "stacks", b"stacks", "summary", b"summary", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -706,7 +726,7 @@ class RequestLayerRoutes(_message.Message):
     num_experts: _builtins.int
     top_k: _builtins.int
     expert_ids: _builtins.bytes
-    """u16 [n, k]; 65535 = no expert"""
+    """u16 [n, k]; 65535 = no expert; from num_experts on = an identity expert"""
     gate_weights: _builtins.bytes
     """f16 [n, k]"""
     expert_counts: _builtins.bytes
