@@ -193,8 +193,8 @@ class Source(_message.Message):
     PROBLEMS_FIELD_NUMBER: _builtins.int
     SERIES_FIELD_NUMBER: _builtins.int
     TAIL_UNKNOWN_BYTES_FIELD_NUMBER: _builtins.int
-    CHECKS_FIELD_NUMBER: _builtins.int
     COORDINATES_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     kind: _builtins.str
     host_name: _builtins.str
@@ -222,12 +222,12 @@ class Source(_message.Message):
     @_builtins.property
     def series(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
-    def checks(self) -> _containers.RepeatedCompositeFieldContainer[_routing_pb2.HealthCheck]:
-        """What the source's own checks said last; empty where it makes none."""
-
-    @_builtins.property
     def coordinates(self) -> _routing_pb2.ParallelCoordinates:
         """Of its manifest."""
+
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[_routing_pb2.HealthCheck]:
+        """What the source's own checks said last; empty where it makes none."""
 
     def __init__(
         self,
@@ -252,8 +252,8 @@ class Source(_message.Message):
         problems: _abc.Iterable[_builtins.str] | None = ...,
         series: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         tail_unknown_bytes: _builtins.int = ...,
-        checks: _abc.Iterable[_routing_pb2.HealthCheck] | None = ...,
         coordinates: _routing_pb2.ParallelCoordinates | None = ...,
+        checks: _abc.Iterable[_routing_pb2.HealthCheck] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coordinates", b"coordinates", "counters", b"counters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -465,6 +465,10 @@ class LayerSnapshot(_message.Message):
     NUM_PADDING_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DROPPED_SLOTS_FIELD_NUMBER: _builtins.int
     EXPERT_PARALLEL_COUNTS_FIELD_NUMBER: _builtins.int
+    NUM_IDENTITY_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_SKIPPED_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_UNUSED_SLOTS_FIELD_NUMBER: _builtins.int
+    MEAN_PROBABILITY_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     """Valid tokens routed by this layer, whole session."""
     expert_counts: _builtins.bytes
@@ -487,6 +491,15 @@ class LayerSnapshot(_message.Message):
     mean_top1_probability: _builtins.float
     num_padding_tokens: _builtins.int
     num_dropped_slots: _builtins.int
+    """Slots of valid tokens, whole session: the sum of expert_counts + dropped + identity + skipped + unused
+    = num_tokens * top_k.
+    """
+    num_identity_slots: _builtins.int
+    """Slots that chose an identity ("zero") expert, which computes nothing."""
+    num_skipped_slots: _builtins.int
+    num_unused_slots: _builtins.int
+    mean_probability: _builtins.bytes
+    """f32 [num_experts], mean probability that the router gave each expert, whole session; empty where it has none."""
     @_builtins.property
     def description(self) -> _routing_pb2.LayerDescription: ...
     @_builtins.property
@@ -511,10 +524,14 @@ class LayerSnapshot(_message.Message):
         num_padding_tokens: _builtins.int = ...,
         num_dropped_slots: _builtins.int = ...,
         expert_parallel_counts: _abc.Iterable[_builtins.int] | None = ...,
+        num_identity_slots: _builtins.int = ...,
+        num_skipped_slots: _builtins.int = ...,
+        num_unused_slots: _builtins.int = ...,
+        mean_probability: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "effective_experts", b"effective_experts", "expert_counts", b"expert_counts", "expert_parallel_counts", b"expert_parallel_counts", "hottest_expert", b"hottest_expert", "hottest_load_ratio", b"hottest_load_ratio", "load_entropy", b"load_entropy", "mean_router_entropy", b"mean_router_entropy", "mean_top1_probability", b"mean_top1_probability", "num_dropped_slots", b"num_dropped_slots", "num_padding_tokens", b"num_padding_tokens", "num_tokens", b"num_tokens", "num_unused_experts", b"num_unused_experts", "recent_expert_counts", b"recent_expert_counts", "recent_num_tokens", b"recent_num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "effective_experts", b"effective_experts", "expert_counts", b"expert_counts", "expert_parallel_counts", b"expert_parallel_counts", "hottest_expert", b"hottest_expert", "hottest_load_ratio", b"hottest_load_ratio", "load_entropy", b"load_entropy", "mean_probability", b"mean_probability", "mean_router_entropy", b"mean_router_entropy", "mean_top1_probability", b"mean_top1_probability", "num_dropped_slots", b"num_dropped_slots", "num_identity_slots", b"num_identity_slots", "num_padding_tokens", b"num_padding_tokens", "num_skipped_slots", b"num_skipped_slots", "num_tokens", b"num_tokens", "num_unused_experts", b"num_unused_experts", "num_unused_slots", b"num_unused_slots", "recent_expert_counts", b"recent_expert_counts", "recent_num_tokens", b"recent_num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
