@@ -1,9 +1,9 @@
 """Tiny seeded models, one for each MoE architecture of transformers, for tests of exactness.
 
 A zoo file (`zoo.text_a`, `zoo.text_b`) lists its builds in `BUILDS`; `ALL` gathers them by name. A build is made of a
-configuration and a model class:
+configuration and a model class, both named, so that a zoo file imports no model:
 
-    BUILDS = [decoder("mixtral", MixtralForCausalLM, lambda: MixtralConfig(**SIZES, num_local_experts=8))]
+    BUILDS = [decoder("mixtral", "MixtralForCausalLM", lambda: configured("MixtralConfig", num_local_experts=8))]
 
 Vocabulary: `VOCAB` ids. `PAD` (0) pads; 1 and 2 begin and end texts; ids from `SPECIAL` up are kept for images and the
 like; a batch draws its words from the ids between.
@@ -25,6 +25,20 @@ PAD, BOS, EOS = 0, 1, 2
 SPECIAL = 88
 LENGTHS = (7, 4, 6)
 SEED = 7
+
+# What nearly every configuration takes. Three layers: with a dense first one there still are two MoE layers.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
 
 # The logits of a router whose input is normalised then spread by about 2: choices differ between tokens, while a
 # sigmoid of them stays off its ends, where bfloat16 would tie.
@@ -85,6 +99,14 @@ def right_padded(model: nn.Module) -> dict[str, Any]:
     return batch("right")
 
 
+def configured(config_class: str, **fields: Any) -> Any:
+    """Return a configuration of transformers with `SIZES` and `fields`; a field given as `...` is left out of `SIZES`."""
+    import transformers
+
+    values = {name: value for name, value in {**SIZES, **fields}.items() if value is not ...}
+    return getattr(transformers, config_class)(**values)
+
+
 def decoder(
     name: str,
     model_class: Any,
@@ -101,12 +123,18 @@ def decoder(
 
 
 def maker(model_class: Any, config: Callable[[], Any]) -> Callable[..., nn.Module]:
-    """Return a `Build.make` that gives `model_class` a new configuration and draws the weights by `redraw`."""
+    """Return a `Build.make` that gives a new configuration to a model class, and draws the weights by `redraw`.
+
+    The class is one of transformers or the name of one.
+    """
 
     def make(dtype: torch.dtype = torch.float32, experts_implementation: str | None = None) -> nn.Module:
+        import transformers
+
+        found = getattr(transformers, model_class) if isinstance(model_class, str) else model_class
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model: nn.Module = model_class._from_config(
+            model: nn.Module = found._from_config(
                 config(), dtype=dtype, experts_implementation=experts_implementation
             )
         redraw(model)
