@@ -186,11 +186,13 @@ def _draw(
         return torch.rand(tensor.shape, generator=generator) + 0.5
     if _ROUTER.search(path) and tensor.ndim == 2:
         return normal(_ROUTER_SPREAD / math.sqrt(tensor.shape[-1]))
+    if _ROUTER.search(path) and name == "bias":
+        return normal(_BIAS_SPREAD)
     if isinstance(module, nn.Embedding):
         return normal(1.0)
     if isinstance(module, nn.Linear) and name == "weight":
         return normal(1 / math.sqrt(tensor.shape[-1]))
-    if name == "bias" and isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear):
         return normal(0.1)
     if "experts" in path or (tensor.ndim == 3 and not isinstance(module, nn.Conv1d)):
         return normal(1 / math.sqrt(tensor.shape[-1])) if tensor.ndim > 1 else None
