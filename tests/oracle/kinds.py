@@ -1,0 +1,392 @@
+"""What the oracle knows of each kind of experts: which call runs them, and which weights hold an expert's output.
+
+A kind never reads who was chosen. It can do three things with one recorded call: run it again with a single expert that
+is not silenced (`run`), give an expert's output for every token at weight 1 (`unit`), and say the tokens' hidden
+states (`hidden`), which an identity expert would return.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from oracle.bare import bare_copy, double, only
+
+__all__ = ["Kind", "Site", "find_sites"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where experts compute.
+
+    Attributes:
+        name: of the module whose call is replayed.
+        module: that module.
+        kind: how to replay it.
+        method: the name of the module's method that is the call.
+    """
+
+    name: str
+    module: nn.Module
+    kind: "type[Kind]"
+    method: str = "forward"
+
+
+class Kind:
+    """One call of a site, to be replayed; the weights are read when it is made.
+
+    Attributes:
+        num_experts: experts with weights of their own.
+        tolerance: of the weights, relative: what the replay itself rounds, beyond float64.
+    """
+
+    num_experts: int
+    tolerance: float = 1e-6
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        """Tell whether `module` is of this kind, by its structure."""
+        raise NotImplementedError
+
+    def run(self, expert_id: int | None) -> torch.Tensor:
+        """Return the call's output [T, H] with every expert but `expert_id` silenced (all of them where None)."""
+        raise NotImplementedError
+
+    def unit(self, expert_id: int) -> torch.Tensor:
+        """Return what expert `expert_id` gives for each token at weight 1, [T, H]."""
+        raise NotImplementedError
+
+    def hidden(self) -> torch.Tensor:
+        """Return the tokens' hidden states, [T, H]."""
+        raise NotImplementedError
+
+    def output(self, result: Any) -> torch.Tensor:
+        """Return the experts' part of what the real call returned, as `run` gives it."""
+        tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return _rows(tensor)
+
+    def weight(self, expert_id: int, contribution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights [T] by which the expert's output was multiplied, and how far that is from the whole truth.
+
+        The second tensor [T] is the part of the contribution that no multiple of the unit output explains, as a share.
+        """
+        return _regress(contribution, self.unit(expert_id))
+
+
+class Stacked(Kind):
+    """`experts(hidden, ids [T, k], weights [T, k])` with stacked parameters: most architectures."""
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._clone = bare_copy(module)
+        self._args, self._kwargs = double(list(args)), double(kwargs)
+        self._parameters = [
+            parameter for name, parameter in self._clone.named_parameters(recurse=False) if name.startswith("down_proj")
+        ]
+        self._full = [parameter.clone() for parameter in self._parameters]
+        self.num_experts = len(self._full[0])
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        weight = getattr(module, "down_proj", None)
+        return _last(name) == "experts" and isinstance(weight, nn.Parameter) and weight.ndim == 3
+
+    def run(self, expert_id: int | None) -> torch.Tensor:
+        for parameter, full in zip(self._parameters, self._full, strict=True):
+            only(parameter, full, expert_id)
+        return self._call(*self._args, **self._kwargs)
+
+    def unit(self, expert_id: int) -> torch.Tensor:
+        for parameter, full in zip(self._parameters, self._full, strict=True):
+            only(parameter, full, expert_id)
+        hidden, ids, weights, *rest = self._args
+        # Some experts refuse k = 1, so the slots are as many as they were.
+        alone = torch.zeros_like(weights)
+        alone[:, 0] = 1
+        return self._call(hidden, torch.full_like(ids, expert_id), alone, *rest, **self._kwargs)
+
+    def hidden(self) -> torch.Tensor:
+        return _rows(self._args[0])
+
+    def _call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return _rows(type(self._clone).forward(self._clone, *args, **kwargs))
+
+
+class StackedInRows(Stacked):
+    """DBRX: the experts' matrices are stacked in the rows of 2-D parameters, `mlp.w2` [E * I, H]."""
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._clone = bare_copy(module)
+        self._args, self._kwargs = double(list(args)), double(kwargs)
+        self.num_experts = int(self._clone.num_experts)  # type: ignore[arg-type]
+        stacked: Any = self._clone.get_parameter("mlp.w2")
+        self._parameters = [stacked.data.view(self.num_experts, -1, stacked.shape[-1])]
+        self._full = [self._parameters[0].clone()]
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        weight = getattr(getattr(module, "mlp", None), "w2", None)
+        return _last(name) == "experts" and isinstance(weight, nn.Parameter) and weight.ndim == 2
+
+
+class ScaledInput(Stacked):
+    """Llama 4: every expert gets every token, [E * T, H], each already multiplied by its weight.
+
+    The weight scales the expert's INPUT, so no multiple of the unit output explains a contribution. The oracle tells by
+    silencing who was used, and takes the weight from the input that the expert really got: the factor between it and
+    the token's hidden state. The hidden state itself is not among the arguments; it is what the block was called with.
+    """
+
+    # The scaled inputs have the model's dtype.
+    tolerance = 0.0
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        super().__init__(module, args, kwargs)
+        self._inputs = double(args[0]).reshape(self.num_experts, -1, args[0].shape[-1])
+        self._hidden = double(module.__dict__["oracle_hidden"]).reshape(-1, args[0].shape[-1])
+        self.tolerance = 2 * float(torch.finfo(args[0].dtype).eps)
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        return super().fits(name, module) and type(module).forward.__code__.co_argcount == 2
+
+    def run(self, expert_id: int | None) -> torch.Tensor:
+        return super().run(expert_id).reshape(self.num_experts, len(self._hidden), -1).sum(0)
+
+    def hidden(self) -> torch.Tensor:
+        return self._hidden
+
+    def output(self, result: Any) -> torch.Tensor:
+        return _rows(result.double()).reshape(self.num_experts, len(self._hidden), -1).sum(0)
+
+    def weight(self, expert_id: int, contribution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _regress(self._inputs[expert_id], self._hidden)
+
+
+class ExpertModules(Kind):
+    """Switch Transformers and NLLB-MoE: a ModuleDict with one module per expert, called as a whole."""
+
+    _OUTPUTS = ("wo", "fc2")
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._clone = bare_copy(module)
+        self._args, self._kwargs = double(list(args)), double(kwargs)
+        self._experts = [
+            child for name, child in self._clone.named_children() if re.fullmatch(r"expert_\d+", name) is not None
+        ]
+        self.num_experts = len(self._experts)
+        # Nothing after the last linear map of an expert: zeroing it and its bias silences the expert.
+        self._outputs = [
+            list(next(getattr(expert, name) for name in self._OUTPUTS if hasattr(expert, name)).parameters())
+            for expert in self._experts
+        ]
+        self._full = [[parameter.clone() for parameter in parameters] for parameters in self._outputs]
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.ModuleDict) and "expert_0" in module
+
+    def run(self, expert_id: int | None) -> torch.Tensor:
+        for index in range(self.num_experts):
+            self._set(index, index == expert_id)
+        return _rows(type(self._clone).forward(self._clone, *self._args, **self._kwargs))
+
+    def unit(self, expert_id: int) -> torch.Tensor:
+        self._set(expert_id, True)
+        output: torch.Tensor = self._experts[expert_id](self.hidden())
+        # What NLLB-MoE does in place of dropping whole tokens, when it does not train.
+        return output * (1 - float(getattr(self._clone, "moe_token_dropout", 0)))
+
+    def hidden(self) -> torch.Tensor:
+        return _rows(self._args[0])
+
+    def _set(self, index: int, speaks: bool) -> None:
+        for parameter, full in zip(self._outputs[index], self._full[index], strict=True):
+            parameter.copy_(full) if speaks else parameter.zero_()
+
+
+class HardChoice(ExpertModules):
+    """ViTPose: a ModuleList of linear maps; each image's tokens go to the expert of its data set, at weight 1."""
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._clone = bare_copy(module)
+        self._args, self._kwargs = double(list(args)), double(kwargs)
+        self._experts = list(self._clone.children())
+        self.num_experts = len(self._experts)
+        self._outputs = [list(expert.parameters()) for expert in self._experts]
+        self._full = [[parameter.clone() for parameter in parameters] for parameters in self._outputs]
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        has_own_forward = type(module).forward is not nn.Module.forward
+        return _last(name) == "experts" and isinstance(module, nn.ModuleList) and has_own_forward
+
+
+class SortedRows(Kind):
+    """JetMoE's feed-forward: rows sorted by expert, `output_linear.weight` [E, H, I]; the block is replayed.
+
+    The block's own router runs in the model's dtype, so that the replay's choice is the model's bit by bit.
+    """
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._clone = bare_copy(module)
+        router = self._clone._modules["router"]
+        assert router is not None
+        self._router = _NativeRouter(bare_copy(module.get_submodule("router"), None), _hidden(args, kwargs).dtype)
+        self._clone._modules["router"] = self._router
+        self._args, self._kwargs = double(list(args)), double(kwargs)
+        self._weight = self._clone.get_parameter("output_linear.weight")
+        self._full = self._weight.clone()
+        self.num_experts = len(self._full)
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        weight = getattr(getattr(module, "output_linear", None), "weight", None)
+        return isinstance(weight, nn.Parameter) and weight.ndim == 3 and not hasattr(module, "reduce")
+
+    def run(self, expert_id: int | None) -> torch.Tensor:
+        only(self._weight, self._full, expert_id)
+        self._router.gates_are_one = False
+        return self._call()
+
+    def unit(self, expert_id: int) -> torch.Tensor:
+        only(self._weight, self._full, None)
+        self._router.gates_are_one = True
+        silent = self._call()
+        only(self._weight, self._full, expert_id)
+        return self._call() - silent
+
+    def hidden(self) -> torch.Tensor:
+        return _rows(_hidden(self._args, self._kwargs))
+
+    def _call(self) -> torch.Tensor:
+        return _rows(type(self._clone).forward(self._clone, *self._args, **self._kwargs))
+
+
+class SortedAttention(Kind):
+    """JetMoE's attention: `reduce(attended [B, S, k, D], topology)` projects each slot by its expert."""
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._clone = bare_copy(module)
+        self._attended, topology = double(list(args))
+        *self._order, self._gates, self._sizes = topology
+        self._weight = self._clone.get_parameter("output_linear.weight")
+        self._full = self._weight.clone()
+        self.num_experts = len(self._full)
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        weight = getattr(getattr(module, "output_linear", None), "weight", None)
+        return isinstance(weight, nn.Parameter) and weight.ndim == 3 and hasattr(module, "reduce")
+
+    def run(self, expert_id: int | None) -> torch.Tensor:
+        only(self._weight, self._full, expert_id)
+        return self._call(self._gates)
+
+    def unit(self, expert_id: int) -> torch.Tensor:
+        only(self._weight, self._full, None)
+        silent = self._call(torch.ones_like(self._gates))
+        only(self._weight, self._full, expert_id)
+        return self._call(torch.ones_like(self._gates)) - silent
+
+    def hidden(self) -> torch.Tensor:
+        # No identity experts here: nothing is compared with this.
+        return torch.zeros_like(self._call(self._gates))
+
+    def _call(self, gates: torch.Tensor) -> torch.Tensor:
+        # The class's method: the instance's own is the oracle's wrapper.
+        reduce: Any = type(self._clone).reduce  # type: ignore[attr-defined]
+        return _rows(reduce(self._clone, self._attended, (*self._order, gates, self._sizes)))
+
+
+class Embeddings(Kind):
+    """Doge: an expert is one row of `down_embed` and one of `up_embed`; a dense MLP runs beside, which is silenced too.
+
+    The replay runs in the model's dtype: in another one, sums of scores that tie could choose otherwise.
+    """
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._clone = bare_copy(module, None)
+        self._args = [value.detach().clone() for value in args]
+        for parameter in self._clone.get_submodule("down_proj").parameters():
+            parameter.zero_()
+        self._up = self._clone.get_parameter("up_embed.weight")
+        self._down = self._clone.get_parameter("down_embed.weight")
+        self._act: Any = self._clone.act_fn
+        self._full = self._up.clone()
+        self.num_experts = len(self._full)
+        self.tolerance = 8 * float(torch.finfo(self._full.dtype).eps)
+
+    @classmethod
+    def fits(cls, name: str, module: nn.Module) -> bool:
+        return all(isinstance(getattr(module, part, None), nn.Embedding) for part in ("up_embed", "down_embed"))
+
+    def run(self, expert_id: int | None) -> torch.Tensor:
+        only(self._up, self._full, expert_id)
+        return _rows(type(self._clone).forward(self._clone, *self._args)[0]).double()
+
+    def unit(self, expert_id: int) -> torch.Tensor:
+        key = self._down[expert_id].double()
+        strength: torch.Tensor = self._act(self.hidden() @ key)
+        return strength.unsqueeze(-1) * self._full[expert_id].double()
+
+    def hidden(self) -> torch.Tensor:
+        return _rows(self._args[0]).double()
+
+    def output(self, result: Any) -> torch.Tensor:
+        # The dense MLP's part is not the experts'.
+        return torch.full_like(self.hidden(), torch.nan)
+
+
+class _NativeRouter(nn.Module):
+    """Runs a router in the dtype that it has in the model, inside a block that is replayed in float64."""
+
+    def __init__(self, router: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.router = router
+        self.dtype = dtype
+        self.gates_are_one = False
+
+    def forward(self, hidden: torch.Tensor) -> tuple[Any, ...]:
+        order, rows, gates, sizes, logits = self.router(hidden.to(self.dtype))
+        gates = gates.double()
+        return order, rows, torch.ones_like(gates) if self.gates_are_one else gates, sizes, logits
+
+
+_KINDS: tuple[type[Kind], ...] = (
+    ScaledInput, Stacked, StackedInRows, ExpertModules, HardChoice, SortedRows, SortedAttention, Embeddings,
+)  # fmt: skip
+
+
+def find_sites(model: nn.Module, more_kinds: Sequence[type[Kind]] = ()) -> Iterator[Site]:
+    """Yield every place of `model` where experts compute, in the order of its modules."""
+    for name, module in model.named_modules():
+        for kind in (*more_kinds, *_KINDS):
+            if kind.fits(name, module):
+                yield Site(name, module, kind, "reduce" if kind is SortedAttention else "forward")
+                break
+
+
+def _regress(values: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    square = (unit * unit).sum(-1)
+    weight = (values * unit).sum(-1) / square.clamp_min(1e-300)
+    rest = (values - weight.unsqueeze(-1) * unit).norm(dim=-1)
+    return weight, rest / values.norm(dim=-1).clamp_min(1e-300)
+
+
+def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    value: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return value
+
+
+def _rows(value: torch.Tensor) -> torch.Tensor:
+    return value.reshape(-1, value.shape[-1])
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
