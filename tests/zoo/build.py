@@ -100,7 +100,7 @@ def right_padded(model: nn.Module) -> dict[str, Any]:
 
 
 def configured(config_class: str, **fields: Any) -> Any:
-    """Return a configuration of transformers with `SIZES` and `fields`; a field given as `...` is left out of `SIZES`."""
+    """Return a configuration of transformers with `SIZES` and `fields`; `...` takes a size away."""
     import transformers
 
     values = {name: value for name, value in {**SIZES, **fields}.items() if value is not ...}
@@ -134,9 +134,7 @@ def maker(model_class: Any, config: Callable[[], Any]) -> Callable[..., nn.Modul
         found = getattr(transformers, model_class) if isinstance(model_class, str) else model_class
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model: nn.Module = found._from_config(
-                config(), dtype=dtype, experts_implementation=experts_implementation
-            )
+            model: nn.Module = found._from_config(config(), dtype=dtype, experts_implementation=experts_implementation)
         redraw(model)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
@@ -161,6 +159,11 @@ def redraw(model: nn.Module, seed: int = SEED) -> None:
     for path, module in model.named_modules():
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:
+            if name == "tid2eid":
+                # A table of experts by token id, all zeros in a new model: draw distinct experts for every token.
+                tensor.copy_(
+                    torch.rand(len(tensor), module.num_experts, generator=generator).argsort()[:, : tensor.shape[1]]
+                )
             if id(tensor) in tied or not tensor.is_floating_point():
                 continue
             tied.add(id(tensor))

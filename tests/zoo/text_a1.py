@@ -5,10 +5,10 @@ from typing import Any
 from zoo.build import VOCAB, Build, configured, decoder
 
 # The two names under which configurations keep the same numbers.
-ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GROUPS = {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
-ONE_DENSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+ROUTED: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
+ONE_DENSE: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 
 
 def causal(name: str, stem: str, config: str = "", note: str = "", **fields: Any) -> Build:

@@ -1,15 +1,23 @@
 """Builds of decoders with latent, indexed or linear attention, and of other decoders, A to K."""
 
+from typing import Any
+
 from zoo.build import VOCAB, Build
 from zoo.text_a1 import EXPERTS, GROUPS, ONE_DENSE, ROUTED, causal
 
 # Multi-head latent attention.
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 # The attention's own choice of positions: top-k code that is no routing to experts.
-INDEXED = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
-SHARED = {"n_shared_experts": 1}
+INDEXED: dict[str, Any] = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
+SHARED: dict[str, Any] = {"n_shared_experts": 1}
 # The attention of the Inkling models: relative positions, and head counts of their own in sliding layers.
-RELATIVE = {
+RELATIVE: dict[str, Any] = {
     "head_dim": 8,
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2,
@@ -58,7 +66,7 @@ BUILDS: list[Build] = [
         **ROUTED,
         **SHARED,
         **INDEXED,
-        note="the first layer takes the experts from a table by token id",
+        note="the first two layers take the experts from a table by token id",
         num_hidden_layers=4,
         num_key_value_heads=1,
         intermediate_size=...,
