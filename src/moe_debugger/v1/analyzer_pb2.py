@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from moe_debugger.v1 import session_pb2 as moe__debugger_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emoe_debugger/v1/analyzer.proto\x12\x0fmoe_debugger.v1\x1a\x1dmoe_debugger/v1/session.proto\"4\n\"AnalyzerServiceListSessionsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"Q\n#AnalyzerServiceListSessionsResponse\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.moe_debugger.v1.Session\"G\n!AnalyzerServiceGetSnapshotRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\xf7\x01\n\"AnalyzerServiceGetSnapshotResponse\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .moe_debugger.v1.SessionSnapshot\x12\x64\n\x11partition_flushes\x18\x02 \x03(\x0b\x32I.moe_debugger.v1.AnalyzerServiceGetSnapshotResponse.PartitionFlushesEntry\x1a\x37\n\x15PartitionFlushesEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"p\n AnalyzerServiceGetHistoryRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x14\n\x0cresolution_s\x18\x03 \x01(\r\x12\x12\n\nmax_points\x18\x04 \x01(\r\"L\n!AnalyzerServiceGetHistoryResponse\x12\'\n\x06points\x18\x01 \x03(\x0b\x32\x17.moe_debugger.v1.RollUp\"]\n\"AnalyzerServiceListRequestsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x13\n\x0bmax_results\x18\x03 \x01(\r\"X\n#AnalyzerServiceListRequestsResponse\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.moe_debugger.v1.RequestSummary\"`\n&AnalyzerServiceGetRequestRoutesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"Y\n\'AnalyzerServiceGetRequestRoutesResponse\x12.\n\x06routes\x18\x01 \x01(\x0b\x32\x1e.moe_debugger.v1.RequestRoutes\"H\n\"AnalyzerServiceCloseSessionRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"P\n#AnalyzerServiceCloseSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.moe_debugger.v1.Session2\xf7\x05\n\x0f\x41nalyzerService\x12y\n\x0cListSessions\x12\x33.moe_debugger.v1.AnalyzerServiceListSessionsRequest\x1a\x34.moe_debugger.v1.AnalyzerServiceListSessionsResponse\x12v\n\x0bGetSnapshot\x12\x32.moe_debugger.v1.AnalyzerServiceGetSnapshotRequest\x1a\x33.moe_debugger.v1.AnalyzerServiceGetSnapshotResponse\x12s\n\nGetHistory\x12\x31.moe_debugger.v1.AnalyzerServiceGetHistoryRequest\x1a\x32.moe_debugger.v1.AnalyzerServiceGetHistoryResponse\x12y\n\x0cListRequests\x12\x33.moe_debugger.v1.AnalyzerServiceListRequestsRequest\x1a\x34.moe_debugger.v1.AnalyzerServiceListRequestsResponse\x12\x85\x01\n\x10GetRequestRoutes\x12\x37.moe_debugger.v1.AnalyzerServiceGetRequestRoutesRequest\x1a\x38.moe_debugger.v1.AnalyzerServiceGetRequestRoutesResponse\x12y\n\x0c\x43loseSession\x12\x33.moe_debugger.v1.AnalyzerServiceCloseSessionRequest\x1a\x34.moe_debugger.v1.AnalyzerServiceCloseSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emoe_debugger/v1/analyzer.proto\x12\x0fmoe_debugger.v1\x1a\x1dmoe_debugger/v1/session.proto\"4\n\"AnalyzerServiceListSessionsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"Q\n#AnalyzerServiceListSessionsResponse\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.moe_debugger.v1.Session\"G\n!AnalyzerServiceGetSnapshotRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\xf7\x01\n\"AnalyzerServiceGetSnapshotResponse\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .moe_debugger.v1.SessionSnapshot\x12\x64\n\x11partition_flushes\x18\x02 \x03(\x0b\x32I.moe_debugger.v1.AnalyzerServiceGetSnapshotResponse.PartitionFlushesEntry\x1a\x37\n\x15PartitionFlushesEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"p\n AnalyzerServiceGetHistoryRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x14\n\x0cresolution_s\x18\x03 \x01(\r\x12\x12\n\nmax_points\x18\x04 \x01(\r\"L\n!AnalyzerServiceGetHistoryResponse\x12\'\n\x06points\x18\x01 \x03(\x0b\x32\x17.moe_debugger.v1.RollUp\"h\n\x1f\x41nalyzerServiceGetSeriesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05names\x18\x03 \x03(\t\x12\x12\n\nmax_points\x18\x04 \x01(\r\"h\n AnalyzerServiceGetSeriesResponse\x12\'\n\x06series\x18\x01 \x03(\x0b\x32\x17.moe_debugger.v1.Series\x12\x1b\n\x13num_points_not_kept\x18\x02 \x01(\x04\"]\n\"AnalyzerServiceListRequestsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x13\n\x0bmax_results\x18\x03 \x01(\r\"X\n#AnalyzerServiceListRequestsResponse\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.moe_debugger.v1.RequestSummary\"`\n&AnalyzerServiceGetRequestRoutesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"Y\n\'AnalyzerServiceGetRequestRoutesResponse\x12.\n\x06routes\x18\x01 \x01(\x0b\x32\x1e.moe_debugger.v1.RequestRoutes\"H\n\"AnalyzerServiceCloseSessionRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"P\n#AnalyzerServiceCloseSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.moe_debugger.v1.Session2\xe9\x06\n\x0f\x41nalyzerService\x12y\n\x0cListSessions\x12\x33.moe_debugger.v1.AnalyzerServiceListSessionsRequest\x1a\x34.moe_debugger.v1.AnalyzerServiceListSessionsResponse\x12v\n\x0bGetSnapshot\x12\x32.moe_debugger.v1.AnalyzerServiceGetSnapshotRequest\x1a\x33.moe_debugger.v1.AnalyzerServiceGetSnapshotResponse\x12s\n\nGetHistory\x12\x31.moe_debugger.v1.AnalyzerServiceGetHistoryRequest\x1a\x32.moe_debugger.v1.AnalyzerServiceGetHistoryResponse\x12p\n\tGetSeries\x12\x30.moe_debugger.v1.AnalyzerServiceGetSeriesRequest\x1a\x31.moe_debugger.v1.AnalyzerServiceGetSeriesResponse\x12y\n\x0cListRequests\x12\x33.moe_debugger.v1.AnalyzerServiceListRequestsRequest\x1a\x34.moe_debugger.v1.AnalyzerServiceListRequestsResponse\x12\x85\x01\n\x10GetRequestRoutes\x12\x37.moe_debugger.v1.AnalyzerServiceGetRequestRoutesRequest\x1a\x38.moe_debugger.v1.AnalyzerServiceGetRequestRoutesResponse\x12y\n\x0c\x43loseSession\x12\x33.moe_debugger.v1.AnalyzerServiceCloseSessionRequest\x1a\x34.moe_debugger.v1.AnalyzerServiceCloseSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,18 +48,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ANALYZERSERVICEGETHISTORYREQUEST']._serialized_end=654
   _globals['_ANALYZERSERVICEGETHISTORYRESPONSE']._serialized_start=656
   _globals['_ANALYZERSERVICEGETHISTORYRESPONSE']._serialized_end=732
-  _globals['_ANALYZERSERVICELISTREQUESTSREQUEST']._serialized_start=734
-  _globals['_ANALYZERSERVICELISTREQUESTSREQUEST']._serialized_end=827
-  _globals['_ANALYZERSERVICELISTREQUESTSRESPONSE']._serialized_start=829
-  _globals['_ANALYZERSERVICELISTREQUESTSRESPONSE']._serialized_end=917
-  _globals['_ANALYZERSERVICEGETREQUESTROUTESREQUEST']._serialized_start=919
-  _globals['_ANALYZERSERVICEGETREQUESTROUTESREQUEST']._serialized_end=1015
-  _globals['_ANALYZERSERVICEGETREQUESTROUTESRESPONSE']._serialized_start=1017
-  _globals['_ANALYZERSERVICEGETREQUESTROUTESRESPONSE']._serialized_end=1106
-  _globals['_ANALYZERSERVICECLOSESESSIONREQUEST']._serialized_start=1108
-  _globals['_ANALYZERSERVICECLOSESESSIONREQUEST']._serialized_end=1180
-  _globals['_ANALYZERSERVICECLOSESESSIONRESPONSE']._serialized_start=1182
-  _globals['_ANALYZERSERVICECLOSESESSIONRESPONSE']._serialized_end=1262
-  _globals['_ANALYZERSERVICE']._serialized_start=1265
-  _globals['_ANALYZERSERVICE']._serialized_end=2024
+  _globals['_ANALYZERSERVICEGETSERIESREQUEST']._serialized_start=734
+  _globals['_ANALYZERSERVICEGETSERIESREQUEST']._serialized_end=838
+  _globals['_ANALYZERSERVICEGETSERIESRESPONSE']._serialized_start=840
+  _globals['_ANALYZERSERVICEGETSERIESRESPONSE']._serialized_end=944
+  _globals['_ANALYZERSERVICELISTREQUESTSREQUEST']._serialized_start=946
+  _globals['_ANALYZERSERVICELISTREQUESTSREQUEST']._serialized_end=1039
+  _globals['_ANALYZERSERVICELISTREQUESTSRESPONSE']._serialized_start=1041
+  _globals['_ANALYZERSERVICELISTREQUESTSRESPONSE']._serialized_end=1129
+  _globals['_ANALYZERSERVICEGETREQUESTROUTESREQUEST']._serialized_start=1131
+  _globals['_ANALYZERSERVICEGETREQUESTROUTESREQUEST']._serialized_end=1227
+  _globals['_ANALYZERSERVICEGETREQUESTROUTESRESPONSE']._serialized_start=1229
+  _globals['_ANALYZERSERVICEGETREQUESTROUTESRESPONSE']._serialized_end=1318
+  _globals['_ANALYZERSERVICECLOSESESSIONREQUEST']._serialized_start=1320
+  _globals['_ANALYZERSERVICECLOSESESSIONREQUEST']._serialized_end=1392
+  _globals['_ANALYZERSERVICECLOSESESSIONRESPONSE']._serialized_start=1394
+  _globals['_ANALYZERSERVICECLOSESESSIONRESPONSE']._serialized_end=1474
+  _globals['_ANALYZERSERVICE']._serialized_start=1477
+  _globals['_ANALYZERSERVICE']._serialized_end=2350
 # @@protoc_insertion_point(module_scope)

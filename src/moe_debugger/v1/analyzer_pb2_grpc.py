@@ -49,6 +49,11 @@ class AnalyzerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetHistoryRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetHistoryResponse.FromString,
                 _registered_method=True)
+        self.GetSeries = channel.unary_unary(
+                '/moe_debugger.v1.AnalyzerService/GetSeries',
+                request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetSeriesRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetSeriesResponse.FromString,
+                _registered_method=True)
         self.ListRequests = channel.unary_unary(
                 '/moe_debugger.v1.AnalyzerService/ListRequests',
                 request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceListRequestsRequest.SerializeToString,
@@ -82,6 +87,12 @@ class AnalyzerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetHistory(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSeries(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,6 +133,11 @@ def add_AnalyzerServiceServicer_to_server(servicer, server):
                     servicer.GetHistory,
                     request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetHistoryRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetHistoryResponse.SerializeToString,
+            ),
+            'GetSeries': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSeries,
+                    request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetSeriesRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetSeriesResponse.SerializeToString,
             ),
             'ListRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRequests,
@@ -220,6 +236,33 @@ class AnalyzerService(object):
             '/moe_debugger.v1.AnalyzerService/GetHistory',
             moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetHistoryRequest.SerializeToString,
             moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSeries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.AnalyzerService/GetSeries',
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetSeriesRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceGetSeriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,7 @@ class AnalyzerServiceStub:
     ListSessions: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceListSessionsRequest, _analyzer_pb2.AnalyzerServiceListSessionsResponse]
     GetSnapshot: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetSnapshotRequest, _analyzer_pb2.AnalyzerServiceGetSnapshotResponse]
     GetHistory: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetHistoryRequest, _analyzer_pb2.AnalyzerServiceGetHistoryResponse]
+    GetSeries: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetSeriesRequest, _analyzer_pb2.AnalyzerServiceGetSeriesResponse]
     ListRequests: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceListRequestsRequest, _analyzer_pb2.AnalyzerServiceListRequestsResponse]
     GetRequestRoutes: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetRequestRoutesRequest, _analyzer_pb2.AnalyzerServiceGetRequestRoutesResponse]
     CloseSession: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceCloseSessionRequest, _analyzer_pb2.AnalyzerServiceCloseSessionResponse]
@@ -44,6 +45,7 @@ class AnalyzerServiceAsyncStub(AnalyzerServiceStub):
     ListSessions: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceListSessionsRequest, _analyzer_pb2.AnalyzerServiceListSessionsResponse]  # type: ignore[assignment]
     GetSnapshot: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetSnapshotRequest, _analyzer_pb2.AnalyzerServiceGetSnapshotResponse]  # type: ignore[assignment]
     GetHistory: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetHistoryRequest, _analyzer_pb2.AnalyzerServiceGetHistoryResponse]  # type: ignore[assignment]
+    GetSeries: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetSeriesRequest, _analyzer_pb2.AnalyzerServiceGetSeriesResponse]  # type: ignore[assignment]
     ListRequests: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceListRequestsRequest, _analyzer_pb2.AnalyzerServiceListRequestsResponse]  # type: ignore[assignment]
     GetRequestRoutes: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetRequestRoutesRequest, _analyzer_pb2.AnalyzerServiceGetRequestRoutesResponse]  # type: ignore[assignment]
     CloseSession: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceCloseSessionRequest, _analyzer_pb2.AnalyzerServiceCloseSessionResponse]  # type: ignore[assignment]
@@ -69,6 +71,13 @@ class AnalyzerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _analyzer_pb2.AnalyzerServiceGetHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceGetHistoryResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceGetHistoryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetSeries(
+        self,
+        request: _analyzer_pb2.AnalyzerServiceGetSeriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceGetSeriesResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceGetSeriesResponse]]: ...
 
     @_abc_1.abstractmethod
     def ListRequests(

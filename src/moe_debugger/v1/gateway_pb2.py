@@ -26,15 +26,15 @@ from moe_debugger.v1 import collector_pb2 as moe__debugger_dot_v1_dot_collector_
 from moe_debugger.v1 import session_pb2 as moe__debugger_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmoe_debugger/v1/gateway.proto\x12\x0fmoe_debugger.v1\x1a\x1fmoe_debugger/v1/collector.proto\x1a\x1dmoe_debugger/v1/session.proto\"\x16\n\x14GetServerInfoRequest\"\xa2\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x34\n\ncomponents\x18\x02 \x03(\x0b\x32 .moe_debugger.v1.ComponentHealth\x12\x18\n\x10max_prompt_bytes\x18\x03 \x01(\r\x12\x14\n\x0cmax_watch_hz\x18\x04 \x01(\r\x12\x12\n\nhas_worker\x18\x05 \x01(\x08\"_\n\x0f\x43omponentHealth\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.moe_debugger.v1.ComponentState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x15\n\x13ListSessionsRequest\"B\n\x14ListSessionsResponse\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.moe_debugger.v1.Session\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"H\n\x12GetSessionResponse\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .moe_debugger.v1.SessionSnapshot\"Q\n\x11GetHistoryRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cresolution_s\x18\x02 \x01(\r\x12\x12\n\nmax_points\x18\x03 \x01(\r\"=\n\x12GetHistoryResponse\x12\'\n\x06points\x18\x01 \x03(\x0b\x32\x17.moe_debugger.v1.RollUp\">\n\x13ListRequestsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x13\n\x0bmax_results\x18\x02 \x01(\r\"I\n\x14ListRequestsResponse\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.moe_debugger.v1.RequestSummary\"A\n\x17GetRequestRoutesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"J\n\x18GetRequestRoutesResponse\x12.\n\x06routes\x18\x01 \x01(\x0b\x32\x1e.moe_debugger.v1.RequestRoutes\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"A\n\x14\x43loseSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.moe_debugger.v1.Session\"Q\n\x0cWatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06max_hz\x18\x02 \x01(\x01\x12\x1d\n\x15resume_after_sequence\x18\x03 \x01(\x04\"\x9c\x02\n\rWatchResponse\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1e.moe_debugger.v1.WatchSnapshotH\x00\x12,\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x1b.moe_debugger.v1.WatchFrameH\x00\x12\x32\n\x08sessions\x18\x03 \x01(\x0b\x32\x1e.moe_debugger.v1.WatchSessionsH\x00\x12\x36\n\ncomponents\x18\x04 \x01(\x0b\x32 .moe_debugger.v1.WatchComponentsH\x00\x12\x34\n\theartbeat\x18\x05 \x01(\x0b\x32\x1f.moe_debugger.v1.WatchHeartbeatH\x00\x42\x07\n\x05\x65vent\"C\n\rWatchSnapshot\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .moe_debugger.v1.SessionSnapshot\"s\n\nWatchFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x15\n\rexpert_counts\x18\x02 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x03 \x01(\x0c\x12\x15\n\rnum_conflated\x18\x04 \x01(\r\x12\x11\n\tlast_step\x18\x05 \x01(\x04\";\n\rWatchSessions\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.moe_debugger.v1.Session\"G\n\x0fWatchComponents\x12\x34\n\ncomponents\x18\x01 \x03(\x0b\x32 .moe_debugger.v1.ComponentHealth\")\n\x0eWatchHeartbeat\x12\x17\n\x0fsent_at_unix_ns\x18\x01 \x01(\x03\"S\n\x1e\x44\x65\x62uggerServiceGenerateRequest\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32 .moe_debugger.v1.GenerateRequest\"V\n\x1f\x44\x65\x62uggerServiceGenerateResponse\x12\x33\n\x08response\x18\x01 \x01(\x0b\x32!.moe_debugger.v1.GenerateResponse*\x84\x01\n\x0e\x43omponentState\x12\x1f\n\x1b\x43OMPONENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43OMPONENT_STATE_STARTING\x10\x01\x12\x19\n\x15\x43OMPONENT_STATE_READY\x10\x02\x12\x18\n\x14\x43OMPONENT_STATE_DOWN\x10\x03\x32\xda\x06\n\x0f\x44\x65\x62uggerService\x12^\n\rGetServerInfo\x12%.moe_debugger.v1.GetServerInfoRequest\x1a&.moe_debugger.v1.GetServerInfoResponse\x12[\n\x0cListSessions\x12$.moe_debugger.v1.ListSessionsRequest\x1a%.moe_debugger.v1.ListSessionsResponse\x12U\n\nGetSession\x12\".moe_debugger.v1.GetSessionRequest\x1a#.moe_debugger.v1.GetSessionResponse\x12U\n\nGetHistory\x12\".moe_debugger.v1.GetHistoryRequest\x1a#.moe_debugger.v1.GetHistoryResponse\x12[\n\x0cListRequests\x12$.moe_debugger.v1.ListRequestsRequest\x1a%.moe_debugger.v1.ListRequestsResponse\x12g\n\x10GetRequestRoutes\x12(.moe_debugger.v1.GetRequestRoutesRequest\x1a).moe_debugger.v1.GetRequestRoutesResponse\x12[\n\x0c\x43loseSession\x12$.moe_debugger.v1.CloseSessionRequest\x1a%.moe_debugger.v1.CloseSessionResponse\x12H\n\x05Watch\x12\x1d.moe_debugger.v1.WatchRequest\x1a\x1e.moe_debugger.v1.WatchResponse0\x01\x12o\n\x08Generate\x12/.moe_debugger.v1.DebuggerServiceGenerateRequest\x1a\x30.moe_debugger.v1.DebuggerServiceGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmoe_debugger/v1/gateway.proto\x12\x0fmoe_debugger.v1\x1a\x1fmoe_debugger/v1/collector.proto\x1a\x1dmoe_debugger/v1/session.proto\"\x16\n\x14GetServerInfoRequest\"\xa2\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x34\n\ncomponents\x18\x02 \x03(\x0b\x32 .moe_debugger.v1.ComponentHealth\x12\x18\n\x10max_prompt_bytes\x18\x03 \x01(\r\x12\x14\n\x0cmax_watch_hz\x18\x04 \x01(\r\x12\x12\n\nhas_worker\x18\x05 \x01(\x08\"_\n\x0f\x43omponentHealth\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.moe_debugger.v1.ComponentState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x15\n\x13ListSessionsRequest\"B\n\x14ListSessionsResponse\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.moe_debugger.v1.Session\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"H\n\x12GetSessionResponse\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .moe_debugger.v1.SessionSnapshot\"Q\n\x11GetHistoryRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cresolution_s\x18\x02 \x01(\r\x12\x12\n\nmax_points\x18\x03 \x01(\r\"=\n\x12GetHistoryResponse\x12\'\n\x06points\x18\x01 \x03(\x0b\x32\x17.moe_debugger.v1.RollUp\"I\n\x10GetSeriesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x12\n\nmax_points\x18\x03 \x01(\r\"Y\n\x11GetSeriesResponse\x12\'\n\x06series\x18\x01 \x03(\x0b\x32\x17.moe_debugger.v1.Series\x12\x1b\n\x13num_points_not_kept\x18\x02 \x01(\x04\">\n\x13ListRequestsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x13\n\x0bmax_results\x18\x02 \x01(\r\"I\n\x14ListRequestsResponse\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.moe_debugger.v1.RequestSummary\"A\n\x17GetRequestRoutesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"J\n\x18GetRequestRoutesResponse\x12.\n\x06routes\x18\x01 \x01(\x0b\x32\x1e.moe_debugger.v1.RequestRoutes\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"A\n\x14\x43loseSessionResponse\x12)\n\x07session\x18\x01 \x01(\x0b\x32\x18.moe_debugger.v1.Session\"Q\n\x0cWatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06max_hz\x18\x02 \x01(\x01\x12\x1d\n\x15resume_after_sequence\x18\x03 \x01(\x04\"\x9c\x02\n\rWatchResponse\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1e.moe_debugger.v1.WatchSnapshotH\x00\x12,\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x1b.moe_debugger.v1.WatchFrameH\x00\x12\x32\n\x08sessions\x18\x03 \x01(\x0b\x32\x1e.moe_debugger.v1.WatchSessionsH\x00\x12\x36\n\ncomponents\x18\x04 \x01(\x0b\x32 .moe_debugger.v1.WatchComponentsH\x00\x12\x34\n\theartbeat\x18\x05 \x01(\x0b\x32\x1f.moe_debugger.v1.WatchHeartbeatH\x00\x42\x07\n\x05\x65vent\"C\n\rWatchSnapshot\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .moe_debugger.v1.SessionSnapshot\"s\n\nWatchFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x15\n\rexpert_counts\x18\x02 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x03 \x01(\x0c\x12\x15\n\rnum_conflated\x18\x04 \x01(\r\x12\x11\n\tlast_step\x18\x05 \x01(\x04\";\n\rWatchSessions\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.moe_debugger.v1.Session\"G\n\x0fWatchComponents\x12\x34\n\ncomponents\x18\x01 \x03(\x0b\x32 .moe_debugger.v1.ComponentHealth\")\n\x0eWatchHeartbeat\x12\x17\n\x0fsent_at_unix_ns\x18\x01 \x01(\x03\"S\n\x1e\x44\x65\x62uggerServiceGenerateRequest\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32 .moe_debugger.v1.GenerateRequest\"V\n\x1f\x44\x65\x62uggerServiceGenerateResponse\x12\x33\n\x08response\x18\x01 \x01(\x0b\x32!.moe_debugger.v1.GenerateResponse*\x84\x01\n\x0e\x43omponentState\x12\x1f\n\x1b\x43OMPONENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43OMPONENT_STATE_STARTING\x10\x01\x12\x19\n\x15\x43OMPONENT_STATE_READY\x10\x02\x12\x18\n\x14\x43OMPONENT_STATE_DOWN\x10\x03\x32\xae\x07\n\x0f\x44\x65\x62uggerService\x12^\n\rGetServerInfo\x12%.moe_debugger.v1.GetServerInfoRequest\x1a&.moe_debugger.v1.GetServerInfoResponse\x12[\n\x0cListSessions\x12$.moe_debugger.v1.ListSessionsRequest\x1a%.moe_debugger.v1.ListSessionsResponse\x12U\n\nGetSession\x12\".moe_debugger.v1.GetSessionRequest\x1a#.moe_debugger.v1.GetSessionResponse\x12U\n\nGetHistory\x12\".moe_debugger.v1.GetHistoryRequest\x1a#.moe_debugger.v1.GetHistoryResponse\x12R\n\tGetSeries\x12!.moe_debugger.v1.GetSeriesRequest\x1a\".moe_debugger.v1.GetSeriesResponse\x12[\n\x0cListRequests\x12$.moe_debugger.v1.ListRequestsRequest\x1a%.moe_debugger.v1.ListRequestsResponse\x12g\n\x10GetRequestRoutes\x12(.moe_debugger.v1.GetRequestRoutesRequest\x1a).moe_debugger.v1.GetRequestRoutesResponse\x12[\n\x0c\x43loseSession\x12$.moe_debugger.v1.CloseSessionRequest\x1a%.moe_debugger.v1.CloseSessionResponse\x12H\n\x05Watch\x12\x1d.moe_debugger.v1.WatchRequest\x1a\x1e.moe_debugger.v1.WatchResponse0\x01\x12o\n\x08Generate\x12/.moe_debugger.v1.DebuggerServiceGenerateRequest\x1a\x30.moe_debugger.v1.DebuggerServiceGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moe_debugger.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMPONENTSTATE']._serialized_start=2051
-  _globals['_COMPONENTSTATE']._serialized_end=2183
+  _globals['_COMPONENTSTATE']._serialized_start=2217
+  _globals['_COMPONENTSTATE']._serialized_end=2349
   _globals['_GETSERVERINFOREQUEST']._serialized_start=114
   _globals['_GETSERVERINFOREQUEST']._serialized_end=136
   _globals['_GETSERVERINFORESPONSE']._serialized_start=139
@@ -53,36 +53,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETHISTORYREQUEST']._serialized_end=687
   _globals['_GETHISTORYRESPONSE']._serialized_start=689
   _globals['_GETHISTORYRESPONSE']._serialized_end=750
-  _globals['_LISTREQUESTSREQUEST']._serialized_start=752
-  _globals['_LISTREQUESTSREQUEST']._serialized_end=814
-  _globals['_LISTREQUESTSRESPONSE']._serialized_start=816
-  _globals['_LISTREQUESTSRESPONSE']._serialized_end=889
-  _globals['_GETREQUESTROUTESREQUEST']._serialized_start=891
-  _globals['_GETREQUESTROUTESREQUEST']._serialized_end=956
-  _globals['_GETREQUESTROUTESRESPONSE']._serialized_start=958
-  _globals['_GETREQUESTROUTESRESPONSE']._serialized_end=1032
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=1034
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=1075
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1077
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1142
-  _globals['_WATCHREQUEST']._serialized_start=1144
-  _globals['_WATCHREQUEST']._serialized_end=1225
-  _globals['_WATCHRESPONSE']._serialized_start=1228
-  _globals['_WATCHRESPONSE']._serialized_end=1512
-  _globals['_WATCHSNAPSHOT']._serialized_start=1514
-  _globals['_WATCHSNAPSHOT']._serialized_end=1581
-  _globals['_WATCHFRAME']._serialized_start=1583
-  _globals['_WATCHFRAME']._serialized_end=1698
-  _globals['_WATCHSESSIONS']._serialized_start=1700
-  _globals['_WATCHSESSIONS']._serialized_end=1759
-  _globals['_WATCHCOMPONENTS']._serialized_start=1761
-  _globals['_WATCHCOMPONENTS']._serialized_end=1832
-  _globals['_WATCHHEARTBEAT']._serialized_start=1834
-  _globals['_WATCHHEARTBEAT']._serialized_end=1875
-  _globals['_DEBUGGERSERVICEGENERATEREQUEST']._serialized_start=1877
-  _globals['_DEBUGGERSERVICEGENERATEREQUEST']._serialized_end=1960
-  _globals['_DEBUGGERSERVICEGENERATERESPONSE']._serialized_start=1962
-  _globals['_DEBUGGERSERVICEGENERATERESPONSE']._serialized_end=2048
-  _globals['_DEBUGGERSERVICE']._serialized_start=2186
-  _globals['_DEBUGGERSERVICE']._serialized_end=3044
+  _globals['_GETSERIESREQUEST']._serialized_start=752
+  _globals['_GETSERIESREQUEST']._serialized_end=825
+  _globals['_GETSERIESRESPONSE']._serialized_start=827
+  _globals['_GETSERIESRESPONSE']._serialized_end=916
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=918
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=980
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=982
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=1055
+  _globals['_GETREQUESTROUTESREQUEST']._serialized_start=1057
+  _globals['_GETREQUESTROUTESREQUEST']._serialized_end=1122
+  _globals['_GETREQUESTROUTESRESPONSE']._serialized_start=1124
+  _globals['_GETREQUESTROUTESRESPONSE']._serialized_end=1198
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=1200
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1241
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1243
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1308
+  _globals['_WATCHREQUEST']._serialized_start=1310
+  _globals['_WATCHREQUEST']._serialized_end=1391
+  _globals['_WATCHRESPONSE']._serialized_start=1394
+  _globals['_WATCHRESPONSE']._serialized_end=1678
+  _globals['_WATCHSNAPSHOT']._serialized_start=1680
+  _globals['_WATCHSNAPSHOT']._serialized_end=1747
+  _globals['_WATCHFRAME']._serialized_start=1749
+  _globals['_WATCHFRAME']._serialized_end=1864
+  _globals['_WATCHSESSIONS']._serialized_start=1866
+  _globals['_WATCHSESSIONS']._serialized_end=1925
+  _globals['_WATCHCOMPONENTS']._serialized_start=1927
+  _globals['_WATCHCOMPONENTS']._serialized_end=1998
+  _globals['_WATCHHEARTBEAT']._serialized_start=2000
+  _globals['_WATCHHEARTBEAT']._serialized_end=2041
+  _globals['_DEBUGGERSERVICEGENERATEREQUEST']._serialized_start=2043
+  _globals['_DEBUGGERSERVICEGENERATEREQUEST']._serialized_end=2126
+  _globals['_DEBUGGERSERVICEGENERATERESPONSE']._serialized_start=2128
+  _globals['_DEBUGGERSERVICEGENERATERESPONSE']._serialized_end=2214
+  _globals['_DEBUGGERSERVICE']._serialized_start=2352
+  _globals['_DEBUGGERSERVICE']._serialized_end=3294
 # @@protoc_insertion_point(module_scope)

@@ -54,6 +54,11 @@ class DebuggerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.GetHistoryRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.GetHistoryResponse.FromString,
                 _registered_method=True)
+        self.GetSeries = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/GetSeries',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.GetSeriesRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.GetSeriesResponse.FromString,
+                _registered_method=True)
         self.ListRequests = channel.unary_unary(
                 '/moe_debugger.v1.DebuggerService/ListRequests',
                 request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.ListRequestsRequest.SerializeToString,
@@ -104,6 +109,13 @@ class DebuggerServiceServicer(object):
 
     def GetHistory(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSeries(self, request, context):
+        """Training series: loss, gradient norms and others, by source.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -162,6 +174,11 @@ def add_DebuggerServiceServicer_to_server(servicer, server):
                     servicer.GetHistory,
                     request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.GetHistoryRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.GetHistoryResponse.SerializeToString,
+            ),
+            'GetSeries': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSeries,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.GetSeriesRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.GetSeriesResponse.SerializeToString,
             ),
             'ListRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRequests,
@@ -297,6 +314,33 @@ class DebuggerService(object):
             '/moe_debugger.v1.DebuggerService/GetHistory',
             moe__debugger_dot_v1_dot_gateway__pb2.GetHistoryRequest.SerializeToString,
             moe__debugger_dot_v1_dot_gateway__pb2.GetHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSeries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/GetSeries',
+            moe__debugger_dot_v1_dot_gateway__pb2.GetSeriesRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.GetSeriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

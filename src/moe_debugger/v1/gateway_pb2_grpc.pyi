@@ -35,6 +35,8 @@ class DebuggerServiceStub:
     ListSessions: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListSessionsRequest, _gateway_pb2.ListSessionsResponse]
     GetSession: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetSessionRequest, _gateway_pb2.GetSessionResponse]
     GetHistory: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetHistoryRequest, _gateway_pb2.GetHistoryResponse]
+    GetSeries: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetSeriesRequest, _gateway_pb2.GetSeriesResponse]
+    """Training series: loss, gradient norms and others, by source."""
     ListRequests: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListRequestsRequest, _gateway_pb2.ListRequestsResponse]
     GetRequestRoutes: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetRequestRoutesRequest, _gateway_pb2.GetRequestRoutesResponse]
     CloseSession: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CloseSessionRequest, _gateway_pb2.CloseSessionResponse]
@@ -50,6 +52,8 @@ class DebuggerServiceAsyncStub(DebuggerServiceStub):
     ListSessions: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListSessionsRequest, _gateway_pb2.ListSessionsResponse]  # type: ignore[assignment]
     GetSession: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetSessionRequest, _gateway_pb2.GetSessionResponse]  # type: ignore[assignment]
     GetHistory: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetHistoryRequest, _gateway_pb2.GetHistoryResponse]  # type: ignore[assignment]
+    GetSeries: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetSeriesRequest, _gateway_pb2.GetSeriesResponse]  # type: ignore[assignment]
+    """Training series: loss, gradient norms and others, by source."""
     ListRequests: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListRequestsRequest, _gateway_pb2.ListRequestsResponse]  # type: ignore[assignment]
     GetRequestRoutes: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetRequestRoutesRequest, _gateway_pb2.GetRequestRoutesResponse]  # type: ignore[assignment]
     CloseSession: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CloseSessionRequest, _gateway_pb2.CloseSessionResponse]  # type: ignore[assignment]
@@ -86,6 +90,14 @@ class DebuggerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.GetHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.GetHistoryResponse, _abc.Awaitable[_gateway_pb2.GetHistoryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetSeries(
+        self,
+        request: _gateway_pb2.GetSeriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.GetSeriesResponse, _abc.Awaitable[_gateway_pb2.GetSeriesResponse]]:
+        """Training series: loss, gradient norms and others, by source."""
 
     @_abc_1.abstractmethod
     def ListRequests(

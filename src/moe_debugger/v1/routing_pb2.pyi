@@ -521,6 +521,47 @@ class SourceManifest(_message.Message):
 Global___SourceManifest: _TypeAlias = SourceManifest  # noqa: Y015
 
 @_typing.final
+class SeriesPoint(_message.Message):
+    """The value of one training series at one step, or its values for all experts of a layer. A point of the same source,
+    step, name and layer that comes later replaces it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LAYER_INDEX_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    IS_PER_EXPERT_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    name: _builtins.str
+    layer_index: _builtins.int
+    """Absent for a series of the whole model."""
+    is_per_expert: _builtins.bool
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One value; where is_per_expert is set one for each expert of the layer. NaN: there was nothing to read."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        name: _builtins.str = ...,
+        layer_index: _builtins.int | None = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        is_per_expert: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer_index", b"_layer_index", "layer_index", b"layer_index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer_index", b"_layer_index", "is_per_expert", b"is_per_expert", "layer_index", b"layer_index", "name", b"name", "step", b"step", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer_index: _TypeAlias = _typing.Literal["layer_index"]  # noqa: Y015
+    _WhichOneofArgType__layer_index: _TypeAlias = _typing.Literal["_layer_index", b"_layer_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer_index) -> _WhichOneofReturnType__layer_index | None: ...
+
+Global___SeriesPoint: _TypeAlias = SeriesPoint  # noqa: Y015
+
+@_typing.final
 class SourceStatus(_message.Message):
     """Sent every second."""
 
@@ -554,6 +595,8 @@ class SourceStatus(_message.Message):
     IS_HEALTHY_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
     SERIES_FIELD_NUMBER: _builtins.int
+    SERIES_POINTS_FIELD_NUMBER: _builtins.int
+    NUM_SERIES_POINTS_DROPPED_FIELD_NUMBER: _builtins.int
     CHECKS_FIELD_NUMBER: _builtins.int
     last_step: _builtins.int
     buffer_used_bytes: _builtins.int
@@ -561,6 +604,8 @@ class SourceStatus(_message.Message):
     hook_time_share: _builtins.float
     """Share of the process's time spent in capture hooks, 0..1, since the last status."""
     is_healthy: _builtins.bool
+    num_series_points_dropped: _builtins.int
+    """Points that fitted into no status and were left out, cumulative."""
     @_builtins.property
     def counters(self) -> Global___SourceCounters: ...
     @_builtins.property
@@ -568,6 +613,10 @@ class SourceStatus(_message.Message):
     @_builtins.property
     def series(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Training series by name (balance_coef, loss, lr...): the newest value."""
+
+    @_builtins.property
+    def series_points(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeriesPoint]:
+        """Points of training series since the last status, oldest first."""
 
     @_builtins.property
     def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___HealthCheck]: ...
@@ -582,11 +631,13 @@ class SourceStatus(_message.Message):
         is_healthy: _builtins.bool = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
         series: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        series_points: _abc.Iterable[Global___SeriesPoint] | None = ...,
+        num_series_points_dropped: _builtins.int = ...,
         checks: _abc.Iterable[Global___HealthCheck] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_limit_bytes", b"buffer_limit_bytes", "buffer_used_bytes", b"buffer_used_bytes", "checks", b"checks", "counters", b"counters", "hook_time_share", b"hook_time_share", "is_healthy", b"is_healthy", "last_step", b"last_step", "problems", b"problems", "series", b"series"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_limit_bytes", b"buffer_limit_bytes", "buffer_used_bytes", b"buffer_used_bytes", "checks", b"checks", "counters", b"counters", "hook_time_share", b"hook_time_share", "is_healthy", b"is_healthy", "last_step", b"last_step", "num_series_points_dropped", b"num_series_points_dropped", "problems", b"problems", "series", b"series", "series_points", b"series_points"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -632,6 +632,57 @@ class RollUp(_message.Message):
 Global___RollUp: _TypeAlias = RollUp  # noqa: Y015
 
 @_typing.final
+class Series(_message.Message):
+    """One training series of one source: the newest n points, by step. Values are never summed or averaged over sources:
+    under data parallelism every rank may report the same loss.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    GLOBAL_RANK_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LAYER_INDEX_FIELD_NUMBER: _builtins.int
+    NUM_VALUES_FIELD_NUMBER: _builtins.int
+    IS_PER_EXPERT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    source_id: _builtins.str
+    global_rank: _builtins.int
+    """Of the source (ParallelCoordinates)."""
+    name: _builtins.str
+    layer_index: _builtins.int
+    """Absent for a series of the whole model."""
+    num_values: _builtins.int
+    """Values of one point: m = 1, or the layer's experts where is_per_expert is set."""
+    is_per_expert: _builtins.bool
+    step: _builtins.bytes
+    """u64 [n], ascending"""
+    value: _builtins.bytes
+    """f64 [n, m]; NaN where there was nothing to read"""
+    def __init__(
+        self,
+        *,
+        source_id: _builtins.str = ...,
+        global_rank: _builtins.int = ...,
+        name: _builtins.str = ...,
+        layer_index: _builtins.int | None = ...,
+        num_values: _builtins.int = ...,
+        is_per_expert: _builtins.bool = ...,
+        step: _builtins.bytes = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer_index", b"_layer_index", "layer_index", b"layer_index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer_index", b"_layer_index", "global_rank", b"global_rank", "is_per_expert", b"is_per_expert", "layer_index", b"layer_index", "name", b"name", "num_values", b"num_values", "source_id", b"source_id", "step", b"step", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer_index: _TypeAlias = _typing.Literal["layer_index"]  # noqa: Y015
+    _WhichOneofArgType__layer_index: _TypeAlias = _typing.Literal["_layer_index", b"_layer_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer_index) -> _WhichOneofReturnType__layer_index | None: ...
+
+Global___Series: _TypeAlias = Series  # noqa: Y015
+
+@_typing.final
 class RequestSummary(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
