@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_debugger._debugger import MoEDebugger
     from moe_debugger._decisions import Decisions
+    from moe_debugger._rank_load import RankLoad
     from moe_debugger._session import Profile, Session
     from moe_debugger._stats import ExpertMetrics, LayerRoutingStats, PerformanceMetrics, RoutingStats
     from moe_debugger.analysis import Analysis, Finding, Thresholds, analyze
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         WireFormatError,
     )
     from moe_debugger.models import LoadedModel, load_model
+    from moe_debugger.parallel import ParallelCoordinates
     from moe_debugger.wire.ids import new_id
 
 __all__ = [
@@ -50,8 +52,10 @@ __all__ = [
     "MoEDebugger",
     "MoEDebuggerError",
     "ModelNotSupportedError",
+    "ParallelCoordinates",
     "PerformanceMetrics",
     "Profile",
+    "RankLoad",
     "RoutingStats",
     "Session",
     "SessionClosedError",
@@ -67,6 +71,7 @@ __all__ = [
 _MODULES = {
     "moe_debugger._debugger": ("MoEDebugger",),
     "moe_debugger._decisions": ("Decisions",),
+    "moe_debugger._rank_load": ("RankLoad",),
     "moe_debugger._session": ("Profile", "Session"),
     "moe_debugger._stats": ("ExpertMetrics", "LayerRoutingStats", "PerformanceMetrics", "RoutingStats"),
     "moe_debugger.analysis": ("Analysis", "Finding", "Thresholds", "analyze"),
@@ -84,6 +89,7 @@ _MODULES = {
         "WireFormatError",
     ),
     "moe_debugger.models": ("LoadedModel", "load_model"),
+    "moe_debugger.parallel": ("ParallelCoordinates",),
     "moe_debugger.wire.ids": ("new_id",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

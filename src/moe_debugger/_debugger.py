@@ -1,5 +1,6 @@
 """`MoEDebugger`: attaches to a model and captures its routing, locally or for a fleet."""
 
+import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from moe_debugger._stats import ExpertMetrics, PerformanceMetrics, RoutingStats
 from moe_debugger.analysis import Analysis, Thresholds
 from moe_debugger.capture import PHASES, Capture, LayerInfo, RawForward, RequestScope
 from moe_debugger.errors import FleetError, InvalidInputError, SessionClosedError
+from moe_debugger.parallel import ParallelCoordinates, detect_coordinates, expert_owners, layer_numbers
 from moe_debugger.publish import Publisher, SourceDescription, redact_url
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.ids import DEFAULT_TENANT, check_id, check_tenant
@@ -61,6 +63,8 @@ class MoEDebugger:
         step_domain: "source": each forward is a step of this process; "global": `step` gives the training step,
             which other ranks share.
         kind: what this process is, shown in the fleet ("library", "worker", "training"...).
+        coordinates: this rank's place in a sharded model; default: told from torch.distributed and the model's device
+            meshes. A replica of a lower rank captures as any other, but sends no decisions to the fleet.
 
     Raises:
         ModelNotSupportedError: no MoE layer of the model can be read.
@@ -83,6 +87,7 @@ class MoEDebugger:
         tenant: str = DEFAULT_TENANT,
         step_domain: Literal["source", "global"] = "source",
         kind: str = "library",
+        coordinates: ParallelCoordinates | None = None,
     ) -> None:
         _check_arguments(level, sampling_rate, fleet, buffer_bytes, max_rows_bytes, step_domain)
         self._tenant = check_tenant(tenant)
@@ -94,6 +99,8 @@ class MoEDebugger:
         self._is_closed = False
         self._session_name = session_name or type(model).__name__
         self._capture = Capture(model, self._take)
+        self._coordinates = detect_coordinates(model) if coordinates is None else coordinates
+        self._numbers, owners = self._place(model)
         config = getattr(model, "config", None)
         self._model_type = str(getattr(config, "model_type", "") or "")
         self._model_name = model_name or str(getattr(config, "_name_or_path", "") or "") or type(model).__name__
@@ -104,6 +111,9 @@ class MoEDebugger:
             max_rows_bytes=max_rows_bytes,
             thresholds=thresholds,
             eos_token_ids=_eos_token_ids(model),
+            coordinates=self._coordinates,
+            layer_numbers=self._numbers,
+            expert_owners=owners,
         )
 
     @property
@@ -111,12 +121,17 @@ class MoEDebugger:
         """The open session, None where there is none."""
         return self._session if self._session is not None and not self._session.is_closed else None
 
+    @property
+    def coordinates(self) -> ParallelCoordinates:
+        """This rank's place in a sharded model."""
+        return self._coordinates
+
     def layers(self) -> tuple[LayerInfo, ...]:
         """Return the model's MoE layers; with a session open, as its forwards confirmed them."""
         session = self.session
         if session is not None:
             return session.layers()
-        return tuple(site.info for site in self._capture.discovery.sites)
+        return self._known_layers()
 
     def start_session(self, name: str | None = None, *, wait_s: float = 10.0) -> Session:
         """Install the hooks and start to capture.
@@ -276,6 +291,20 @@ class MoEDebugger:
         if session is not None:
             session.offer(raw)
 
+    def _place(self, model: "nn.Module") -> tuple[dict[int, int], dict[int, tuple[int, ...]]]:
+        """Return the layers' indices in the whole model by those in this rank's part, and their experts' owners."""
+        infos = [site.info for site in self._capture.discovery.sites]
+        numbers = layer_numbers(model, tuple(info.module_name for info in infos), self._coordinates)
+        owners = {
+            number: expert_owners(model, info.module_name, info.num_experts, self._coordinates)
+            for number, info in zip(numbers, infos, strict=True)
+        }
+        return dict(zip((info.layer_index for info in infos), numbers, strict=True)), owners
+
+    def _known_layers(self) -> tuple[LayerInfo, ...]:
+        infos = (site.info for site in self._capture.discovery.sites)
+        return tuple(dataclasses.replace(info, layer_index=self._numbers[info.layer_index]) for info in infos)
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise SessionClosedError("this MoEDebugger was closed; make a new one: MoEDebugger(model)")
@@ -298,12 +327,16 @@ class MoEDebugger:
                 session_name=session_name,
                 model_name=self._model_name,
                 model_type=self._model_type,
-                layers=[_description(site.info) for site in self._capture.discovery.sites],
+                layers=[
+                    _description(info, self._options.expert_owners.get(info.layer_index, ()))
+                    for info in self._known_layers()
+                ],
                 level=LEVELS[self._level],
                 sampling_rate=self._options.sampling_rate,
                 step_domain=_STEP_DOMAINS[self._step_domain],
                 kind=self._kind,
                 versions=_versions(),
+                coordinates=self._coordinates.to_message(),
             ),
             tenant=self._tenant,
             buffer_bytes=self._options.buffer_bytes,
@@ -332,7 +365,7 @@ def _check_arguments(
             )
 
 
-def _description(info: LayerInfo) -> pb.LayerDescription:
+def _description(info: LayerInfo, owners: Sequence[int]) -> pb.LayerDescription:
     return pb.LayerDescription(
         layer_index=info.layer_index,
         model_layer_index=info.model_layer_index,
@@ -345,6 +378,7 @@ def _description(info: LayerInfo) -> pb.LayerDescription:
         scoring_function=info.scoring_function,
         weight_meaning=info.weight_meaning,
         unavailable_reason=info.unavailable_reason,
+        expert_parallel_ranks=owners,
     )
 
 

@@ -51,7 +51,7 @@ class Decisions(Mapping[str, npt.NDArray[Any]]):
         logits: [n, E] float16 at level "full", else None.
     """
 
-    def __init__(self, batches: Sequence[RoutingColumns], layers: Sequence[LayerInfo]) -> None:
+    def __init__(self, batches: Sequence[RoutingColumns], layers: Sequence[LayerInfo], rank: int = 0) -> None:
         self.layers = {info.layer_index: info for info in layers}
         self.module_names = {info.layer_index: info.module_name for info in layers}
         names: dict[str, int] = {}
@@ -80,7 +80,7 @@ class Decisions(Mapping[str, npt.NDArray[Any]]):
         self.layer_index: npt.NDArray[np.uint32] = _concatenate(
             [np.full(len(layer.expert_ids), layer.layer_index) for _, layer in blocks], np.uint32
         )
-        self.rank: npt.NDArray[np.uint32] = np.zeros(len(self.layer_index), np.uint32)
+        self.rank: npt.NDArray[np.uint32] = np.full(len(self.layer_index), rank, np.uint32)
         slots = [self._slots(layer) for _, layer in blocks]
         self.expert_ids: npt.NDArray[np.int32] = _concatenate([ids for ids, _, _ in slots], np.int32, self._k)
         self.gate_weights: npt.NDArray[np.float16] = _concatenate([w for _, w, _ in slots], np.float16, self._k)

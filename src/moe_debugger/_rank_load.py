@@ -41,8 +41,8 @@ class RankLoadRow:
 class RankLoad:
     """Load of every expert-parallel rank at every MoE layer; no rows where each rank computes all experts.
 
-    It is the load that the tokens of this process put on the ranks. Where the ranks have batches of their own (fsdp with
-    ep), that is one part of it, and the fleet has the sum.
+    It is the load that the tokens of this process put on the ranks. Where the ranks have batches of their own (fsdp
+    with ep), that is one part of it, and the fleet has the sum.
     """
 
     session_name: str

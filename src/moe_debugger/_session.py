@@ -4,17 +4,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
 from moe_debugger._decisions import Decisions, RowStore
+from moe_debugger._rank_load import RankLoad, rank_load
 from moe_debugger._stats import ExpertMetrics, ExpertRow, LayerRoutingStats, PerformanceMetrics, RoutingStats
 from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, LayerState, RoutingState, Thresholds, finish
 from moe_debugger.capture import Assembler, Capture, Intake, LayerInfo, RawForward
 from moe_debugger.errors import SessionClosedError
+from moe_debugger.parallel import ParallelCoordinates
 from moe_debugger.publish import Health, Publisher, PublisherStatistics
 from moe_debugger.publish.account import reason_name
 from moe_debugger.v1 import routing_pb2 as pb
@@ -38,6 +40,11 @@ class SessionOptions:
     max_rows_bytes: int = 512 * 1024 * 1024
     thresholds: Thresholds | None = None
     eos_token_ids: tuple[int, ...] = ()
+    coordinates: ParallelCoordinates = field(default_factory=ParallelCoordinates)
+    # Index of a layer in the whole model by its index in this rank's part; empty = the same.
+    layer_numbers: Mapping[int, int] = field(default_factory=dict)
+    # By index in the whole model.
+    expert_owners: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -132,7 +139,7 @@ class Session:
         """
         self._settle()
         with self._lock:
-            return Decisions(self._rows.batches(), self._assembler.layers())
+            return Decisions(self._rows.batches(), self._layers(), self._options.coordinates.global_rank)
 
     def decisions_since(self, num_forwards: int) -> Decisions:
         """Return the kept rows after the first `num_forwards` forwards of this session.
@@ -144,7 +151,7 @@ class Session:
         with self._lock:
             first = self._base[0] + num_forwards
             kept = [batch for batch in self._rows if len(batch.forward_index) and int(batch.forward_index[0]) >= first]
-            return Decisions(kept, self._assembler.layers())
+            return Decisions(kept, self._layers(), self._options.coordinates.global_rank)
 
     def iter_decisions(self) -> Iterator[Decisions]:
         """Yield the kept rows forward by forward.
@@ -154,9 +161,9 @@ class Session:
         """
         self._settle()
         with self._lock:
-            batches, layers = self._rows.batches(), self._assembler.layers()
+            batches, layers = self._rows.batches(), self._layers()
         for batch in batches:
-            yield Decisions([batch], layers)
+            yield Decisions([batch], layers, self._options.coordinates.global_rank)
 
     def layers(self) -> tuple[LayerInfo, ...]:
         """Return what is known of each MoE layer.
@@ -165,7 +172,7 @@ class Session:
             SessionClosedError: the session was closed.
         """
         self._settle()
-        return self._assembler.layers()
+        return self._layers()
 
     def get_routing_stats(self) -> RoutingStats:
         """Return load and confidence per layer."""
@@ -176,7 +183,7 @@ class Session:
             num_tokens=state.num_tokens,
             num_requests=state.num_requests,
             sampling_rate=self._options.sampling_rate,
-            layers=tuple(_layer_stats(info, state.layers.get(info.layer_index)) for info in self._assembler.layers()),
+            layers=tuple(_layer_stats(info, state.layers.get(info.layer_index)) for info in self._layers()),
         )
 
     def get_expert_metrics(self) -> ExpertMetrics:
@@ -185,11 +192,12 @@ class Session:
         with self._lock:
             weights = {index: sums.copy() for index, sums in self._weight_sums.items()}
         rows: list[ExpertRow] = []
-        for info in self._assembler.layers():
+        for info in self._layers():
             layer = state.layers.get(info.layer_index) or LayerState.empty(
                 LayerShape(info.layer_index, info.num_experts, max(1, info.top_k))
             )
             total = layer.num_assignments
+            owners = self._options.expert_owners.get(info.layer_index, ())
             probability = layer.mean_probability
             for expert in range(info.num_experts):
                 count = int(layer.counts[expert])
@@ -203,9 +211,16 @@ class Session:
                         load_ratio=share * info.num_experts,
                         mean_gate_weight=float(weights[info.layer_index][expert]) / count if count else float("nan"),
                         mean_probability=float(probability[expert]),
+                        expert_parallel_rank=owners[expert] if owners else None,
                     )
                 )
         return ExpertMetrics(self.name, tuple(rows))
+
+    def rank_load(self) -> RankLoad:
+        """Return the load of each expert-parallel rank, which is empty where every rank computes all experts."""
+        state = self._snapshot()
+        counts = {index: layer.counts for index, layer in state.layers.items()}
+        return rank_load(self.name, self._layers(), counts, self._options.expert_owners)
 
     def get_performance_metrics(self) -> PerformanceMetrics:
         """Return what ran and what watching it cost."""
@@ -310,6 +325,8 @@ class Session:
         started_ns = time.perf_counter_ns()
         self._capture.wait_for_copies(raw)
         columns, num_sampled_out = self._assembler.assemble(raw)
+        for layer in columns.layers:
+            layer.layer_index = self._options.layer_numbers.get(layer.layer_index, layer.layer_index)
         if num_sampled_out:
             self._drop(pb.DROP_REASON_SAMPLED_OUT, num_sampled_out)
         if columns.num_tokens:
@@ -317,7 +334,7 @@ class Session:
                 self._fold(columns)
                 if self._options.level > pb.CAPTURE_LEVEL_COUNTS:
                     self._rows.add(columns)
-            if self.publisher is not None:
+            if self.publisher is not None and not self._options.coordinates.is_replica:
                 self.publisher.submit(columns)
         self._last_step = max(self._last_step, raw.step)
         self._totals.capture_ns += time.perf_counter_ns() - started_ns
@@ -325,7 +342,7 @@ class Session:
     def _fold(self, columns: RoutingColumns) -> None:
         if self._state is None:
             # k as the experts were called with it: not every config says it.
-            shapes = {info.layer_index: (info.num_experts, info.top_k) for info in self._assembler.layers()}
+            shapes = {info.layer_index: (info.num_experts, info.top_k) for info in self._layers()}
             self._state = RoutingState.empty(
                 LayerShape(index, experts, max(1, k)) for index, (experts, k) in shapes.items()
             )
@@ -337,6 +354,11 @@ class Session:
                 weights = layer.gate_weights[valid].astype(np.float64).reshape(-1)
                 sums += np.bincount(layer.expert_ids[valid].reshape(-1), weights, minlength=layer.num_experts)
 
+    def _layers(self) -> tuple[LayerInfo, ...]:
+        numbers = self._options.layer_numbers
+        infos = self._assembler.layers()
+        return tuple(replace(info, layer_index=numbers.get(info.layer_index, info.layer_index)) for info in infos)
+
     def _failed(self, raw: RawForward, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
         with self._lock:
@@ -347,7 +369,8 @@ class Session:
     def _drop(self, reason: int, num_decisions: int) -> None:
         with self._lock:
             self._dropped[reason] = self._dropped.get(reason, 0) + num_decisions
-        if self.publisher is not None:
+        # A replica's decisions are the recording rank's: it neither sends nor loses any.
+        if self.publisher is not None and not self._options.coordinates.is_replica:
             self.publisher.count_dropped(reason, num_decisions)
 
     def _report_lost(self) -> None:

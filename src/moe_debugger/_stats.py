@@ -150,6 +150,7 @@ class ExpertRow:
         load_ratio: share over the fair share 1/E.
         mean_gate_weight: mean of the weights as applied; NaN where the expert was not used.
         mean_probability: mean router probability over all tokens; NaN where not known.
+        expert_parallel_rank: the rank that computes the expert; None where every rank computes all of them.
     """
 
     layer_index: int
@@ -159,6 +160,7 @@ class ExpertRow:
     load_ratio: float
     mean_gate_weight: float
     mean_probability: float
+    expert_parallel_rank: int | None = None
 
     @property
     def is_unused(self) -> bool:
