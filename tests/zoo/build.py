@@ -185,7 +185,7 @@ def _draw(
         return normal(_BIAS_SPREAD)
     if not isinstance(tensor, nn.Parameter):
         return None
-    if name == "per_expert_scale":
+    if name == "per_expert_scale" or path.endswith("router.scale"):
         return torch.rand(tensor.shape, generator=generator) + 0.5
     if _ROUTER.search(path) and tensor.ndim == 2:
         return normal(_ROUTER_SPREAD / math.sqrt(tensor.shape[-1]))

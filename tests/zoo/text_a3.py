@@ -15,7 +15,7 @@ WITH_VIDEO = (
 )
 
 
-def image_tokens(*names: str) -> dict[str, int]:
+def image_tokens(*names: str) -> dict[str, Any]:
     """Return the ids from `SPECIAL` up for `image_token_id` and then for the named fields of a configuration."""
     return {name: SPECIAL + index for index, name in enumerate(["image_token_id", *names])}
 
