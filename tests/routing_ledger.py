@@ -77,7 +77,13 @@ class LedgerSource:
     def status(self) -> tuple[str, bytes, str]:
         counters = pb.SourceCounters(num_produced=self.num_decisions, num_published=self.num_decisions)
         return self.message(
-            status=pb.SourceStatus(counters=counters, last_step=self.step, is_healthy=True, series={"loss": 0.5})
+            status=pb.SourceStatus(
+                counters=counters,
+                last_step=self.step,
+                is_healthy=True,
+                series={"loss": 0.5},
+                series_points=[pb.SeriesPoint(step=self.step, name="loss", values=[0.5])],
+            )
         )
 
     def goodbye(self, *, closes_session: bool = False) -> tuple[str, bytes, str]:

@@ -13,6 +13,7 @@ import numpy as np
 from moe_analyzer.blob import pack, unpack
 from moe_analyzer.requests import RequestBook, RequestEntry
 from moe_analyzer.sequences import SequenceSet
+from moe_analyzer.series import SeriesHistory
 from moe_debugger.analysis.state import LayerShape, RoutingState
 from moe_debugger.errors import InvalidInputError, WireFormatError
 from moe_debugger.v1 import routing_pb2 as pb
@@ -45,6 +46,7 @@ class Limits:
 
     max_requests: int = 2000
     rows_budget_bytes: int = 32 << 20
+    series_budget_bytes: int = 8 << 20
 
 
 @dataclass(slots=True)
@@ -168,6 +170,7 @@ class SessionPart:
         self.sources: dict[str, SourceState] = {}
         self.rollups: dict[int, dict[int, RoutingState]] = {resolution: {} for resolution in RESOLUTIONS_S}
         self.requests = RequestBook(max_requests=limits.max_requests, rows_budget_bytes=limits.rows_budget_bytes)
+        self.series = SeriesHistory(limits.series_budget_bytes)
         self.is_dirty = False
         # Batches that had waited for their manifest and then did not fit it: (source, payload, stored at, reason).
         self.rejected: list[tuple[str, bytes, int, str]] = []
@@ -194,6 +197,7 @@ class SessionPart:
                 self._waiting_bytes += len(payload)
             elif kind.startswith("r"):
                 self.rollups[int(kind[1:])][int(rest)] = RoutingState.from_bytes(data)
+        self.series.load(state)
         self._shapes = {shape.layer_index: shape for shape in self.totals.shapes}
         self.sources = {source_id: SourceState.decode(source_id, data) for source_id, data in sources.items()}
         for source in self.sources.values():
@@ -229,7 +233,10 @@ class SessionPart:
         if kind == "manifest":
             self.adopt_manifest(source, message.manifest)
         elif kind == "status":
+            if not is_late:
+                self.series.add(source.source_id, message.status.series_points)
             source.status.CopyFrom(message.status)
+            source.status.ClearField("series_points")
             self._set_counters(source, message.status.counters)
             source.last_step = max(source.last_step, message.status.last_step)
             self._overview_changed = True
@@ -362,6 +369,7 @@ class SessionPart:
                 writes[rollup_field(resolution, start)] = None
         sources: dict[str, bytes | None] = {one: self.sources[one].encode() for one in self._dirty_sources}
         writes["head"] = self.head.encode(self.totals)
+        writes |= self.series.take_writes()
         requests, rows = self.requests.take_writes()
         result = SessionWrites(
             writes, sources, requests, rows, delta, self.head.flush, self._overview_changed, self._summary()

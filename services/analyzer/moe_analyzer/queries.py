@@ -1,7 +1,7 @@
 """Answers from Redis and the catalogue: the same from any replica, whichever partitions it owns."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moe_analyzer._wire import account_message, layer_snapshot, roll_up, routes_message, source_message, summary_message
@@ -11,6 +11,7 @@ from moe_analyzer.findings import TrackedFindings
 from moe_analyzer.lifecycle import CLOSE_GRACE_NS
 from moe_analyzer.lost import num_lost
 from moe_analyzer.requests import RequestEntry, RowChunk, counts_field, decode_counts, rows_field
+from moe_analyzer.series import INDEX_FIELD, StoredPoint, chunk_fields, read_chunk, series_messages
 from moe_analyzer.store import Store
 from moe_debugger.analysis import CaptureHealth, RoutingState, Thresholds, finish, merge_all
 from moe_debugger.catalogue import Catalogue, SessionRow
@@ -23,6 +24,8 @@ __all__ = ["NotFoundError", "Queries"]
 
 _MAX_POINTS = 720
 _DEFAULT_POINTS = 120
+_MAX_SERIES_POINTS = 10_000
+_DEFAULT_SERIES_POINTS = 1000
 _MAX_REQUESTS = 1000
 _DEFAULT_REQUESTS = 100
 _MAX_REQUEST_ID_CHARS = 128
@@ -145,6 +148,40 @@ class Queries:
         states = await self._rollups(tenant, session_id, heads, resolution_s, starts)
         layers = sorted({index for _, totals in decoded for index in totals.layers})
         return [roll_up(start, resolution_s, merge_all(states[start]), layers) for start in starts if states.get(start)]
+
+    async def series(
+        self, tenant: str, session_id: str, names: Sequence[str], max_points: int
+    ) -> tuple[list[pb.Series], int]:
+        """Return the newest points of the training series, by source, and how many points are not kept.
+
+        Args:
+            names: the series wanted; empty = all but those with a value for each expert.
+            max_points: of each series; fewer where all together would be too much for one answer.
+
+        Raises:
+            NotFoundError: the tenant has no such session.
+        """
+        await self._row(tenant, session_id)
+        heads = await self._store.read_heads(self._num_partitions, tenant, session_id)
+        ranks: dict[str, int] = {}
+        points: list[StoredPoint] = []
+        num_not_kept = 0
+        for partition, (_, sources) in heads.items():
+            for source_id, data in sources.items():
+                source = SourceState.decode(source_id, data)
+                ranks[source_id] = source.manifest.coordinates.global_rank if source.manifest is not None else 0
+                num_not_kept += source.status.num_series_points_dropped
+            index = (await self._store.read_state(partition, tenant, session_id, [INDEX_FIELD])).get(INDEX_FIELD)
+            if index is None:
+                continue
+            fields, not_kept = chunk_fields(index, with_experts=bool(names))
+            num_not_kept += not_kept
+            if fields:
+                chunks = await self._store.read_state(partition, tenant, session_id, fields)
+                # A chunk may have made room since its index was read.
+                points += [point for name in fields if name in chunks for point in read_chunk(chunks[name])]
+        limit = min(max_points or _DEFAULT_SERIES_POINTS, _MAX_SERIES_POINTS)
+        return series_messages(points, ranks, names, limit), num_not_kept
 
     async def list_requests(self, tenant: str, session_id: str, max_results: int) -> list[pb.RequestSummary]:
         """Return the newest requests, the last one seen first.

@@ -53,6 +53,15 @@ class AnalyzerService(rpc.AnalyzerServiceServicer):
         )
         return pb.AnalyzerServiceGetHistoryResponse(points=points)
 
+    async def GetSeries(
+        self, request: pb.AnalyzerServiceGetSeriesRequest, context: Any
+    ) -> pb.AnalyzerServiceGetSeriesResponse:
+        """Return training series."""
+        series, num_not_kept = await self._queries.series(
+            request.tenant, request.session_id, list(request.names), request.max_points
+        )
+        return pb.AnalyzerServiceGetSeriesResponse(series=series, num_points_not_kept=num_not_kept)
+
     async def ListRequests(
         self, request: pb.AnalyzerServiceListRequestsRequest, context: Any
     ) -> pb.AnalyzerServiceListRequestsResponse:

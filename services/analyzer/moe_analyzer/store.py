@@ -6,7 +6,8 @@ Keys of a partition (one slot of a Redis Cluster, see `wire.subjects.redis_prefi
     <p>meta                           hash: applied (stream sequence), applied_ns, stream (its identity), checked (no
                                       message of this partition between applied and here), lost (see `lost`)
     <p>sessions                       hash: "<tenant>:<session>" -> summary
-    <p><tenant>:<session>:state       hash: head, r<resolution>:<start>, wait:<source>:<sequence>
+    <p><tenant>:<session>:state       hash: head, r<resolution>:<start>, wait:<source>:<sequence>, series:index,
+                                      series:<kind>:<chunk>
     <p><tenant>:<session>:sources     hash: source id -> its account
     <p><tenant>:<session>:requests    hash: request id -> summary
     <p><tenant>:<session>:rows        hash: "<request>:counts", "<request>:<chunk>"

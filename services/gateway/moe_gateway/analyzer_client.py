@@ -1,6 +1,6 @@
 """Calls to the analyzers: deadlines, the tenant of the settings, and errors that say what happens next."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -60,6 +60,17 @@ class AnalyzerClient:
             tenant=self._tenant, session_id=session_id, resolution_s=resolution_s, max_points=max_points
         )
         return list((await self._call(self._stub.GetHistory, request, remaining_s)).points)
+
+    async def get_series(
+        self, session_id: str, names: Sequence[str], max_points: int, remaining_s: float | None = None
+    ) -> tuple[list[session_pb2.Series], int]:
+        """Return a session's training series, and how many of their points are not kept."""
+        request = pb.AnalyzerServiceGetSeriesRequest(
+            tenant=self._tenant, session_id=session_id, names=names, max_points=max_points
+        )
+        response: pb.AnalyzerServiceGetSeriesResponse
+        response = await self._call(self._stub.GetSeries, request, remaining_s)
+        return list(response.series), response.num_points_not_kept
 
     async def list_requests(
         self, session_id: str, max_results: int, remaining_s: float | None = None

@@ -27,6 +27,7 @@ RPC_PERMISSIONS: dict[str, Permission] = {
     _DEBUGGER + "ListSessions": Permission.SESSIONS_READ,
     _DEBUGGER + "GetSession": Permission.SESSIONS_READ,
     _DEBUGGER + "GetHistory": Permission.SESSIONS_READ,
+    _DEBUGGER + "GetSeries": Permission.SESSIONS_READ,
     _DEBUGGER + "ListRequests": Permission.SESSIONS_READ,
     _DEBUGGER + "GetRequestRoutes": Permission.SESSIONS_READ,
     _DEBUGGER + "CloseSession": Permission.SESSIONS_CLOSE,

@@ -27,6 +27,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _RESOLUTIONS_S = (1, 10, 60)
 _DEFAULT_POINTS, _MAX_POINTS = 300, 10_000
+_DEFAULT_SERIES_POINTS, _MAX_SERIES_POINTS, _MAX_SERIES_NAMES = 1000, 10_000, 64
 _DEFAULT_RESULTS, _MAX_RESULTS = 100, 1000
 _MAX_TEMPERATURE = 100.0
 
@@ -95,6 +96,17 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
             session_id, request.resolution_s, max_points, context.time_remaining()
         )
         return pb.GetHistoryResponse(points=points)
+
+    async def GetSeries(self, request: pb.GetSeriesRequest, context: Context) -> pb.GetSeriesResponse:
+        """Return a session's training series."""
+        session_id = check_id(request.session_id, "session_id")
+        if len(request.names) > _MAX_SERIES_NAMES:
+            raise InvalidInputError(f"names has {len(request.names)} entries; expected at most {_MAX_SERIES_NAMES}")
+        max_points = _bounded("max_points", request.max_points, _DEFAULT_SERIES_POINTS, _MAX_SERIES_POINTS)
+        series, num_not_kept = await self._analyzer.get_series(
+            session_id, list(request.names), max_points, context.time_remaining()
+        )
+        return pb.GetSeriesResponse(series=series, num_points_not_kept=num_not_kept)
 
     async def ListRequests(self, request: pb.ListRequestsRequest, context: Context) -> pb.ListRequestsResponse:
         """Return a session's newest requests."""

@@ -159,6 +159,20 @@ async def test_list_requests_and_their_routes(service: Service) -> None:
         assert set(np.frombuffer(layer.gate_weights, "<f2").tolist()) == {0.5}
 
 
+async def test_get_series(service: Service) -> None:
+    place: dict[str, Any] = {"tenant": "default", "session_id": service.session_id}
+    response = await service.stub.GetSeries(pb.AnalyzerServiceGetSeriesRequest(**place))
+    # One series a source: what ranks report is never summed.
+    assert [one.source_id for one in response.series] == sorted(one.source_id for one in service.sources)
+    for one in response.series:
+        assert (one.name, one.num_values, one.HasField("layer_index")) == ("loss", 1, False)
+        assert np.frombuffer(one.step, "<u8").tolist() == [3]
+        assert np.frombuffer(one.value, "<f8").tolist() == [0.5]
+    assert response.num_points_not_kept == 0
+    other = await service.stub.GetSeries(pb.AnalyzerServiceGetSeriesRequest(**place, names=["lr"]))
+    assert not other.series
+
+
 async def test_close_session(service: Service) -> None:
     request = pb.AnalyzerServiceCloseSessionRequest(tenant="default", session_id=service.session_id)
     first = (await service.stub.CloseSession(request)).session
@@ -172,6 +186,7 @@ def _requests(tenant: str, session_id: str) -> dict[str, Any]:
     return {
         "GetSnapshot": pb.AnalyzerServiceGetSnapshotRequest(**place),
         "GetHistory": pb.AnalyzerServiceGetHistoryRequest(**place, resolution_s=1),
+        "GetSeries": pb.AnalyzerServiceGetSeriesRequest(**place),
         "ListRequests": pb.AnalyzerServiceListRequestsRequest(**place),
         "GetRequestRoutes": pb.AnalyzerServiceGetRequestRoutesRequest(**place, request_id="q0"),
         "CloseSession": pb.AnalyzerServiceCloseSessionRequest(**place),

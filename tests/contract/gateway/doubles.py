@@ -101,6 +101,11 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
         points = [session_pb2.RollUp(duration_s=request.resolution_s, num_tokens=request.max_points)]
         return apb.AnalyzerServiceGetHistoryResponse(points=points)
 
+    async def GetSeries(self, request: Any, context: Any) -> apb.AnalyzerServiceGetSeriesResponse:
+        await self._check(request, context)
+        series = [session_pb2.Series(name=name, num_values=request.max_points) for name in request.names]
+        return apb.AnalyzerServiceGetSeriesResponse(series=series, num_points_not_kept=3)
+
     async def ListRequests(self, request: Any, context: Any) -> apb.AnalyzerServiceListRequestsResponse:
         await self._check(request, context)
         summary = session_pb2.RequestSummary(request_id=request.session_id, num_tokens=request.max_results)

@@ -35,6 +35,9 @@ async def test_unary_rpcs_answer_with_the_analyzers_data(bench: Bench, connect: 
         "GetHistory", pb.GetHistoryRequest(session_id=session_id, resolution_s=10, max_points=7)
     )
     assert [(point.duration_s, point.num_tokens) for point in history.points] == [(10, 7)]
+    series = await caller.unary("GetSeries", pb.GetSeriesRequest(session_id=session_id, names=["loss", "lr"]))
+    assert [(one.name, one.num_values) for one in series.series] == [("loss", 1000), ("lr", 1000)]
+    assert series.num_points_not_kept == 3
     requests = await caller.unary("ListRequests", pb.ListRequestsRequest(session_id=session_id))
     assert requests.requests[0].num_tokens == 100
     request_id = new_id()
@@ -108,6 +111,8 @@ async def test_unknown_session_is_not_found_with_details(bench: Bench, connect: 
         ("GetSession", pb.GetSessionRequest(session_id="a.>"), "session_id 'a.>' is not an id"),
         ("GetHistory", pb.GetHistoryRequest(session_id=new_id(), resolution_s=7), "resolution_s is 7"),
         ("ListRequests", pb.ListRequestsRequest(session_id=new_id(), max_results=10**6), "max_results is 1000000"),
+        ("GetSeries", pb.GetSeriesRequest(session_id=new_id(), max_points=10**6), "max_points is 1000000"),
+        ("GetSeries", pb.GetSeriesRequest(session_id=new_id(), names=["x"] * 65), "names has 65 entries"),
         ("GetRequestRoutes", pb.GetRequestRoutesRequest(session_id=new_id(), request_id="?"), "request_id '?'"),
     ],
 )
