@@ -1,28 +1,39 @@
 """Hooks that see what the experts were really called with. torch is imported inside functions only."""
 
+from .adapter import Adapter, Call, LayerShape, Routing, register_adapter, registered_adapters, unregister_adapter
 from .assemble import Assembler, is_sampled
 from .context import RequestScope
-from .discovery import Discovery, LayerInfo, Site, find_sites
+from .discovery import Discovery, find_sites
 from .hooks import Capture, detach
 from .intake import Intake, IntakeStatistics
-from .raw import PHASES, RawForward, RawLayer, phase_number
+from .raw import PHASES, RawForward, RawLayer, TokenFrame, phase_number
+from .sites import LayerInfo, Site, Tap
 from .transfer import HostTransfer
 
 __all__ = [
     "PHASES",
+    "Adapter",
     "Assembler",
+    "Call",
     "Capture",
     "Discovery",
     "HostTransfer",
     "Intake",
     "IntakeStatistics",
     "LayerInfo",
+    "LayerShape",
     "RawForward",
     "RawLayer",
     "RequestScope",
+    "Routing",
     "Site",
+    "Tap",
+    "TokenFrame",
     "detach",
     "find_sites",
     "is_sampled",
     "phase_number",
+    "register_adapter",
+    "registered_adapters",
+    "unregister_adapter",
 ]

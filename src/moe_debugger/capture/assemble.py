@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.errors import WireFormatError
 from moe_debugger.wire.codec import LayerColumns, RoutingColumns
 
-from .discovery import LayerInfo, Site
-from .raw import PHASES, RawForward, RawLayer
+from .raw import PHASES, RawForward, RawLayer, TokenFrame
+from .routes import Routes
 from .scoring import RouterStatistics, SelectionRule, confirm_scoring, router_statistics
+from .sites import LayerInfo, Site
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,9 @@ class Assembler:
         sampling_rate: float = 1.0,
         eos_token_ids: Collection[int] = (),
     ) -> None:
-        self._infos = {site.info.layer_index: site.info for site in sites}
-        self._rules = {site.info.layer_index: SelectionRule(site.router) for site in sites}
+        self._sites = {site.info.layer_index: site for site in sites}
+        self._infos = {index: site.info for index, site in self._sites.items()}
+        self._rules = {index: SelectionRule(site.router) for index, site in self._sites.items()}
         self._proven: set[int] = set()
         self._with_tokens = with_tokens
         self._with_logits = with_logits
@@ -66,32 +67,36 @@ class Assembler:
         """Return what is known about each layer by now."""
         return tuple(self._infos.values())
 
-    def assemble(self, raw: RawForward) -> tuple[RoutingColumns, int]:
-        """Return the columns of the sampled requests, and the number of decisions that sampling left out.
+    def assemble(self, raw: RawForward) -> tuple[list[RoutingColumns], int]:
+        """Return the columns of the sampled requests, one for each stack, and how many decisions were left out.
 
         Raises:
-            WireFormatError: an expert id is out of range: the capture or the model is broken.
+            ValueError: what a layer was called with cannot be read: the capture, the adapter or the model is broken.
         """
-        rows, columns = raw.num_rows, raw.num_columns
-        num_tokens = rows * columns
-        token_ids = None if raw.token_ids is None else _to_numpy(raw.token_ids).reshape(num_tokens)
-        is_padding = self._padding(raw, token_ids)
-        position = _positions(raw, is_padding)
+        results = [self._frame(raw, frame) for frame in raw.frames]
+        columns = [each for each in results if each.num_tokens and each.layers]
+        return columns, raw.num_decisions - sum(each.num_decisions for each in columns)
+
+    def _frame(self, raw: RawForward, frame: TokenFrame) -> RoutingColumns:
+        num_tokens = frame.num_tokens
+        token_ids = None if frame.token_ids is None else _to_numpy(frame.token_ids).reshape(num_tokens)
+        is_padding = self._padding(frame, token_ids)
+        position = _positions(frame, is_padding)
         position[is_padding] = 0
-        names = [name or "" for name in raw.request_ids]
+        names = [name or "" for name in frame.request_ids]
         distinct = list(dict.fromkeys(name for name in names if name and is_sampled(name, self._sampling_rate)))
         # A dummy row belongs to no request: it goes with the first one, as padding.
         index_of = {name: index for index, name in enumerate(distinct)}
         kept_rows = np.array([not name or name in index_of for name in names]) & bool(distinct)
         row_request = np.array([index_of.get(name, 0) for name in names], dtype=np.uint32)
-        keep = None if kept_rows.all() else np.repeat(kept_rows, columns)
+        keep = None if kept_rows.all() else np.repeat(kept_rows, frame.num_columns)
         result = RoutingColumns(
             step=np.full(num_tokens, raw.step, np.uint64),
             forward_index=np.full(num_tokens, raw.forward_index, np.uint64),
             request_ids=distinct,
-            request_index=np.repeat(row_request, columns),
+            request_index=np.repeat(row_request, frame.num_columns),
             position=position.astype(np.uint32),
-            phase=np.repeat(np.array(raw.phases, dtype=np.uint8), columns),
+            phase=_phases(frame),
             is_padding=is_padding,
             token_id=token_ids.astype(np.uint32) if self._with_tokens and token_ids is not None else None,
             captured_at_unix_ns=raw.captured_at_unix_ns,
@@ -101,20 +106,20 @@ class Assembler:
                 column = getattr(result, name)
                 if column is not None:
                     setattr(result, name, column[keep])
-        result.layers = [self._layer(layer, is_padding, keep) for layer in raw.layers]
-        return result, raw.num_decisions - result.num_decisions
+        result.layers = [self._layer(layer, is_padding, keep) for layer in raw.layers if layer.frame is frame]
+        return result
 
-    def _padding(self, raw: RawForward, token_ids: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
-        shape = (raw.num_rows, raw.num_columns)
-        padding = np.zeros(shape, bool) if raw.is_padding is None else _to_numpy(raw.is_padding).astype(bool).copy()
-        for row, name in enumerate(raw.request_ids):
+    def _padding(self, frame: TokenFrame, token_ids: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
+        shape = (frame.num_rows, frame.num_columns)
+        padding = np.zeros(shape, bool) if frame.is_padding is None else _to_numpy(frame.is_padding).astype(bool).copy()
+        for row, name in enumerate(frame.request_ids):
             if name is None:
                 padding[row] = True
         # A single row that ended is fed no more by generate(), so an end-of-text token there was fed on purpose.
-        if raw.are_ids_minted and raw.num_rows > 1 and len(self._eos_token_ids) and token_ids is not None:
+        if frame.are_ids_minted and frame.num_rows > 1 and len(self._eos_token_ids) and token_ids is not None:
             fed = token_ids.reshape(shape)
-            for row, name in enumerate(raw.request_ids):
-                if raw.phases[row] != PHASES["decode"] or name is None:
+            for row, name in enumerate(frame.request_ids):
+                if frame.phases[row] != PHASES["decode"] or name is None:
                     continue
                 if name in self._finished or bool(np.isin(fed[row, 0], self._eos_token_ids)):
                     self._finished[name] = None
@@ -127,75 +132,96 @@ class Assembler:
         self, raw: RawLayer, is_padding: npt.NDArray[np.bool_], keep: npt.NDArray[np.bool_] | None
     ) -> LayerColumns:
         info = self._infos[raw.layer_index]
-        expert_ids = _to_numpy(raw.expert_ids).astype(np.int32)
-        weights = _to_numpy(raw.gate_weights)
-        logits = None if raw.logits is None else _to_numpy(raw.logits).astype(np.float32, copy=False)
+        arrays = {name: _to_numpy(value) if hasattr(value, "detach") else value for name, value in raw.tensors.items()}
+        routes = self._sites[raw.layer_index].interpret(arrays, info)
+        if info.top_k != routes.expert_ids.shape[1]:
+            self._infos[raw.layer_index] = info = replace(info, top_k=routes.expert_ids.shape[1])
         if keep is not None:
-            expert_ids, weights, is_padding = expert_ids[keep], weights[keep], is_padding[keep]
-            logits = None if logits is None else logits[keep]
-        if expert_ids.size and not (int(expert_ids.min()) >= 0 and int(expert_ids.max()) < info.num_experts):
-            raise WireFormatError(
-                f"layer {raw.layer_index}: expert ids from {int(expert_ids.min())} to {int(expert_ids.max())} "
-                f"in a layer with {info.num_experts} experts"
-            )
-        if info.top_k != expert_ids.shape[1]:
-            self._infos[raw.layer_index] = info = replace(info, top_k=expert_ids.shape[1])
+            routes = _only(routes, keep)
+        if routes.row_index is not None:
+            is_padding = is_padding[routes.row_index] if keep is None else is_padding[keep][routes.row_index]
+        elif keep is not None:
+            is_padding = is_padding[keep]
         layer = LayerColumns(
             layer_index=raw.layer_index,
             num_experts=info.num_experts,
-            expert_ids=expert_ids,
-            gate_weights=weights.astype(np.float16),
+            num_identity_experts=info.num_identity_experts,
+            expert_ids=routes.expert_ids,
+            gate_weights=routes.gate_weights,
+            row_index=routes.row_index,
+            slot_status=routes.slot_status,
+            intended_expert_ids=routes.intended_expert_ids,
         )
-        statistics = self._statistics(raw.layer_index, logits, expert_ids, weights)
+        statistics = self._statistics(raw.layer_index, routes)
         if statistics is not None:
             layer.margin = statistics.margin
             layer.router_entropy = statistics.entropy
             layer.router_logsumexp = statistics.logsumexp
             layer.top1_probability = statistics.top1_probability
-            layer.probability_sum = statistics.probabilities[~is_padding].sum(axis=0, dtype=np.float64)
-        if self._with_logits and logits is not None and logits.shape[1] == info.num_experts:
-            layer.logits = logits.astype(np.float16)
+            valid = statistics.probabilities[~is_padding, : info.num_experts]
+            layer.probability_sum = valid.sum(axis=0, dtype=np.float64)
+        if self._with_logits and routes.logits is not None and routes.logits.shape[1] >= info.num_experts:
+            layer.logits = routes.logits[:, : info.num_experts].astype(np.float16)
         return layer
 
-    def _statistics(
-        self,
-        layer_index: int,
-        logits: npt.NDArray[np.float32] | None,
-        expert_ids: npt.NDArray[np.int32],
-        weights: npt.NDArray[np.float32],
-    ) -> RouterStatistics | None:
+    def _statistics(self, layer_index: int, routes: Routes) -> RouterStatistics | None:
         info = self._infos[layer_index]
-        if logits is None or not len(logits) or logits.shape[1] != info.num_experts:
-            if logits is not None and len(logits) and not info.unavailable_reason:
+        logits = routes.logits
+        selected = routes.expert_ids if routes.selected is None else routes.selected
+        weights = routes.gate_weights if routes.selected_weights is None else routes.selected_weights
+        if logits is None or not len(logits):
+            return None
+        if logits.shape[1] not in (info.num_experts, info.num_experts + max(1, info.num_identity_experts)):
+            if not info.unavailable_reason:
                 reason = f"the router has {logits.shape[1]} scores for {info.num_experts} experts"
                 self._infos[layer_index] = replace(info, unavailable_reason=reason)
             return None
         scoring = info.scoring_function
         if layer_index not in self._proven:
-            scoring, is_proven = confirm_scoring(logits, expert_ids, weights, scoring)
+            scoring, is_proven = confirm_scoring(logits, selected, weights, scoring)
             if is_proven:
                 self._proven.add(layer_index)
-            if scoring == "unknown":
+            if scoring == "unknown" and not info.unavailable_reason:
                 info = replace(info, unavailable_reason="no reading of the router's logits gives the applied weights")
             self._infos[layer_index] = replace(info, scoring_function=scoring)
         if scoring == "unknown":
             return None
-        return router_statistics(logits, expert_ids, scoring, self._rules[layer_index])
+        return router_statistics(logits, selected, scoring, self._rules[layer_index])
 
 
-def _positions(raw: RawForward, is_padding: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    shape = (raw.num_rows, raw.num_columns)
-    if raw.start_positions is not None:
+def _only(routes: Routes, keep: npt.NDArray[np.bool_]) -> Routes:
+    """Return the rows of `routes` whose token is kept; a row index counts in the kept tokens afterwards."""
+    of_rows = keep if routes.row_index is None else keep[routes.row_index]
+    names = (
+        "expert_ids", "gate_weights", "slot_status", "intended_expert_ids", "logits", "selected", "selected_weights",
+    )  # fmt: skip
+    kept = {name: None if (array := getattr(routes, name)) is None else array[of_rows] for name in names}
+    row_index = None
+    if routes.row_index is not None:
+        row_index = (np.cumsum(keep) - 1)[routes.row_index[of_rows]].astype(np.uint32)
+    return Routes(**kept, row_index=row_index)  # type: ignore[arg-type]
+
+
+def _phases(frame: TokenFrame) -> npt.NDArray[np.uint8]:
+    phases = np.repeat(np.array(frame.phases, dtype=np.uint8), frame.num_columns)
+    if frame.num_drafts:
+        phases.reshape(frame.num_rows, frame.num_columns)[:, -frame.num_drafts :] = PHASES["decode"]
+    return phases
+
+
+def _positions(frame: TokenFrame, is_padding: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    shape = (frame.num_rows, frame.num_columns)
+    if frame.start_positions is not None:
         real = ~is_padding.reshape(shape)
         counted = np.maximum(real.cumsum(axis=1) - 1, 0)
-        starts = np.array(raw.start_positions, dtype=np.int64)
+        starts = np.array(frame.start_positions, dtype=np.int64)
         return np.ravel(counted + starts[:, None])
-    if raw.position is not None:
+    if frame.position is not None:
         position: npt.NDArray[np.int64] = np.empty(shape, np.int64)
-        position[:] = _to_numpy(raw.position)
+        position[:] = _to_numpy(frame.position)
         return position.reshape(-1)
-    counted = np.arange(raw.past_length, raw.past_length + raw.num_columns, dtype=np.int64)
-    return np.tile(counted, raw.num_rows)
+    counted = np.arange(frame.past_length, frame.past_length + frame.num_columns, dtype=np.int64)
+    return np.tile(counted, frame.num_rows)
 
 
 def _to_numpy(tensor: "torch.Tensor") -> npt.NDArray[Any]:

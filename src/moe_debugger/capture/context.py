@@ -1,23 +1,23 @@
 """What a forward is about: which request each batch row belongs to, its positions, its padding and its phase."""
 
 import inspect
-import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_debugger.wire.ids import new_id
 
-from .raw import PHASES, RawForward
+from .raw import PHASES, TokenFrame
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["RequestScope", "RequestTracker", "input_names", "read_forward"]
+__all__ = ["RequestScope", "RequestTracker", "fallback_frame", "input_names", "read_frame"]
 
-_MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+_MAIN_INPUTS = ("input_ids", "inputs_embeds")
+_DECODER = "decoder_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,32 +30,49 @@ class RequestScope:
 
 
 class RequestTracker:
-    """Continues the request ids of batch rows over the forwards that share one cache object."""
+    """Continues the request ids of batch rows over the forwards that share one object: a cache, an encoder's output."""
 
     def __init__(self) -> None:
-        self._by_cache: dict[int, tuple[weakref.ref[Any], tuple[str, ...]]] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], tuple[str, ...]]] = {}
+        # Tokens fed, and whether the cache has ever said a length of its own.
+        self._fed: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
 
-    def ids(self, cache: Any, past_length: int, num_rows: int) -> tuple[str, ...]:
-        """Return the ids of `num_rows` rows: those of the cache where it is a continuation, else new ones."""
-        known = self._by_cache.get(id(cache)) if cache is not None else None
-        if known is not None and known[0]() is cache and past_length > 0 and len(known[1]) == num_rows:
+    def ids(self, carrier: Any, num_rows: int) -> tuple[str, ...] | None:
+        """Return the ids that `carrier` brings, None where it is not known or has another number of rows."""
+        known = self._known.get(id(carrier)) if carrier is not None else None
+        if known is not None and known[0]() is carrier and len(known[1]) == num_rows:
             return known[1]
-        ids = tuple(new_id() for _ in range(num_rows))
-        if cache is not None:
-            self.remember(cache, ids)
-        return ids
+        return None
 
-    def remember(self, cache: Any, ids: tuple[str, ...]) -> None:
-        """Bind `ids` to a cache for as long as it lives."""
-        key = id(cache)
-        by_cache = self._by_cache
+    def remember(self, carrier: Any, ids: tuple[str, ...]) -> None:
+        """Bind `ids` to a carrier for as long as it lives."""
+        key = id(carrier)
+        known = self._known
 
         def forget(reference: "weakref.ref[Any]") -> None:
-            # Another cache may have got the same address meanwhile.
-            if key in by_cache and by_cache[key][0] is reference:
-                del by_cache[key]
+            # Another object may have got the same address meanwhile.
+            if key in known and known[key][0] is reference:
+                del known[key]
 
-        by_cache[key] = (weakref.ref(cache, forget), ids)
+        known[key] = (weakref.ref(carrier, forget), ids)
+
+    def past_length(self, cache: Any, num_columns: int) -> int:
+        """Return how many tokens the cache holds, and note that `num_columns` more are fed."""
+        if cache is None:
+            return 0
+        get_length = getattr(cache, "get_seq_length", None)
+        length = get_length() if callable(get_length) else None
+        try:
+            fed, has_length = self._fed.get(cache, (0, False))
+            # A cache of linear attention alone has no length, and one whose length is a tensor must not be waited for.
+            if isinstance(length, int) and (length or has_length):
+                past, has_length = length, True
+            else:
+                past = fed
+            self._fed[cache] = (past + num_columns, has_length)
+        except TypeError:  # neither hashable nor weakly referenced
+            past = length if isinstance(length, int) else 0
+        return past
 
 
 def input_names(module: "nn.Module") -> tuple[str, ...]:
@@ -64,88 +81,183 @@ def input_names(module: "nn.Module") -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
-def read_forward(
-    inputs: dict[str, Any],
+def read_frame(
+    inputs: Mapping[str, Any],
+    outer: Mapping[str, Any],
     *,
-    forward_index: int,
-    step: int,
+    stack: str,
     is_training: bool,
     tracker: RequestTracker,
     scope: RequestScope | None,
-) -> tuple[RawForward | None, str]:
-    """Return the frame of a forward from the model's inputs, and what could not be read ("" where all was).
+    minted: dict[int, tuple[str, ...]],
+) -> tuple[TokenFrame | None, str]:
+    """Return the tokens that a stack runs over, and what could not be read ("" where all was).
 
     Only small copies are made: the caller may reuse the buffers of its inputs.
+
+    Args:
+        inputs: of the stack's own call.
+        outer: of the outermost call of this forward; gives what a stack is not told (token ids, masks).
+        minted: ids that this forward's other stacks got, by number of rows; a new entry is added.
     """
-    main = next((inputs[name] for name in _MAIN_INPUTS if inputs.get(name) is not None), None)
-    if main is None or getattr(main, "ndim", 0) < 2:
-        return None, "the forward has neither input_ids nor inputs_embeds of shape [batch, sequence, ...]"
+    is_decoder = _is_decoder(inputs, outer, stack)
+    main, input_ids = _main_input(inputs, outer, is_decoder=is_decoder)
+    if main is None:
+        return None, f"the {stack} was given neither input_ids nor inputs_embeds of shape [batch, sequence, ...]"
     num_rows, num_columns = int(main.shape[0]), int(main.shape[1])
-    cache = inputs.get("past_key_values")
-    past_length = _past_length(cache)
+    cache = _first(inputs, outer, "past_key_values")
+    past_length = 0 if stack == "encoder" else tracker.past_length(cache, num_columns)
     problem = ""
-    request_ids: Sequence[str | None]
     if scope is not None and len(scope.request_ids) != num_rows:
         problem = f"requests() named {len(scope.request_ids)} rows, the forward has {num_rows}; its ids were minted"
         scope = None
-    request_ids = scope.request_ids if scope is not None else tracker.ids(cache, past_length, num_rows)
-    if scope is not None and scope.phases is not None:
-        phases = scope.phases
+    ids: tuple[str | None, ...]
+    if scope is not None:
+        ids = scope.request_ids
     else:
-        phases = (_phase(is_training, cache, past_length, num_columns),) * num_rows
-    raw = RawForward(
-        forward_index=forward_index,
-        step=step,
+        ids = _request_ids(tracker, minted, outer, cache if past_length else None, num_rows)
+        if cache is not None and stack != "encoder":
+            tracker.remember(cache, tuple(name for name in ids if name is not None))
+    phase = _phase(is_training, cache, past_length, num_columns, outer, stack)
+    frame = TokenFrame(
+        stack=stack,
         num_rows=num_rows,
         num_columns=num_columns,
-        request_ids=request_ids,
+        request_ids=ids,
         are_ids_minted=scope is None,
-        phases=phases,
+        phases=scope.phases if scope is not None and scope.phases is not None else (phase,) * num_rows,
         past_length=past_length,
-        captured_at_unix_ns=time.time_ns(),
+        num_drafts=_num_drafts(outer, cache, num_columns) if phase == PHASES["prefill"] else 0,
         start_positions=scope.start_positions if scope is not None else None,
     )
-    mask = inputs.get("attention_mask")
-    if (
-        mask is not None
-        and getattr(mask, "ndim", 0) == 2
-        and mask.shape[0] == num_rows
-        and mask.shape[1] >= num_columns
-    ):
-        raw.is_padding = mask[:, -num_columns:] == 0
-    elif mask is not None:
+    mask, is_unknown = _mask(inputs, outer, num_rows, num_columns, is_decoder=is_decoder)
+    if mask is not None:
+        frame.is_padding = mask[:, -num_columns:] == 0
+    elif is_unknown:
         problem = problem or "attention_mask is not [batch, length], so padding is not known"
-        mask = None
-    raw.position = _position(inputs.get("position_ids"), mask, num_rows, num_columns)
-    input_ids = inputs.get("input_ids")
-    if input_ids is not None and main is input_ids and main.ndim == 2:
-        raw.token_ids = main.detach().clone()
-    return raw, problem
+    frame.position = _position(_first(inputs, outer, "position_ids"), mask, num_rows, num_columns)
+    if input_ids is not None:
+        frame.token_ids = input_ids.detach().clone()
+    return frame, problem
 
 
-def _past_length(cache: Any) -> int:
-    get_length = getattr(cache, "get_seq_length", None)
-    if not callable(get_length):
-        return 0
-    length = get_length()
-    # A tensor here would have to be read back from the device; the cache is then told apart by being known.
-    return length if isinstance(length, int) else 1
+def fallback_frame(
+    num_tokens: int,
+    hidden: Any,
+    outer_frames: list[TokenFrame],
+    *,
+    stack: str,
+    is_training: bool,
+    minted: dict[int, tuple[str, ...]],
+) -> TokenFrame:
+    """Return a frame for a stack whose inputs say nothing about tokens (patches of images)."""
+    num_rows, num_columns = 1, num_tokens
+    if getattr(hidden, "ndim", 0) == 3 and int(hidden.shape[0]) * int(hidden.shape[1]) == num_tokens:
+        num_rows, num_columns = int(hidden.shape[0]), int(hidden.shape[1])
+    ids = next((frame.request_ids for frame in outer_frames if frame.num_rows == num_rows), None)
+    if ids is None:
+        ids = minted.setdefault(num_rows, tuple(new_id() for _ in range(num_rows)))
+    phase = PHASES["train"] if is_training else PHASES["prefill"] if outer_frames else PHASES["eval"]
+    return TokenFrame(stack, num_rows, num_columns, ids, are_ids_minted=True, phases=(phase,) * num_rows)
 
 
-def _phase(is_training: bool, cache: Any, past_length: int, num_columns: int) -> int:
+def _is_decoder(inputs: Mapping[str, Any], outer: Mapping[str, Any], stack: str) -> bool:
+    """Whether this is the decoder of a model that has an encoder as well."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs", "encoder_hidden_states")
+    return stack == "decoder" and any(each.get(name) is not None for each in (inputs, outer) for name in names)
+
+
+def _main_input(inputs: Mapping[str, Any], outer: Mapping[str, Any], *, is_decoder: bool) -> tuple[Any, Any]:
+    """Return the tensor whose first two dimensions are the tokens', and the token ids where they are known."""
+    prefixes = (_DECODER, "") if is_decoder else ("",)
+    main: Any = None
+    for prefix in prefixes:
+        main = next((v for name in _MAIN_INPUTS if (v := inputs.get(prefix + name)) is not None), None)
+        if main is not None:
+            break
+    if main is None:
+        # Code of one's own names its inputs as it likes: token ids [batch, sequence], else hidden states.
+        tensors = [value for value in inputs.values() if hasattr(value, "is_floating_point")]
+        ids = [each for each in tensors if each.ndim == 2 and not (each.is_floating_point() or each.dtype.itemsize < 4)]
+        main = next(iter(ids), None)
+        if main is None:
+            main = next((each for each in tensors if each.ndim == 3 and each.is_floating_point()), None)
+    if main is None or main.ndim < 2 or (main.ndim == 2 and main.is_floating_point()):
+        return None, None
+    if main.ndim == 2:
+        return main, main
+    outer_ids = outer.get(_DECODER + "input_ids" if is_decoder else "input_ids")
+    is_same = outer_ids is not None and getattr(outer_ids, "ndim", 0) == 2 and outer_ids.shape == main.shape[:2]
+    return main, outer_ids if is_same else None
+
+
+def _request_ids(
+    tracker: RequestTracker, minted: dict[int, tuple[str, ...]], outer: Mapping[str, Any], cache: Any, num_rows: int
+) -> tuple[str, ...]:
+    known = minted.get(num_rows) or tracker.ids(cache, num_rows)
+    if known is None:
+        encoded = outer.get("encoder_outputs")
+        state = getattr(encoded, "last_hidden_state", None)
+        if state is None and isinstance(encoded, tuple | list) and encoded:
+            state = encoded[0]
+        known = tracker.ids(state, num_rows)
+    if known is None:
+        known = tuple(new_id() for _ in range(num_rows))
+    minted[num_rows] = known
+    return known
+
+
+def _first(inputs: Mapping[str, Any], outer: Mapping[str, Any], name: str) -> Any:
+    value = inputs.get(name)
+    return outer.get(name) if value is None else value
+
+
+def _mask(
+    inputs: Mapping[str, Any], outer: Mapping[str, Any], num_rows: int, num_columns: int, *, is_decoder: bool
+) -> tuple[Any, bool]:
+    """Return the padding mask [num_rows, >= num_columns] (None where there is none), and whether one was not read."""
+    # The plain mask of an encoder-decoder model belongs to its encoder.
+    candidates = [inputs.get("attention_mask"), outer.get("decoder_attention_mask" if is_decoder else "attention_mask")]
+    given = [mask for mask in candidates if mask is not None]
+    for mask in given:
+        if getattr(mask, "ndim", 0) == 2 and mask.shape[0] == num_rows and mask.shape[1] >= num_columns:
+            return mask, False
+    return None, bool(given)
+
+
+def _phase(
+    is_training: bool, cache: Any, past_length: int, num_columns: int, outer: Mapping[str, Any], stack: str
+) -> int:
     if is_training:
         return PHASES["train"]
+    if stack == "encoder":
+        return PHASES["prefill"]
     if cache is None:
         return PHASES["eval"]
+    if past_length > 0 and (num_columns == 1 or _num_logits(outer) == num_columns):
+        # Several columns whose logits are all asked for: drafts of assisted decoding that are verified.
+        return PHASES["decode"]
     # A prompt in chunks continues a cache with more than one token at a time.
-    return PHASES["decode"] if past_length > 0 and num_columns == 1 else PHASES["prefill"]
+    return PHASES["prefill"]
+
+
+def _num_drafts(outer: Mapping[str, Any], cache: Any, num_columns: int) -> int:
+    wanted = _num_logits(outer)
+    # The prompt itself ends with the token before the first draft.
+    return wanted - 1 if cache is not None and 1 < wanted < num_columns else 0
+
+
+def _num_logits(outer: Mapping[str, Any]) -> int:
+    value = outer.get("logits_to_keep")
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def _position(
     position_ids: "torch.Tensor | None", mask: "torch.Tensor | None", num_rows: int, num_columns: int
 ) -> "torch.Tensor | None":
-    if position_ids is not None:
-        # Multimodal rope gives [3, batch, sequence]: its first plane is the position in time.
+    if getattr(position_ids, "ndim", 0) >= 2:
+        assert position_ids is not None
+        # Multimodal rope gives [3 or 4, batch, sequence]: its first plane is the position in time.
         plane = position_ids[0] if position_ids.ndim == 3 else position_ids
         if plane.ndim == 2 and plane.shape[1] == num_columns and plane.shape[0] in (1, num_rows):
             return plane.detach().clone()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from moe_debugger.errors import AlreadyAttachedError, InvalidInputError
 
-from .context import RequestScope, RequestTracker, input_names, read_forward
-from .discovery import Discovery, Site, find_sites
-from .raw import RawForward, RawLayer
+from .context import RequestScope, RequestTracker, fallback_frame, input_names, read_frame
+from .discovery import Discovery, find_sites
+from .raw import RawForward, RawLayer, TokenFrame
+from .sites import Site, Tap
 from .transfer import HostTransfer
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 __all__ = ["Capture", "detach"]
@@ -24,6 +24,7 @@ __all__ = ["Capture", "detach"]
 # Experts modules that a capture watches, so that a second one is refused, also on a part of the model.
 _watched: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]]" = weakref.WeakKeyDictionary()
 _watched_lock = threading.Lock()
+_MAX_PROBLEMS = 64
 
 
 class _ThreadState(threading.local):
@@ -33,9 +34,23 @@ class _ThreadState(threading.local):
     forward: RawForward | None = None
     started_ns: int = 0
     scope: RequestScope | None = None
+    is_training: bool = False
 
     def __init__(self) -> None:
-        self.logits: dict[int, torch.Tensor] = {}
+        self.outer: dict[str, Any] = {}
+        self.frames: dict[str, TokenFrame] = {}
+        # Stacks whose tokens could not be read because of an error of ours: their rows are lost, not guessed.
+        self.broken: set[str] = set()
+        self.minted: dict[int, tuple[str, ...]] = {}
+        self.parts: dict[int, tuple[dict[str, Any], int]] = {}
+
+    def clear(self) -> None:
+        self.forward = None
+        self.outer = {}
+        self.frames = {}
+        self.broken = set()
+        self.minted = {}
+        self.parts = {}
 
 
 class Capture:
@@ -60,7 +75,13 @@ class Capture:
         self.discovery: Discovery = find_sites(model)
         self._model = model
         self._sink = sink
-        self._num_experts = {site.info.layer_index: site.info.num_experts for site in self.discovery.sites}
+        self._num_experts = {
+            site.info.layer_index: site.info.num_experts + site.info.num_identity_experts
+            for site in self.discovery.sites
+        }
+        self._layers_of: dict[str, list[int]] = {}
+        for site in self.discovery.sites:
+            self._layers_of.setdefault(site.root, []).append(site.info.layer_index)
         self._handles: list[Any] = []
         self._local = _ThreadState()
         self._tracker = RequestTracker()
@@ -95,14 +116,19 @@ class Capture:
         if self._handles:
             return
         self._reserve()
-        for module in self._entries():
+        for module, root in self._entries():
             names = input_names(module)
-            self._handles.append(module.register_forward_pre_hook(self._enter_hook(names), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(self._enter_hook(names, root), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._exit_hook, with_kwargs=True, always_call=True))
         for site in self.discovery.sites:
-            if site.router is not None:
-                self._handles.append(site.router.register_forward_hook(self._router_hook(site.info.layer_index)))
-            self._handles.append(site.experts.register_forward_pre_hook(self._experts_hook(site), with_kwargs=True))
+            for tap in site.taps:
+                if tap.moment == "before":
+                    hook = self._before_hook(site, tap)
+                    self._handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    self._handles.append(
+                        tap.module.register_forward_hook(self._after_hook(site, tap), with_kwargs=True)
+                    )
 
     def detach(self) -> None:
         """Remove every hook, and let another capture watch the model."""
@@ -140,21 +166,34 @@ class Capture:
             for site in self.discovery.sites:
                 _watched[site.experts] = weakref.ref(self)
 
-    def _entries(self) -> "list[nn.Module]":
-        # A caller may run the model with or without its head; the outermost one that runs opens the forward.
-        base = getattr(self._model, "base_model", None)
-        return [self._model] if base is None or base is self._model else [self._model, base]
+    def _entries(self) -> "list[tuple[nn.Module, str | None]]":
+        """Return the modules whose call may open a forward, with the stack's name where they are one.
+
+        A caller may run the whole model, the model without its head, or one stack (`generate` runs an encoder alone):
+        the outermost one that runs opens the forward.
+        """
+        modules = dict(self._model.named_modules())
+        roots = {id(modules[root]): root for root in self._layers_of if root in modules}
+        entries: dict[int, tuple[nn.Module, str | None]] = {}
+        for module in (
+            self._model,
+            getattr(self._model, "base_model", None),
+            *(modules.get(r) for r in self._layers_of),
+        ):
+            if module is not None:
+                entries.setdefault(id(module), (module, roots.get(id(module))))
+        return list(entries.values())
 
     def _problem(self, text: str) -> None:
         with self._lock:
             # A model that fails in ever new ways must not fill the memory.
-            if text in self.problems or len(self.problems) < 64:
+            if text in self.problems or len(self.problems) < _MAX_PROBLEMS:
                 self.problems[text] += 1
 
     def _spent(self, started_ns: int) -> None:
         self.hook_ns += time.perf_counter_ns() - started_ns
 
-    def _enter_hook(self, names: tuple[str, ...]) -> Callable[..., None]:
+    def _enter_hook(self, names: tuple[str, ...], root: str | None) -> Callable[..., None]:
         def enter(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             started_ns = time.perf_counter_ns()
             local = self._local
@@ -162,30 +201,53 @@ class Capture:
                 if _is_recomputing():
                     return
                 local.depth += 1
-                if local.depth > 1:
-                    return
-                local.started_ns = started_ns
-                local.forward = None
-                local.logits.clear()
-                with self._lock:
-                    index = self._next_forward
-                    self._next_forward += 1
-                local.forward, problem = read_forward(
-                    {**dict(zip(names, args, strict=False)), **kwargs},
-                    forward_index=index,
-                    step=index if self.step is None else self.step,
-                    is_training=module.training,
-                    tracker=self._tracker,
-                    scope=local.scope,
-                )
-                if problem:
-                    self._problem(problem)
+                inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+                if local.depth == 1:
+                    self._open(local, inputs, started_ns, is_training=module.training)
+                if root is not None and local.forward is not None:
+                    self._add_frame(local, inputs, root)
             except Exception as error:  # noqa: BLE001 - a hook never raises into the model
                 self._problem(f"forward hook: {type(error).__name__}: {error}")
             finally:
                 self._spent(started_ns)
 
         return enter
+
+    def _open(self, local: _ThreadState, inputs: dict[str, Any], started_ns: int, *, is_training: bool) -> None:
+        local.clear()
+        local.started_ns = started_ns
+        local.outer = inputs
+        local.is_training = is_training
+        with self._lock:
+            index = self._next_forward
+            self._next_forward += 1
+        local.forward = RawForward(
+            forward_index=index,
+            step=index if self.step is None else self.step,
+            captured_at_unix_ns=time.time_ns(),
+        )
+
+    def _add_frame(self, local: _ThreadState, inputs: dict[str, Any], root: str) -> None:
+        assert local.forward is not None
+        stack = self.discovery.sites[self._layers_of[root][0]].info.stack
+        if stack == "vision":
+            return  # Patches: their number is known only at the layers.
+        local.broken.add(root)
+        frame, problem = read_frame(
+            inputs,
+            local.outer,
+            stack=stack,
+            is_training=local.is_training,
+            tracker=self._tracker,
+            scope=local.scope,
+            minted=local.minted,
+        )
+        local.broken.discard(root)
+        if problem:
+            self._problem(problem)
+        if frame is not None:
+            local.frames[root] = frame
+            local.forward.frames.append(frame)
 
     def _exit_hook(self, module: "nn.Module", args: Any, kwargs: Any, output: Any) -> None:
         started_ns = time.perf_counter_ns()
@@ -196,8 +258,8 @@ class Capture:
             local.depth = max(0, local.depth - 1)
             if local.depth > 0:
                 return
-            raw, local.forward = local.forward, None
-            local.logits.clear()
+            raw, minted = local.forward, local.minted
+            local.clear()
             if raw is None:
                 return
             raw.duration_ns = started_ns - local.started_ns
@@ -208,80 +270,122 @@ class Capture:
                 return
             self.num_forwards += 1
             self.forward_ns += raw.duration_ns
-            self._finish(raw, output)
+            self._finish(raw, minted, output)
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
             self._problem(f"end of forward hook: {type(error).__name__}: {error}")
         finally:
             self._spent(started_ns)
 
-    def _finish(self, raw: RawForward, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and raw.past_length == 0 and raw.are_ids_minted:
-            # A cache that the model made itself: the next forward that brings it goes on with these requests.
-            self._tracker.remember(cache, tuple(name for name in raw.request_ids if name is not None))
-        missing = len(self.discovery.sites) - len({layer.layer_index for layer in raw.layers})
-        if missing:
-            self._problem(f"{missing} of {len(self.discovery.sites)} MoE layers were not called in a forward")
+    def _finish(self, raw: RawForward, minted: dict[int, tuple[str, ...]], output: Any) -> None:
+        # What the model made itself carries these requests on: its cache, or an encoder's output.
+        for name in ("past_key_values", "last_hidden_state"):
+            carrier = getattr(output, name, None)
+            for frame in raw.frames:
+                ids = minted.get(frame.num_rows)
+                if carrier is not None and frame.are_ids_minted and ids and frame.past_length == 0:
+                    self._tracker.remember(carrier, ids)
+        self._note_unseen(raw)
         self._transfer.start(raw, self._num_experts)
         self._sink(raw)
 
-    def _router_hook(self, layer_index: int) -> Callable[..., None]:
-        def keep_logits(module: "nn.Module", args: Any, output: Any) -> None:
-            started_ns = time.perf_counter_ns()
-            try:
-                if _is_recomputing() or self._local.forward is None:
-                    return
-                logits = output[0] if isinstance(output, tuple | list) else output
-                if getattr(logits, "ndim", 0) == 2 and logits.is_floating_point():
-                    self._local.logits[layer_index] = logits.detach()
-            except Exception as error:  # noqa: BLE001 - a hook never raises into the model
-                self._problem(f"router hook of layer {layer_index}: {type(error).__name__}: {error}")
-            finally:
-                self._spent(started_ns)
+    def _note_unseen(self, raw: RawForward) -> None:
+        """Compare the tokens that each stack was given with those that were seen at its MoE layers."""
+        seen: dict[int, int] = {}
+        for layer in raw.layers:
+            seen[layer.layer_index] = seen.get(layer.layer_index, 0) + layer.num_rows
+        by_stack = {frame.stack: frame.num_tokens for frame in raw.frames}
+        for site in self.discovery.sites:
+            index = site.info.layer_index
+            if index not in seen and site.info.stack in by_stack:
+                raw.unseen[index] = by_stack[site.info.stack]
+        # A pool of experts that got no token of its kind is called by no one: its sibling saw them all.
+        pools = {self.discovery.sites[index].pool for index in seen}
+        raw.unseen = {i: n for i, n in raw.unseen.items() if self.discovery.sites[i].pool not in pools - {""}}
+        if raw.unseen:
+            names = [self.discovery.sites[index].info.module_name for index in raw.unseen]
+            self._problem(
+                f"{len(names)} of {len(self.discovery.sites)} MoE layers were not called in a forward "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            )
 
-        return keep_logits
+    def _before_hook(self, site: Site, tap: Tap) -> Callable[..., None]:
+        def hook(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._keep(site, tap, args, kwargs, None)
 
-    def _experts_hook(self, site: Site) -> Callable[..., None]:
-        layer_index = site.info.layer_index
-        names = input_names(site.experts)
+        return hook
 
-        def keep_routes(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            started_ns = time.perf_counter_ns()
-            try:
-                if _is_recomputing():
-                    self.num_recomputed_calls += 1
-                    return
-                local = self._local
-                if len(args) >= 3:
-                    expert_ids, weights = args[1], args[2]
-                else:
-                    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-                    expert_ids, weights = inputs[names[1]], inputs[names[2]]
-                raw = local.forward
-                if raw is None:
+    def _after_hook(self, site: Site, tap: Tap) -> Callable[..., None]:
+        def hook(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._keep(site, tap, args, kwargs, output)
+
+        return hook
+
+    def _keep(self, site: Site, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        started_ns = time.perf_counter_ns()
+        try:
+            if _is_recomputing():
+                self.num_recomputed_calls += tap.completes
+                return
+            local, index = self._local, site.info.layer_index
+            kept = tap.keep(args, kwargs, output)
+            if kept is None:
+                local.parts.pop(index, None)
+                self._problem(f"{site.info.module_name}: {_unexpected(args, output)}")
+                return
+            tensors, num_rows = kept
+            if local.forward is None:
+                if tap.completes:
+                    self._lose(num_rows)
                     if local.depth == 0:
                         self._problem("experts were called outside of a forward of the watched model")
-                    self._lose(expert_ids)
-                    return
-                reason = _mismatch(expert_ids, weights, raw.num_rows * raw.num_columns)
-                if reason:
-                    self._problem(f"{site.info.module_name}: {reason}")
-                    self._lose(expert_ids)
-                    return
-                logits = local.logits.pop(layer_index, None)
-                if logits is not None and logits.shape[0] != expert_ids.shape[0]:
-                    logits = None
-                raw.layers.append(RawLayer(layer_index, expert_ids.detach(), weights.detach(), logits))
-            except Exception as error:  # noqa: BLE001 - a hook never raises into the model
-                self._problem(f"experts hook of layer {layer_index}: {type(error).__name__}: {error}")
-            finally:
-                self._spent(started_ns)
+                return
+            if index in local.parts:
+                before, rows_before = local.parts.pop(index)
+                tensors, num_rows = {**before, **tensors}, max(num_rows, rows_before)
+            if not tap.completes:
+                local.parts[index] = (tensors, num_rows)
+                return
+            frame = self._frame_of(local, site, num_rows, args, has_subset="row_mask" in tensors)
+            if frame is not None:
+                local.forward.layers.append(RawLayer(index, frame, tensors, num_rows))
+            else:
+                self._lose(num_rows)
+        except Exception as error:  # noqa: BLE001 - a hook never raises into the model
+            self._problem(f"{site.info.module_name}: {type(error).__name__}: {error}")
+        finally:
+            self._spent(started_ns)
 
-        return keep_routes
+    def _frame_of(
+        self, local: _ThreadState, site: Site, num_rows: int, args: tuple[Any, ...], *, has_subset: bool
+    ) -> TokenFrame | None:
+        forward = local.forward
+        assert forward is not None
+        if site.root in local.broken:
+            return None
+        frame = local.frames.get(site.root)
+        if frame is not None and (frame.num_tokens == num_rows or (has_subset and num_rows < frame.num_tokens)):
+            return frame
+        if frame is not None and site.info.stack != "vision":
+            self._problem(
+                f"{site.info.module_name}: {num_rows} routed rows in a forward of {frame.num_tokens} tokens; "
+                "which ones is not known"
+            )
+            return None
+        frame = fallback_frame(
+            num_rows,
+            args[0] if args else None,
+            forward.frames,
+            stack=site.info.stack,
+            is_training=local.is_training,
+            minted=local.minted,
+        )
+        local.frames[site.root] = frame
+        forward.frames.append(frame)
+        return frame
 
-    def _lose(self, expert_ids: Any) -> None:
+    def _lose(self, num_rows: int) -> None:
         with self._lock:
-            self.num_lost_decisions += int(expert_ids.shape[0]) if getattr(expert_ids, "ndim", 0) else 0
+            self.num_lost_decisions += num_rows
 
 
 def detach(model: "nn.Module") -> bool:
@@ -297,14 +401,10 @@ def detach(model: "nn.Module") -> bool:
     return bool(captures)
 
 
-def _mismatch(expert_ids: Any, weights: Any, num_tokens: int) -> str:
-    if getattr(expert_ids, "ndim", 0) != 2 or expert_ids.is_floating_point() or expert_ids.shape != weights.shape:
-        return (
-            f"expected integer ids and weights of one shape [tokens, k], got {_shape(expert_ids)} and {_shape(weights)}"
-        )
-    if expert_ids.shape[0] != num_tokens:
-        return f"{expert_ids.shape[0]} routed rows in a forward of {num_tokens} tokens; which ones is not known"
-    return ""
+def _unexpected(args: tuple[Any, ...], output: Any) -> str:
+    given = output if output is not None else args
+    shown = given if isinstance(given, tuple | list) else (given,)
+    return f"the call does not look as expected of this layer: got {', '.join(_shape(value) for value in shown)}"
 
 
 def _shape(value: Any) -> str:

@@ -38,7 +38,8 @@ class SelectionRule:
     """What is added to the scores for selection only: a correction bias, and groups of experts."""
 
     def __init__(self, router: "nn.Module | None") -> None:
-        self._bias = getattr(router, "e_score_correction_bias", None)
+        names = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+        self._bias = next((bias for name in names if (bias := getattr(router, name, None)) is not None), None)
         self.num_groups = _count(getattr(router, "num_group", None) or getattr(router, "n_group", None))
         self.top_groups = _count(getattr(router, "topk_group", None))
 
@@ -51,7 +52,8 @@ class SelectionRule:
         bias = self._bias
         if bias is None and scoring == "softmax" and self.num_groups <= 1:
             return logits
-        scores = sigmoid(logits) if scoring == "sigmoid" else probabilities
+        scores = probabilities if scoring == "softmax" else _scores(logits, scoring)
+        assert scores is not None
         if bias is not None:
             scores = scores + bias.detach().float().cpu().numpy().reshape(1, -1)
         if self.num_groups > 1 and scores.shape[1] % self.num_groups == 0:
@@ -77,18 +79,30 @@ def confirm_scoring(
     With k slots the ratios between a row's weights decide, since scaling and renormalisation keep them. A single slot
     has no ratio: there the weight itself must fit.
     """
-    for scoring in dict.fromkeys((declared, "softmax", "sigmoid", "probabilities")):
+    usable = (
+        np.isfinite(weights).all(axis=1) & (expert_ids >= 0).all(axis=1) & (expert_ids < logits.shape[1]).all(axis=1)
+    )
+    if not usable.any():
+        return declared, False
+    logits, expert_ids, weights = logits[usable], expert_ids[usable], weights[usable]
+    for scoring in dict.fromkeys((declared, "softmax", "sigmoid", "sqrt_softplus", "probabilities")):
         scores = _scores(logits, scoring)
         if scores is None:
             continue
-        picked = np.take_along_axis(scores, expert_ids, axis=1)
-        expected, applied = picked, weights
+        expected = np.take_along_axis(scores, expert_ids, axis=1)
+        applied = weights
         if weights.shape[1] > 1:
-            expected = picked / np.maximum(picked.sum(axis=1, keepdims=True), 1e-20)
+            expected = expected / np.maximum(expected.sum(axis=1, keepdims=True), 1e-20)
             applied = weights / np.maximum(np.abs(weights.sum(axis=1, keepdims=True)), 1e-20)
+            # A row whose weights are all alike fits every reading and proves none.
+            telling = np.ptp(applied, axis=1) > _RATIO_TOLERANCE
+        else:
+            # One slot has no ratio: the weight itself must fit, up to one factor for the layer.
+            expected = expected * (np.median(applied) / max(float(np.median(expected)), 1e-20))
+            telling = np.full(
+                len(applied), np.ptp(applied) > _RATIO_TOLERANCE * max(float(np.abs(applied).max()), 1e-20)
+            )
         fits = np.abs(expected - applied).max(axis=1) <= _RATIO_TOLERANCE
-        # A row whose weights are all alike fits every reading and proves none.
-        telling = np.ones(len(fits), bool) if weights.shape[1] == 1 else np.ptp(applied, axis=1) > _RATIO_TOLERANCE
         if not telling.any():
             return declared, False
         if fits[telling].mean() >= _CONFIRMED_SHARE:
@@ -134,11 +148,14 @@ def _margin(scores: Floats, expert_ids: npt.NDArray[np.int32]) -> Floats:
     num_experts, k = scores.shape[1], expert_ids.shape[1]
     if k >= num_experts:
         return np.full(len(scores), np.nan, np.float32)
+    # A slot without an expert leaves its row without a margin.
+    is_whole = (expert_ids >= 0).all(axis=1)
+    expert_ids = np.maximum(expert_ids, 0)
     lowest = np.take_along_axis(scores, expert_ids, axis=1).min(axis=1)
     others = scores.copy()
     np.put_along_axis(others, expert_ids, -np.inf, axis=1)
     gap: npt.NDArray[np.float64] = (lowest - others.max(axis=1)).astype(np.float64)
-    gap[~np.isfinite(gap) | (gap < 0)] = np.nan
+    gap[~np.isfinite(gap) | (gap < 0) | ~is_whole] = np.nan
     return gap.astype(np.float32)
 
 
@@ -155,6 +172,8 @@ def _scores(logits: Floats, scoring: str) -> Floats | None:
         return probabilities
     if scoring == "sigmoid":
         return sigmoid(logits)
+    if scoring == "sqrt_softplus":
+        return np.sqrt(np.logaddexp(0, logits)).astype(np.float32)
     if (
         scoring == "probabilities"
         and logits.size

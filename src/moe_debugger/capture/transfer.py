@@ -1,5 +1,7 @@
 """Moves what the hooks kept to the host, without making the model or the device wait."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from .raw import RawForward
@@ -17,35 +19,28 @@ class HostTransfer:
         """Replace the tensors of `raw` by host tensors; `raw.copied` is the event to wait for before reading them."""
         import torch
 
-        on_device = [layer.expert_ids.device for layer in raw.layers if layer.expert_ids.is_cuda]
-        if not on_device:
+        devices = {
+            value.device
+            for layer in raw.layers
+            for value in layer.tensors.values()
+            if hasattr(value, "device") and value.is_cuda
+        }
+        if not devices:
             return
         events = []
-        for device in dict.fromkeys(on_device):
+        for device in devices:
             stream = self._streams.get(device)
             if stream is None:
                 stream = self._streams[device] = torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
-            narrowed: list[tuple[Any, str, Any]] = []
-            for layer in raw.layers:
-                if layer.expert_ids.device != device:
-                    continue
-                dtype = torch.int16 if num_experts[layer.layer_index] < 2**15 else torch.int32
-                narrowed.append((layer, "expert_ids", layer.expert_ids.to(dtype)))
-                narrowed.append((layer, "gate_weights", layer.gate_weights.to(torch.float32)))
-                if layer.logits is not None:
-                    narrowed.append((layer, "logits", layer.logits.to(torch.float32)))
-            for name in ("position", "is_padding", "token_ids"):
-                tensor = getattr(raw, name)
-                if tensor is not None and tensor.device == device:
-                    narrowed.append((raw, name, tensor))
+            narrowed = list(_narrowed(raw, device, num_experts))
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                for owner, name, tensor in narrowed:
+                for put, tensor in narrowed:
                     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                     host.copy_(tensor, non_blocking=True)
                     # The allocator must not hand the device memory out again before the copy is done.
                     tensor.record_stream(stream)
-                    setattr(owner, name, host)
+                    put(host)
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
             events.append(event)
@@ -57,3 +52,21 @@ class HostTransfer:
         for event in raw.copied or ():
             event.synchronize()
         raw.copied = None
+
+
+def _narrowed(raw: RawForward, device: Any, num_experts: dict[int, int]) -> Iterator[tuple[Callable[[Any], None], Any]]:
+    """Yield each tensor of `raw` on `device`, ids as int16 where they fit, and how to put its host copy in place."""
+    import torch
+
+    for layer in raw.layers:
+        for name, value in layer.tensors.items():
+            if not hasattr(value, "device") or value.device != device:
+                continue
+            if name == "expert_ids":
+                value = value.to(torch.int16 if num_experts[layer.layer_index] < 2**15 else torch.int32)
+            yield partial(layer.tensors.__setitem__, name), value
+    for frame in raw.frames:
+        for name in ("position", "is_padding", "token_ids"):
+            value = getattr(frame, name)
+            if value is not None and value.device == device:
+                yield partial(setattr, frame, name), value

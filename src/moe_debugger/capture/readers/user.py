@@ -1,0 +1,114 @@
+"""Layers that a user's adapter knows."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_debugger.errors import ModelNotSupportedError
+
+from ..adapter import Adapter, Call, LayerShape, Routing
+from ..routes import DROPPED, IDENTITY, NO_EXPERT, ROUTED, SKIPPED, UNUSED, Routes, routes_of_map
+from ..sites import Arrays, LayerInfo, Tap
+from .base import Model, Reading, is_ids_and_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["read_by_adapter"]
+
+_EMPTY = {"dropped": DROPPED, "skipped": SKIPPED, "unused": UNUSED}
+_TENSORS = ("expert_ids", "gate_weights", "probabilities", "routing_map", "logits", "intended_expert_ids", "row_mask")
+
+
+def read_by_adapter(adapter: Adapter, model: Model, name: str, module: "nn.Module") -> Reading | None:
+    """Read `module` by `adapter`, where it matches.
+
+    Raises:
+        ModelNotSupportedError: the adapter raised, or described the layer wrongly.
+    """
+    try:
+        if not adapter.matches(name, module):
+            return None
+        shape = adapter.describe(module)
+        hooked = adapter.hooked(module)
+        router, experts = adapter.router(module), adapter.experts(module)
+    except Exception as error:
+        raise ModelNotSupportedError(
+            f"adapter {adapter.name!r} failed at module {name!r} ({type(module).__name__}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(shape, LayerShape) or shape.num_experts < 1 or not 1 <= shape.top_k <= shape.num_experts:
+        raise ModelNotSupportedError(
+            f"adapter {adapter.name!r} describes module {name!r} as {shape!r}; expected a LayerShape with "
+            "num_experts >= 1 and 1 <= top_k <= num_experts"
+        )
+    return Reading(
+        module_name=name,
+        experts=experts,
+        router=router,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        taps=(Tap(hooked, adapter.moment, _keep(adapter, hooked)),),
+        interpret=_interpret(shape),
+        adapter=adapter.name,
+        num_shared_experts=shape.num_shared_experts,
+        num_identity_experts=shape.num_identity_experts,
+        scoring_function=shape.scoring_function,
+        weight_meaning=shape.weight_meaning,
+        site=shape.site,
+        block_scale=shape.block_scale,
+    )
+
+
+def _keep(adapter: Adapter, hooked: "nn.Module") -> Any:
+    def keep(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[dict[str, Any], int]:
+        routing = adapter.read(Call(hooked, args, kwargs, output))
+        if not isinstance(routing, Routing):
+            raise TypeError(f"adapter {adapter.name!r}: read() returned {type(routing).__name__}, expected a Routing")
+        kept = {name: tensor.detach() for name in _TENSORS if (tensor := getattr(routing, name)) is not None}
+        if "routing_map" in kept:
+            if kept["routing_map"].ndim != 2 or "probabilities" not in kept:
+                raise ValueError(f"adapter {adapter.name!r}: a dense routing needs probabilities and map, both [n, E]")
+            return kept, kept["routing_map"].shape[0]
+        if not is_ids_and_weights(kept.get("expert_ids"), kept.get("gate_weights")):
+            raise ValueError(
+                f"adapter {adapter.name!r}: expected integer expert_ids and floating gate_weights of one shape [n, k], "
+                f"got {_shapes(kept)}"
+            )
+        return kept, kept["expert_ids"].shape[0]
+
+    return keep
+
+
+def _interpret(shape: LayerShape) -> Any:
+    empty = _EMPTY[shape.empty_slot]
+
+    def interpret(arrays: Arrays, info: LayerInfo) -> Routes:
+        if "routing_map" in arrays:
+            chosen = arrays["routing_map"].astype(bool)
+            ids, weights = routes_of_map(
+                arrays["probabilities"].astype(np.float32, copy=False), chosen, num_slots=shape.top_k
+            )
+        else:
+            ids = arrays["expert_ids"].astype(np.int32)
+            weights = np.where(ids < 0, np.nan, arrays["gate_weights"]).astype(np.float32)
+        routes = Routes(ids, weights, logits=arrays.get("logits"))
+        status = np.where(ids < 0, empty, np.where(ids >= shape.num_experts, IDENTITY, ROUTED)).astype(np.uint8)
+        if (status != ROUTED).any():
+            routes.slot_status = status
+        intended = arrays.get("intended_expert_ids")
+        if intended is not None:
+            routes.intended_expert_ids = intended.astype(np.int32)
+            routes.selected = routes.intended_expert_ids
+            routes.selected_weights = np.where(ids != NO_EXPERT, weights, np.nan).astype(np.float32)
+        mask = arrays.get("row_mask")
+        if mask is not None and len(mask) != len(ids):
+            routes.row_index = np.flatnonzero(mask).astype(np.uint32)
+        return routes
+
+    return interpret
+
+
+def _shapes(kept: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in kept.items()) or "nothing"
