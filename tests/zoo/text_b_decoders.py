@@ -80,6 +80,8 @@ _GROUPS: dict[str, Any] = {
 }
 _EIGHT: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _SELECTION_BIAS = re.compile(r"(correction_bias|balancing_biases)$")
+# The last class of zaya's router skips the experts: this much makes a few tokens of each layer do so.
+_SKIP_BIAS = 0.2
 _SMALL_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
 
 NEMOTRON_H: dict[str, Any] = {
@@ -132,6 +134,8 @@ def _with_small_biases(build: Build) -> Build:
             if _SELECTION_BIAS.search(name):
                 with torch.no_grad():
                     bias.mul_(0.1)
+                    if name.endswith("balancing_biases"):
+                        bias[-1] = _SKIP_BIAS
         return model
 
     return replace(build, make=make)
