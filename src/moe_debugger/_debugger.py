@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.metadata
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import urlsplit
 
+from moe_debugger._layers import Layers
 from moe_debugger._session import Profile, Session, SessionOptions
 from moe_debugger._stats import ExpertMetrics, PerformanceMetrics, RoutingStats
 from moe_debugger.analysis import Analysis, Thresholds
@@ -56,7 +58,10 @@ class MoEDebugger:
         fleet: NATS URL of a running fleet (the `nats` value of ``moe-debugger up --json``); None stays local.
         session_name: the name of sessions; default: the model's class.
         buffer_bytes: bound on what waits for the capture's thread, and again on what waits for the broker.
-        max_rows_bytes: bound on the rows kept for `Session.decisions`; the oldest go first, counts stay exact.
+        max_rows_bytes: bound on the rows in memory for `Session.decisions`; older ones go to files, counts stay exact.
+        max_disk_bytes: bound on those files; past it the oldest rows are dropped and counted. 0 = no files.
+        rows_dir: folder for those files; default: the system's temporary directory. They are in a folder of their own
+            (mode 0700), which is removed at `close` and at the interpreter's exit.
         thresholds: of `Session.analyze`.
         model_name: shown in the fleet; default: the config's name, else the model's class.
         tenant: whose session it is.
@@ -82,6 +87,8 @@ class MoEDebugger:
         session_name: str | None = None,
         buffer_bytes: int = 64 * 1024 * 1024,
         max_rows_bytes: int = 512 * 1024 * 1024,
+        max_disk_bytes: int = 4 * 1024**3,
+        rows_dir: str | os.PathLike[str] | None = None,
         thresholds: Thresholds | None = None,
         model_name: str | None = None,
         tenant: str = DEFAULT_TENANT,
@@ -89,6 +96,7 @@ class MoEDebugger:
         kind: str = "library",
         coordinates: ParallelCoordinates | None = None,
     ) -> None:
+        _check_rows(max_disk_bytes, rows_dir)
         _check_arguments(level, sampling_rate, fleet, buffer_bytes, max_rows_bytes, step_domain)
         self._tenant = check_tenant(tenant)
         self._level = level
@@ -109,6 +117,8 @@ class MoEDebugger:
             sampling_rate=float(sampling_rate),
             buffer_bytes=buffer_bytes,
             max_rows_bytes=max_rows_bytes,
+            max_disk_bytes=max_disk_bytes,
+            rows_dir=rows_dir,
             thresholds=thresholds,
             eos_token_ids=_eos_token_ids(model),
             coordinates=self._coordinates,
@@ -126,12 +136,12 @@ class MoEDebugger:
         """This rank's place in a sharded model."""
         return self._coordinates
 
-    def layers(self) -> tuple[LayerInfo, ...]:
+    def layers(self) -> Layers:
         """Return the model's MoE layers; with a session open, as its forwards confirmed them."""
         session = self.session
         if session is not None:
             return session.layers()
-        return self._known_layers()
+        return Layers(self._known_layers())
 
     def start_session(self, name: str | None = None, *, wait_s: float = 10.0) -> Session:
         """Install the hooks and start to capture.
@@ -363,6 +373,13 @@ def _check_arguments(
                 f"fleet {redact_url(fleet)!r}: expected a NATS URL (nats://user:password@host:port), which is the "
                 "`nats` value of `moe-debugger up --json`"
             )
+
+
+def _check_rows(max_disk_bytes: int, rows_dir: str | os.PathLike[str] | None) -> None:
+    if max_disk_bytes < 0:
+        raise InvalidInputError(f"max_disk_bytes {max_disk_bytes}: expected 0 or more")
+    if rows_dir is not None and not os.path.isdir(rows_dir):
+        raise InvalidInputError(f"rows_dir {os.fspath(rows_dir)!r}: expected a folder that is there")
 
 
 def _description(info: LayerInfo, owners: Sequence[int]) -> pb.LayerDescription:

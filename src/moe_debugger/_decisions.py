@@ -1,129 +1,116 @@
 """The captured routes as columns: one row per token and MoE layer, in the order of the forward."""
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger._row_blocks import COLUMNS, Layout, RowBlock, flatten, pack
+from moe_debugger._row_files import arrow_column, arrow_texts
 from moe_debugger._tables import html_table, text_table, to_data_frame
-from moe_debugger.capture.discovery import LayerInfo
+from moe_debugger.capture import LayerInfo
 from moe_debugger.errors import DependencyMissingError
-from moe_debugger.publish.batching import columns_size_bytes
-from moe_debugger.wire.codec import NO_EXPERT, LayerColumns, RoutingColumns
+from moe_debugger.wire.codec import RoutingColumns
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Decisions", "RowStore"]
+__all__ = ["Decisions"]
 
-_ROUTER_COLUMNS = ("margin", "router_entropy", "router_logsumexp", "top1_probability")
-_COLUMNS = (
-    "step", "forward_index", "phase", "request_id", "request_index", "position", "token_id", "is_padding",
-    "layer_index", "module_name", "rank", "expert_ids", "gate_weights", "slot_status", *_ROUTER_COLUMNS, "logits",
-)  # fmt: skip
 _NUM_SHOWN = 20
+_MAX_LIST_OFFSET = 2**31 - 1
 
 
 class Decisions(Mapping[str, npt.NDArray[Any]]):
     """Routing decisions as numpy columns; n rows, k = the largest top-k of the model.
 
+    Rows stand forward after forward, within a forward layer by layer, and within a layer in the order of the batch.
     Columns are attributes and items: ``decisions.expert_ids is decisions["expert_ids"]``. As for a data frame,
-    iterating gives the names of the columns and ``len`` the number of rows.
+    iterating gives the names of the columns and ``len`` the number of rows. docs/decisions.md says more of each.
 
     Attributes:
         step, forward_index: [n] uint64.
         phase: [n] uint8 of `moe_debugger.v1.Phase` (1 prefill, 2 decode, 3 train, 4 eval).
         request_ids: the distinct requests; request_index: [n] uint32 into them.
         position: [n] uint32, position in the request; 0 for padding.
-        token_id: [n] uint32, or None where the level holds no tokens.
+        token_id: [n] int32, -1 where a forward was given no ids; None where the level holds no tokens.
         is_padding: [n] bool.
         layer_index: [n] uint32, index among the MoE layers.
         module_names: by layer index.
+        layers: what is known of each layer, by layer index.
         rank: [n] uint32, global rank of the capturing process.
-        expert_ids: [n, k] int32, -1 where a slot reached no expert (or the layer has fewer slots).
-        gate_weights: [n, k] float16 as applied, NaN where a slot reached no expert.
-        slot_status: [n, k] uint8 of `SlotStatus` (1 routed, 5 unused).
+        expert_ids: [n, k] int32, -1 where a slot reached no expert (or the layer has fewer slots). A layer's identity
+            experts have the ids that follow those of its routed experts.
+        gate_weights: [n, k] float32 as applied, NaN where a slot reached no expert.
+        slot_status: [n, k] uint8 of `SlotStatus` (1 routed, 2 dropped, 3 skipped, 4 identity, 5 unused).
+        intended_expert_ids: [n, k] int32, what the router chose; equal to `expert_ids` at layers that make no
+            difference, None where no layer does.
         margin: [n] float32, K-th minus (K+1)-th selection score. In logits for plain softmax routers, in selection
             scores where a bias or groups take part; NaN where recomputing does not give the captured ids.
         router_entropy, router_logsumexp, top1_probability: [n] float32, nats; NaN where the router has no such thing.
-        logits: [n, E] float16 at level "full", else None.
+        logits: [n, E] float16 at level "full", NaN past a layer's own; else None.
+
+    Args:
+        rows: in order, as the capture gives them or as blocks of them.
+        layers: what is known of the model's layers.
+        rank: global rank of the process that captured the rows.
     """
 
-    def __init__(self, batches: Sequence[RoutingColumns], layers: Sequence[LayerInfo], rank: int = 0) -> None:
+    def __init__(self, rows: Sequence[RoutingColumns | RowBlock], layers: Sequence[LayerInfo], rank: int = 0) -> None:
         self.layers = {info.layer_index: info for info in layers}
         self.module_names = {info.layer_index: info.module_name for info in layers}
-        names: dict[str, int] = {}
-        self._k = max(
-            [info.top_k for info in layers] + [x.expert_ids.shape[1] for b in batches for x in b.layers] + [1]
+        blocks = _as_blocks(rows)
+        layout = Layout.of(
+            blocks,
+            top_k=max((info.top_k for info in layers), default=1),
+            num_logits=max((info.num_experts for info in layers), default=0),
         )
-        experts = max((info.num_experts for info in layers), default=0)
-        has_tokens = bool(batches) and all(batch.token_id is not None for batch in batches)
-        has_logits = any(layer.logits is not None for batch in batches for layer in batch.layers)
-        blocks = [(batch, layer) for batch in batches for layer in batch.layers]
-        requests = {id(b): np.array([names.setdefault(x, len(names)) for x in b.request_ids] or [0]) for b in batches}
-
-        def tokens(name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-            return _concatenate([getattr(batch, name)[_rows(layer)] for batch, layer in blocks], dtype)
-
-        self.step: npt.NDArray[np.uint64] = tokens("step", np.uint64)
-        self.forward_index: npt.NDArray[np.uint64] = tokens("forward_index", np.uint64)
-        self.phase: npt.NDArray[np.uint8] = tokens("phase", np.uint8)
-        self.position: npt.NDArray[np.uint32] = tokens("position", np.uint32)
-        self.is_padding: npt.NDArray[np.bool_] = tokens("is_padding", np.bool_)
-        self.token_id: npt.NDArray[np.uint32] | None = tokens("token_id", np.uint32) if has_tokens else None
-        self.request_index: npt.NDArray[np.uint32] = _concatenate(
-            [requests[id(batch)][batch.request_index[_rows(layer)]] for batch, layer in blocks], np.uint32
-        )
-        self.request_ids: tuple[str, ...] = tuple(names)
-        self.layer_index: npt.NDArray[np.uint32] = _concatenate(
-            [np.full(len(layer.expert_ids), layer.layer_index) for _, layer in blocks], np.uint32
-        )
+        columns, self.request_ids = flatten(blocks, layout)
+        self.step: npt.NDArray[np.uint64] = columns["step"]
+        self.forward_index: npt.NDArray[np.uint64] = columns["forward_index"]
+        self.phase: npt.NDArray[np.uint8] = columns["phase"]
+        self.request_index: npt.NDArray[np.uint32] = columns["request_index"]
+        self.position: npt.NDArray[np.uint32] = columns["position"]
+        self.token_id: npt.NDArray[np.int32] | None = columns.get("token_id")
+        self.is_padding: npt.NDArray[np.bool_] = columns["is_padding"]
+        self.layer_index: npt.NDArray[np.uint32] = columns["layer_index"]
         self.rank: npt.NDArray[np.uint32] = np.full(len(self.layer_index), rank, np.uint32)
-        slots = [self._slots(layer) for _, layer in blocks]
-        self.expert_ids: npt.NDArray[np.int32] = _concatenate([ids for ids, _, _ in slots], np.int32, self._k)
-        self.gate_weights: npt.NDArray[np.float16] = _concatenate([w for _, w, _ in slots], np.float16, self._k)
-        self.slot_status: npt.NDArray[np.uint8] = _concatenate([status for _, _, status in slots], np.uint8, self._k)
-        self.margin, self.router_entropy, self.router_logsumexp, self.top1_probability = (
-            _concatenate([_or_nan(getattr(layer, name), len(layer.expert_ids)) for _, layer in blocks], np.float32)
-            for name in _ROUTER_COLUMNS
-        )
-        self.logits: npt.NDArray[np.float16] | None = None
-        if has_logits:
-            self.logits = _concatenate(
-                [
-                    _wide(np.full((len(x.expert_ids), 0), np.nan) if x.logits is None else x.logits, experts, np.nan)
-                    for _, x in blocks
-                ],
-                np.float16,
-                experts,
-            )
+        self.expert_ids: npt.NDArray[np.int32] = columns["expert_ids"]
+        self.gate_weights: npt.NDArray[np.float32] = columns["gate_weights"]
+        self.slot_status: npt.NDArray[np.uint8] = columns["slot_status"]
+        self.intended_expert_ids: npt.NDArray[np.int32] | None = columns.get("intended_expert_ids")
+        self.margin: npt.NDArray[np.float32] = columns["margin"]
+        self.router_entropy: npt.NDArray[np.float32] = columns["router_entropy"]
+        self.router_logsumexp: npt.NDArray[np.float32] = columns["router_logsumexp"]
+        self.top1_probability: npt.NDArray[np.float32] = columns["top1_probability"]
+        self.logits: npt.NDArray[np.float16] | None = columns.get("logits")
 
     def __len__(self) -> int:
         return len(self.layer_index)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in _COLUMNS if getattr(self, name) is not None)
+        absent = [name for name in ("token_id", "intended_expert_ids", "logits") if getattr(self, name) is None]
+        return (name for name in COLUMNS if name not in absent)
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        column: npt.NDArray[Any] | None = getattr(self, name) if name in _COLUMNS else None
+        column: npt.NDArray[Any] | None = getattr(self, name) if name in COLUMNS else None
         if column is None:
             raise KeyError(name)
         return column
 
     __hash__ = None  # type: ignore[assignment]  # holds arrays
 
-    @property
-    def request_id(self) -> npt.NDArray[np.str_]:
-        """[n] request id of each row."""
-        return np.array(self.request_ids or ("",), dtype=np.str_)[self.request_index]
+    @cached_property
+    def request_id(self) -> npt.NDArray[np.object_]:
+        """[n] request id of each row: references to the few texts of `request_ids`, 8 bytes a row."""
+        return np.array(self.request_ids or ("",), dtype=object)[self.request_index]
 
-    @property
-    def module_name(self) -> npt.NDArray[np.str_]:
-        """[n] name of each row's module."""
-        count = max(self.module_names, default=-1) + 1
-        return np.array([self.module_names.get(i, "") for i in range(count)] or [""], dtype=np.str_)[self.layer_index]
+    @cached_property
+    def module_name(self) -> npt.NDArray[np.object_]:
+        """[n] name of each row's module: references to the few texts of `module_names`, 8 bytes a row."""
+        return np.array(self._names_by_index(), dtype=object)[self.layer_index]
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return all columns by name, in the documented order; those that were not captured are left out."""
@@ -134,18 +121,35 @@ class Decisions(Mapping[str, npt.NDArray[Any]]):
         return {name: column.tolist() for name, column in self.columns().items()}
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return a DataFrame; columns with several values a row hold lists.
+        """Return a DataFrame; texts are categories, and columns with several values a row hold lists.
+
+        The lists are kept in Arrow's memory where pyarrow is installed; else they are Python lists, which take about
+        ten times as much.
 
         Raises:
             DependencyMissingError: pandas is not installed.
         """
-        columns = self.columns()
-        return to_data_frame(
-            {name: column if column.ndim == 1 else column.tolist() for name, column in columns.items()}
-        )
+        try:
+            import pandas as pd
+        except ImportError:
+            return to_data_frame({})  # which says what to install
+        columns: dict[str, Any] = {}
+        for name in self:
+            if name == "request_id":
+                columns[name] = pd.Categorical.from_codes(
+                    self.request_index.astype(np.int32), categories=pd.Index(self.request_ids)
+                )
+            elif name == "module_name":
+                names = self._names_by_index()
+                categories = list(dict.fromkeys(names))
+                codes = np.array([categories.index(each) for each in names], dtype=np.int32)
+                columns[name] = pd.Categorical.from_codes(codes[self.layer_index], categories=pd.Index(categories))
+            else:
+                columns[name] = self[name] if self[name].ndim == 1 else _pandas_lists(self[name])
+        return to_data_frame(columns)
 
     def to_arrow(self) -> Any:
-        """Return a pyarrow Table; columns with several values a row are fixed-size lists.
+        """Return a pyarrow Table; texts are dictionary-encoded, several values a row are fixed-size lists.
 
         Raises:
             DependencyMissingError: pyarrow is not installed.
@@ -154,16 +158,19 @@ class Decisions(Mapping[str, npt.NDArray[Any]]):
             import pyarrow as pa
         except ImportError as error:
             raise DependencyMissingError(
-                "to_arrow() needs pyarrow, which is not installed; run: pip install pyarrow"
+                "to_arrow() needs pyarrow, which is not installed; run: pip install 'moe-debugger[pandas]'"
             ) from error
+        texts = {
+            "request_id": (self.request_index, self.request_ids),
+            "module_name": (self.layer_index, self._names_by_index()),
+        }
         return pa.table(
-            {
-                name: pa.array(column)
-                if column.ndim == 1
-                else pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), column.shape[1])
-                for name, column in self.columns().items()
-            }
+            {name: arrow_texts(*texts[name]) if name in texts else arrow_column(self[name]) for name in self}
         )
+
+    def _names_by_index(self) -> list[str]:
+        highest = max([0, *self.module_names, int(self.layer_index.max(initial=0))])
+        return [self.module_names.get(index, "") for index in range(highest + 1)]
 
     def _head(self) -> tuple[list[str], list[list[object]]]:
         headers = ["step", "request", "position", "layer", "experts", "weights", "margin"]
@@ -196,76 +203,33 @@ class Decisions(Mapping[str, npt.NDArray[Any]]):
     def _repr_html_(self) -> str:
         return html_table(self._title, *self._head())
 
-    def _slots(self, layer: LayerColumns) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        from moe_debugger.v1 import routing_pb2 as pb
 
-        ids = _wide(layer.expert_ids, self._k, NO_EXPERT)
-        weights = np.full(layer.expert_ids.shape, np.nan) if layer.gate_weights is None else layer.gate_weights
-        status = (
-            np.full(layer.expert_ids.shape, pb.SLOT_STATUS_ROUTED) if layer.slot_status is None else layer.slot_status
-        )
-        return ids, _wide(weights, self._k, np.nan), _wide(status, self._k, pb.SLOT_STATUS_UNUSED)
-
-
-class RowStore:
-    """Keeps the newest columns within a bound of bytes; what is pushed out is counted."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self.num_not_kept = 0
-        self._batches: deque[tuple[RoutingColumns, int]] = deque()
-        self._used_bytes = 0
-
-    def add(self, columns: RoutingColumns) -> None:
-        """Keep `columns`, and drop the oldest ones that no longer fit."""
-        size = columns_size_bytes(columns)
-        self._batches.append((columns, size))
-        self._used_bytes += size
-        while self._used_bytes > self.limit_bytes and self._batches:
-            oldest, oldest_size = self._batches.popleft()
-            self._used_bytes -= oldest_size
-            self.num_not_kept += oldest.num_decisions
-
-    def clear(self) -> None:
-        """Forget all rows."""
-        self._batches.clear()
-        self._used_bytes = 0
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the kept columns."""
-        return self._used_bytes
-
-    @property
-    def num_kept(self) -> int:
-        """Decisions that are kept."""
-        return sum(columns.num_decisions for columns, _ in self._batches)
-
-    def batches(self) -> list[RoutingColumns]:
-        """Return the kept columns, oldest first."""
-        return [columns for columns, _ in self._batches]
-
-    def __iter__(self) -> Iterator[RoutingColumns]:
-        return iter(self.batches())
+def _as_blocks(rows: Sequence[RoutingColumns | RowBlock]) -> list[RowBlock]:
+    """Return blocks, with neighbours that are not packed yet in one."""
+    blocks: list[RowBlock] = []
+    loose: list[RoutingColumns] = []
+    for item in rows:
+        if isinstance(item, RoutingColumns):
+            loose.append(item)
+            continue
+        if loose:
+            blocks.append(pack(loose))
+            loose = []
+        blocks.append(item)
+    return [*blocks, pack(loose)] if loose else blocks
 
 
-def _rows(layer: LayerColumns) -> Any:
-    return slice(None) if layer.row_index is None else layer.row_index
+def _pandas_lists(column: npt.NDArray[Any]) -> Any:
+    """Return [n, k] values as a pandas column of lists."""
+    import pandas as pd
 
-
-def _wide(values: npt.NDArray[Any], width: int, fill: float) -> npt.NDArray[Any]:
-    if values.shape[1] == width:
-        return values
-    wide = np.full((len(values), width), fill, values.dtype)
-    wide[:, : values.shape[1]] = values
-    return wide
-
-
-def _or_nan(column: npt.NDArray[np.float32] | None, num_rows: int) -> npt.NDArray[np.float32]:
-    return np.full(num_rows, np.nan, np.float32) if column is None else column
-
-
-def _concatenate(parts: list[npt.NDArray[Any]], dtype: npt.DTypeLike, width: int | None = None) -> npt.NDArray[Any]:
-    if not parts:
-        return np.zeros((0,) if width is None else (0, width), dtype)
-    return np.concatenate(parts).astype(dtype, copy=False)
+    try:
+        import pyarrow as pa
+    except ImportError:
+        return column.tolist()
+    num_rows, width = column.shape
+    # Lists of any length, because pandas explodes those and not Arrow's fixed-size ones.
+    is_large = num_rows * width > _MAX_LIST_OFFSET
+    offsets = np.arange(num_rows + 1, dtype=np.int64 if is_large else np.int32) * width
+    lists = pa.LargeListArray if is_large else pa.ListArray
+    return pd.arrays.ArrowExtensionArray(lists.from_arrays(pa.array(offsets), pa.array(column.reshape(-1))))

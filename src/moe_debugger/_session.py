@@ -1,8 +1,9 @@
 """One session: what was captured from `start_session` to `close`."""
 
+import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -10,12 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from moe_debugger._decisions import Decisions, RowStore
+from moe_debugger._decisions import Decisions
+from moe_debugger._layers import Layers
 from moe_debugger._rank_load import RankLoad, rank_load
+from moe_debugger._row_blocks import RowBlock
+from moe_debugger._rows import RowStatistics, RowStore, available_bytes, regroup
 from moe_debugger._stats import ExpertMetrics, ExpertRow, LayerRoutingStats, PerformanceMetrics, RoutingStats
 from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, LayerState, RoutingState, Thresholds, finish
 from moe_debugger.capture import Assembler, Capture, Intake, LayerInfo, RawForward
-from moe_debugger.errors import SessionClosedError
+from moe_debugger.errors import InvalidInputError, SessionClosedError
 from moe_debugger.parallel import ParallelCoordinates
 from moe_debugger.publish import Health, Publisher, PublisherStatistics
 from moe_debugger.publish.account import reason_name
@@ -38,6 +42,8 @@ class SessionOptions:
     sampling_rate: float = 1.0
     buffer_bytes: int = 64 * 1024 * 1024
     max_rows_bytes: int = 512 * 1024 * 1024
+    max_disk_bytes: int = 4 * 1024**3
+    rows_dir: str | os.PathLike[str] | None = None
     thresholds: Thresholds | None = None
     eos_token_ids: tuple[int, ...] = ()
     coordinates: ParallelCoordinates = field(default_factory=ParallelCoordinates)
@@ -99,7 +105,16 @@ class Session:
         self._is_closed = False
         self._state: RoutingState | None = None
         self._weight_sums: dict[int, npt.NDArray[np.float64]] = {}
-        self._rows = RowStore(options.max_rows_bytes)
+        self._rows = RowStore(
+            options.max_rows_bytes,
+            max_disk_bytes=options.max_disk_bytes,
+            rows_dir=options.rows_dir,
+            module_names={
+                options.layer_numbers.get(site.info.layer_index, site.info.layer_index): site.info.module_name
+                for site in capture.discovery.sites
+            },
+            rank=options.coordinates.global_rank,
+        )
         self._assembler = Assembler(
             capture.discovery.sites,
             with_tokens=options.level >= pb.CAPTURE_LEVEL_ROUTES_TOKENS,
@@ -131,15 +146,29 @@ class Session:
         """True after `close`."""
         return self._is_closed
 
-    def decisions(self) -> Decisions:
-        """Return all kept rows as columns; at level "counts" there are none.
+    def decisions(self, *, max_rows: int | None = None) -> Decisions:
+        """Return the kept rows as columns, those in files too; at level "counts" there are none.
+
+        Args:
+            max_rows: give the newest rows alone, at most so many.
 
         Raises:
+            InvalidInputError: `max_rows` is negative, or the rows do not fit the machine's free memory.
             SessionClosedError: the session was closed.
         """
+        if max_rows is not None and max_rows < 0:
+            raise InvalidInputError(f"max_rows {max_rows}: expected 0 or more")
         self._settle()
-        with self._lock:
-            return Decisions(self._rows.batches(), self._layers(), self._options.coordinates.global_rank)
+        num_kept = self._rows.statistics().num_kept
+        num_rows = num_kept if max_rows is None else min(max_rows, num_kept)
+        needed, free = self._rows.result_bytes(num_rows), available_bytes()
+        if free is not None and needed > free:
+            raise InvalidInputError(
+                f"decisions() of {num_rows:,} rows needs about {needed / 1e9:.1f} GB, and the machine has "
+                f"{free / 1e9:.1f} GB free; read them part by part with iter_decisions(), or the newest with "
+                "decisions(max_rows=...)"
+            )
+        return self._decisions(list(self._rows.blocks(skip_rows=num_kept - num_rows)))
 
     def decisions_since(self, num_forwards: int) -> Decisions:
         """Return the kept rows after the first `num_forwards` forwards of this session.
@@ -148,31 +177,51 @@ class Session:
             SessionClosedError: the session was closed.
         """
         self._settle()
-        with self._lock:
-            first = self._base[0] + num_forwards
-            kept = [batch for batch in self._rows if len(batch.forward_index) and int(batch.forward_index[0]) >= first]
-            return Decisions(kept, self._layers(), self._options.coordinates.global_rank)
+        return self._decisions(list(self._rows.blocks(first_forward_index=self._base[0] + num_forwards)))
 
-    def iter_decisions(self) -> Iterator[Decisions]:
-        """Yield the kept rows forward by forward.
+    def iter_decisions(self, batch_rows: int = 65_536) -> Iterator[Decisions]:
+        """Yield the kept rows in order, reading files part by part: memory stays flat however many there are.
+
+        Rows that are captured meanwhile are not among them.
+
+        Args:
+            batch_rows: a batch is whole forwards with at most so many rows, but at least one forward; 1 gives the
+                forwards one by one.
+
+        Raises:
+            InvalidInputError: `batch_rows` is below 1.
+            SessionClosedError: the session was closed, also while this runs.
+        """
+        if batch_rows < 1:
+            raise InvalidInputError(f"batch_rows {batch_rows}: expected 1 or more")
+        self._settle()
+        return self._iterate(regroup(self._rows.blocks(), batch_rows))
+
+    def _iterate(self, groups: Iterator[list[RowBlock]]) -> Iterator[Decisions]:
+        for group in groups:
+            self._check_open()
+            yield self._decisions(group)
+
+    def _decisions(self, blocks: Sequence[RowBlock]) -> Decisions:
+        return Decisions(blocks, self._layers(), rank=self._options.coordinates.global_rank)
+
+    def row_statistics(self) -> RowStatistics:
+        """Return how many rows are kept, where they are, and how many are not kept.
 
         Raises:
             SessionClosedError: the session was closed.
         """
         self._settle()
-        with self._lock:
-            batches, layers = self._rows.batches(), self._layers()
-        for batch in batches:
-            yield Decisions([batch], layers, self._options.coordinates.global_rank)
+        return self._rows.statistics()
 
-    def layers(self) -> tuple[LayerInfo, ...]:
-        """Return what is known of each MoE layer.
+    def layers(self) -> Layers:
+        """Return what is known of each MoE layer; prints as a table.
 
         Raises:
             SessionClosedError: the session was closed.
         """
         self._settle()
-        return self._layers()
+        return Layers(self._layers())
 
     def get_routing_stats(self) -> RoutingStats:
         """Return load and confidence per layer."""
@@ -264,8 +313,7 @@ class Session:
         if self.publisher is not None:
             self._report_lost()
             self.publisher.stop(timeout_s, closes_session=ends_session, reason=reason)
-        with self._lock:
-            self._rows.clear()
+        self._rows.close()
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -302,7 +350,7 @@ class Session:
     def offer(self, raw: RawForward) -> None:
         """Take a forward from the hooks, or drop and count it: called on the model's thread."""
         self._totals.num_forwards += 1
-        self._totals.num_tokens += raw.num_rows * raw.num_columns
+        self._totals.num_tokens += raw.num_tokens
         self._totals.num_decisions += raw.num_decisions
         if not self._intake.offer(raw):
             self._drop(pb.DROP_REASON_BUFFER_FULL, raw.num_decisions)
@@ -324,16 +372,17 @@ class Session:
     def _process(self, raw: RawForward) -> None:
         started_ns = time.perf_counter_ns()
         self._capture.wait_for_copies(raw)
-        columns, num_sampled_out = self._assembler.assemble(raw)
-        for layer in columns.layers:
-            layer.layer_index = self._options.layer_numbers.get(layer.layer_index, layer.layer_index)
+        columns_of_stacks, num_sampled_out = self._assembler.assemble(raw)
         if num_sampled_out:
             self._drop(pb.DROP_REASON_SAMPLED_OUT, num_sampled_out)
-        if columns.num_tokens:
+        for columns in columns_of_stacks:
+            for layer in columns.layers:
+                layer.layer_index = self._options.layer_numbers.get(layer.layer_index, layer.layer_index)
             with self._lock:
                 self._fold(columns)
-                if self._options.level > pb.CAPTURE_LEVEL_COUNTS:
-                    self._rows.add(columns)
+            # Not under the lock: rows may go to a file here, and the model's thread takes the lock when it drops.
+            if self._options.level > pb.CAPTURE_LEVEL_COUNTS:
+                self._rows.add(columns)
             if self.publisher is not None and not self._options.coordinates.is_replica:
                 self.publisher.submit(columns)
         self._last_step = max(self._last_step, raw.step)
@@ -351,8 +400,10 @@ class Session:
             sums = self._weight_sums.setdefault(layer.layer_index, np.zeros(layer.num_experts))
             if layer.gate_weights is not None:
                 valid = ~columns.is_padding if layer.row_index is None else ~columns.is_padding[layer.row_index]
-                weights = layer.gate_weights[valid].astype(np.float64).reshape(-1)
-                sums += np.bincount(layer.expert_ids[valid].reshape(-1), weights, minlength=layer.num_experts)
+                ids, weights = layer.expert_ids[valid].reshape(-1), layer.gate_weights[valid].reshape(-1)
+                # Slots that reached no expert, and identity experts, have no weight in the table.
+                is_routed = (ids >= 0) & (ids < layer.num_experts)
+                sums += np.bincount(ids[is_routed], weights[is_routed].astype(np.float64), minlength=layer.num_experts)
 
     def _layers(self) -> tuple[LayerInfo, ...]:
         numbers = self._options.layer_numbers
@@ -429,7 +480,7 @@ class Session:
         intake = self._intake.statistics()
         with self._lock:
             dropped = dict(self._dropped)
-            num_kept, num_not_kept = self._rows.num_kept, self._rows.num_not_kept
+        rows = self._rows.statistics()
         names = {reason_name(reason): number for reason, number in sorted(dropped.items())}
         if self.publisher is not None:
             names.update(self.publisher.statistics().num_dropped)
@@ -444,10 +495,11 @@ class Session:
             capture_s=(now.capture_ns - since.capture_ns) / 1e9,
             buffer_peak_bytes=intake.peak_bytes,
             buffer_limit_bytes=intake.limit_bytes,
-            num_rows_kept=num_kept,
-            num_rows_not_kept=num_not_kept,
+            num_rows_kept=rows.num_kept,
+            num_rows_not_kept=rows.num_not_kept,
             num_dropped=names,
-            problems=self._problems(),
+            # Rows that are not kept are no fault of the capture, so they are no part of its health.
+            problems={**self._problems(), **self._rows.problems},
         )
 
 

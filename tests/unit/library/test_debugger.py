@@ -120,6 +120,8 @@ def test_closed_sessions_and_debuggers_say_what_to_do(model: Any) -> None:
         ({"sampling_rate": float("nan")}, "0 to 1"),
         ({"buffer_bytes": 10}, "at least 65536"),
         ({"max_rows_bytes": -1}, "0 or more"),
+        ({"max_disk_bytes": -1}, "0 or more"),
+        ({"rows_dir": "/no/such/folder"}, "a folder that is there"),
         ({"fleet": "http://127.0.0.1:8080"}, "NATS URL"),
         ({"tenant": "No Such"}, "tenant"),
         ({"step_domain": "mine"}, "source, global"),
@@ -202,13 +204,13 @@ def test_levels_keep_what_they_say(model: Any) -> None:
 
 
 def test_rows_are_bounded_while_counts_stay_exact(model: Any) -> None:
-    with torch.no_grad(), MoEDebugger(model, max_rows_bytes=20_000) as debugger:
+    with torch.no_grad(), MoEDebugger(model, max_rows_bytes=20_000, max_disk_bytes=0) as debugger:
         for _ in range(40):
             model(_ids(2, 6))
         session = debugger.session
         assert session is not None
         rows, performance = session.decisions(), debugger.get_performance_metrics()
-        assert session._rows.used_bytes <= 20_000
+        assert session.row_statistics().memory_bytes <= 20_000
         assert {layer.num_tokens for layer in debugger.get_routing_stats().layers} == {40 * 12}
     assert performance.num_rows_not_kept > 0
     assert performance.num_rows_kept + performance.num_rows_not_kept == 40 * 12 * 3
@@ -237,7 +239,8 @@ def test_iterating_by_batch_gives_the_same_rows(model: Any) -> None:
         session = debugger.session
         assert session is not None
         whole = session.decisions()
-        parts = list(session.iter_decisions())
+        assert [len(part) for part in session.iter_decisions()] == [72]
+        parts = list(session.iter_decisions(batch_rows=1))
     assert [len(part) for part in parts] == [36, 36]
     assert np.array_equal(np.concatenate([part.expert_ids for part in parts]), whole.expert_ids)
 

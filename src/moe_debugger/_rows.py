@@ -1,0 +1,367 @@
+"""Keeps the captured rows: the newest in memory, older ones in files, the oldest counted and dropped."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import structlog
+
+from moe_debugger._row_blocks import Layout, RowBlock, pack
+from moe_debugger._row_files import PrivateFolder, read_rows, write_rows
+from moe_debugger.publish.batching import columns_size_bytes
+from moe_debugger.wire.codec import RoutingColumns
+
+__all__ = ["RowStatistics", "RowStore", "available_bytes", "regroup"]
+
+# A block is a small part of the bound, so that what is pushed out is never much more than what has to go.
+_BLOCK_BYTES = 4 * 1024 * 1024
+_BLOCKS_PER_BOUND = 32
+_FILE_BYTES = 16 * 1024 * 1024
+_FILES_PER_BOUND = 8
+# Headers of the arrays and objects of a forward and of each of its layers, measured with tracemalloc.
+_FORWARD_OVERHEAD_BYTES = 1200
+_LAYER_OVERHEAD_BYTES = 1200
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RowStatistics:
+    """Where the rows of a session are; one row is one token at one MoE layer.
+
+    Attributes:
+        num_kept: rows that `decisions` and `iter_decisions` give.
+        num_on_disk: those of them that are in files.
+        num_not_kept: rows that were dropped for want of room; the counts hold them.
+        memory_bytes, max_rows_bytes: of the rows in memory, and its bound.
+        disk_bytes, max_disk_bytes: of the files, and its bound.
+        num_files: files that there are now.
+        folder: where they are, None before the first.
+    """
+
+    num_kept: int
+    num_on_disk: int
+    num_not_kept: int
+    memory_bytes: int
+    max_rows_bytes: int
+    disk_bytes: int
+    max_disk_bytes: int
+    num_files: int
+    folder: Path | None
+
+
+@dataclass(slots=True)
+class _RowFile:
+    path: Path
+    num_rows: int
+    size_bytes: int
+    last_forward_index: int
+    is_dropped: bool = False
+
+
+class RowStore:
+    """Keeps rows within a bound of memory and a bound of disk.
+
+    One thread adds; others may read at any time. Nothing here raises into the thread that adds: rows that can be kept
+    nowhere are counted in `num_not_kept`, and `problems` says why.
+
+    Args:
+        max_rows_bytes: bound on the rows in memory, 0 = keep none at all; a small part more is in use while some of
+            them move to a file.
+        max_disk_bytes: bound on the files; 0 = no files. It is passed by at most one file, for as long as it takes to
+            remove the oldest.
+        rows_dir: folder in which the private folder of the files is made; None = the system's temporary directory.
+        module_names: names for the files, by layer index.
+        rank: global rank of this process.
+    """
+
+    def __init__(
+        self,
+        max_rows_bytes: int,
+        *,
+        max_disk_bytes: int = 0,
+        rows_dir: str | os.PathLike[str] | None = None,
+        module_names: Mapping[int, str] | None = None,
+        rank: int = 0,
+    ) -> None:
+        self.max_rows_bytes = max_rows_bytes
+        self.max_disk_bytes = max_disk_bytes
+        self._module_names = dict(module_names or {})
+        self._rank = rank
+        self._block_bytes = min(_BLOCK_BYTES, max_rows_bytes // _BLOCKS_PER_BOUND)
+        self._file_bytes = min(_FILE_BYTES, max_rows_bytes // _FILES_PER_BOUND, max_disk_bytes // _FILES_PER_BOUND)
+        self._folder = PrivateFolder(rows_dir)
+        self._file_numbers = count()
+        # The lock is held for bookkeeping alone, never while rows are packed, written or read.
+        self._lock = threading.Lock()
+        self._files: deque[_RowFile] = deque()
+        self._blocks: deque[RowBlock] = deque()
+        self._pending: list[RoutingColumns] = []
+        self._block_bytes_used = 0
+        self._pending_bytes = 0
+        self._num_in_memory = 0
+        self._num_on_disk = 0
+        self._disk_bytes = 0
+        self._num_not_kept = 0
+        self._layout = Layout(top_k=1)
+        self._problems: dict[str, int] = {}
+        self._is_closed = False
+
+    def add(self, columns: RoutingColumns) -> None:
+        """Keep `columns`; older rows make room where there is none."""
+        if not columns.num_decisions:
+            return
+        if not self.max_rows_bytes:
+            with self._lock:
+                self._num_not_kept += columns.num_decisions
+            return
+        size = columns_size_bytes(columns) + _FORWARD_OVERHEAD_BYTES + _LAYER_OVERHEAD_BYTES * len(columns.layers)
+        with self._lock:
+            if self._is_closed:
+                self._num_not_kept += columns.num_decisions
+                return
+            self._pending.append(columns)
+            self._pending_bytes += size
+            self._num_in_memory += columns.num_decisions
+        if self._pending_bytes >= self._block_bytes:
+            self._pack_pending()
+        while self._used_bytes > self.max_rows_bytes:
+            if not self._blocks:
+                self._pack_pending()
+            self._push_out_oldest()
+
+    @property
+    def problems(self) -> dict[str, int]:
+        """Why rows were not kept though there were bounds to keep them in, with how often."""
+        with self._lock:
+            return dict(self._problems)
+
+    def statistics(self) -> RowStatistics:
+        """Return where the rows are."""
+        with self._lock:
+            return RowStatistics(
+                num_kept=self._num_in_memory + self._num_on_disk,
+                num_on_disk=self._num_on_disk,
+                num_not_kept=self._num_not_kept,
+                memory_bytes=self._used_bytes,
+                max_rows_bytes=self.max_rows_bytes,
+                disk_bytes=self._disk_bytes,
+                max_disk_bytes=self.max_disk_bytes,
+                num_files=len(self._files),
+                folder=self._folder.path,
+            )
+
+    def result_bytes(self, num_rows: int) -> int:
+        """Return about how much memory the columns of `num_rows` rows take while they are put together."""
+        with self._lock:
+            # What comes from files is in memory twice for a moment: as it was read, and in the columns.
+            return (num_rows + min(num_rows, self._num_on_disk)) * self._layout.row_bytes
+
+    def blocks(self, *, skip_rows: int = 0, first_forward_index: int = 0) -> Iterator[RowBlock]:
+        """Yield the rows that are kept now, oldest first; files are read one record batch at a time.
+
+        Files that are dropped while this runs are passed over, as if it had been called later.
+
+        Args:
+            skip_rows: leaves out so many of the oldest rows.
+            first_forward_index: leaves out the rows of earlier forwards.
+        """
+        with self._lock:
+            files, blocks, pending = list(self._files), list(self._blocks), list(self._pending)
+        for file in files:
+            if file.last_forward_index < first_forward_index or skip_rows >= file.num_rows:
+                skip_rows = max(0, skip_rows - file.num_rows)
+                continue
+            for block in self._read(file):
+                part = _later(block.slice(min(skip_rows, len(block)), len(block)), first_forward_index)
+                skip_rows = max(0, skip_rows - len(block))
+                if len(part):
+                    yield part
+        for block in [*blocks, *([pack(pending)] if pending else [])]:
+            part = _later(block.slice(min(skip_rows, len(block)), len(block)), first_forward_index)
+            skip_rows = max(0, skip_rows - len(block))
+            if len(part):
+                yield part
+
+    def close(self) -> None:
+        """Forget all rows and remove their files; again does nothing."""
+        with self._lock:
+            self._is_closed = True
+            self._files.clear()
+            self._blocks.clear()
+            self._pending.clear()
+            self._block_bytes_used = self._pending_bytes = self._disk_bytes = 0
+            self._num_in_memory = self._num_on_disk = 0
+        self._folder.remove()
+
+    @property
+    def _used_bytes(self) -> int:
+        return self._block_bytes_used + self._pending_bytes
+
+    def _pack_pending(self) -> None:
+        pending = self._pending
+        if not pending:
+            return
+        block: RowBlock | None = None
+        try:
+            block = pack(pending)
+        except Exception as error:  # noqa: BLE001 - one bad forward must not end the rows of all others
+            self._problem(f"rows of a forward could not be kept ({type(error).__name__}: {error})")
+        with self._lock:
+            if self._is_closed:
+                return
+            self._pending = []
+            self._pending_bytes = 0
+            if block is None:
+                num_rows = sum(columns.num_decisions for columns in pending)
+                self._num_in_memory -= num_rows
+                self._num_not_kept += num_rows
+                return
+            self._layout = self._layout.join(Layout.of([block]))
+            self._blocks.append(block)
+            self._block_bytes_used += block.size_bytes
+
+    def _push_out_oldest(self) -> None:
+        """Move the oldest blocks to a file, or drop them where there can be none."""
+        chosen: list[RowBlock] = []
+        size = 0
+        for block in list(self._blocks):
+            chosen.append(block)
+            size += block.size_bytes
+            if size >= self._file_bytes and self._used_bytes - size <= self.max_rows_bytes:
+                break
+        num_rows = sum(len(block) for block in chosen)
+        file = self._write(chosen, num_rows) if self.max_disk_bytes else None
+        with self._lock:
+            if self._is_closed:
+                return
+            for _ in chosen:
+                self._blocks.popleft()
+            self._block_bytes_used -= size
+            self._num_in_memory -= num_rows
+            if file is None:
+                self._num_not_kept += num_rows
+                return
+            self._files.append(file)
+            self._disk_bytes += file.size_bytes
+            self._num_on_disk += num_rows
+            dropped = []
+            while self._disk_bytes > self.max_disk_bytes:
+                oldest = self._files.popleft()
+                self._forget(oldest)
+                dropped.append(oldest)
+        for oldest in dropped:
+            oldest.path.unlink(missing_ok=True)
+
+    def _forget(self, file: _RowFile) -> None:
+        file.is_dropped = True
+        self._disk_bytes -= file.size_bytes
+        self._num_on_disk -= file.num_rows
+        self._num_not_kept += file.num_rows
+
+    def _write(self, blocks: Sequence[RowBlock], num_rows: int) -> _RowFile | None:
+        try:
+            path = self._folder.ensure() / f"rows-{next(self._file_numbers):08d}.arrow"
+            write_rows(path, blocks, self._module_names, self._rank)
+            last = max(int(block.tokens["forward_index"].max()) for block in blocks)
+            return _RowFile(path, num_rows, path.stat().st_size, last)
+        except ImportError:
+            self._problem(
+                "rows past max_rows_bytes are not kept: to put them into files needs pyarrow; "
+                "run: pip install 'moe-debugger[pandas]'"
+            )
+        except Exception as error:  # noqa: BLE001 - whatever the disk does, the model and the counts go on
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self._problem(
+                f"rows past max_rows_bytes are not kept: no file could be written ({type(error).__name__}: {reason}); "
+                "free the disk, or name another one with rows_dir"
+            )
+        return None
+
+    def _read(self, file: _RowFile) -> Iterator[RowBlock]:
+        try:
+            yield from read_rows(file.path)
+        except OSError as error:
+            with self._lock:
+                if file.is_dropped or self._is_closed:
+                    return
+                # Not ours to undo: a cleaner of temporary files, or a broken disk.
+                self._files.remove(file)
+                self._forget(file)
+            self._problem(f"a file of rows could not be read again ({type(error).__name__}); its rows are lost")
+
+    def _problem(self, text: str) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            is_new = text not in self._problems
+            if is_new and len(self._problems) >= 16:
+                return
+            self._problems[text] = self._problems.get(text, 0) + 1
+        if is_new:
+            _log.warning("rows_not_kept", reason=text)
+
+
+def regroup(blocks: Iterator[RowBlock], max_rows: int) -> Iterator[list[RowBlock]]:
+    """Yield the rows of `blocks` in groups of whole forwards: at most `max_rows` rows, but at least one forward."""
+    group: list[RowBlock] = []
+    num_rows = 0
+    last_forward: int | None = None
+    for block in blocks:
+        forward_index = block.token_column("forward_index")
+        starts = np.flatnonzero(forward_index[1:] != forward_index[:-1]) + 1
+        if int(forward_index[0]) != last_forward:
+            starts = np.r_[0, starts]
+        last_forward = int(forward_index[-1])
+        taken = 0
+        while True:
+            # The last start of a forward up to which the group is not too large; else the next one there is.
+            fitting = np.searchsorted(starts, taken + max_rows - num_rows, side="right")
+            is_whole = len(block) - taken + num_rows <= max_rows
+            after = starts[:fitting][starts[:fitting] + num_rows > taken]
+            cut = int(after[-1]) if len(after) else int(starts[fitting]) if fitting < len(starts) else None
+            if is_whole or cut is None:
+                break
+            if cut > taken:
+                group.append(block.slice(taken, cut))
+            yield group
+            group, num_rows, taken = [], 0, cut
+        if taken < len(block):
+            group.append(block.slice(taken, len(block)))
+            num_rows += len(block) - taken
+    if group:
+        yield group
+
+
+def _later(block: RowBlock, first_forward_index: int) -> RowBlock:
+    """Return the rows of `block` from a forward on; forwards are in order."""
+    if not first_forward_index or not len(block):
+        return block
+    is_later = block.token_column("forward_index") >= first_forward_index
+    return block.slice(len(block) if not is_later.any() else int(is_later.argmax()), len(block))
+
+
+def available_bytes() -> int | None:
+    """Return the memory that this process can still take without swapping; None where the system does not say."""
+    limits: list[int] = []
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        limits += [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    # A container has less than its machine.
+    for limit_name, used_name in _CGROUP_FILES:
+        try:
+            limits.append(int(Path(limit_name).read_text()) - int(Path(used_name).read_text()))
+        except (OSError, ValueError):
+            continue  # no such group, or no limit ("max")
+    return max(0, min(limits)) if limits else None
