@@ -40,7 +40,7 @@ def bare_copy(module: nn.Module, dtype: torch.dtype | None = torch.float64) -> n
     clone.__dict__["_modules"] = {
         name: None if child is None else bare_copy(child, dtype) for name, child in module.__dict__["_modules"].items()
     }
-    config = clone.__dict__.get("config")
+    config: Any = clone.__dict__.get("config")
     if hasattr(config, "_experts_implementation"):
         config = copy.copy(config)
         config._experts_implementation_internal = "eager"

@@ -12,14 +12,14 @@ part of the weight. Where it cannot be done at all (none of the architectures he
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
-
 from oracle.kinds import Kind, ScaledInput, Site, find_sites
+from torch import nn
 
 __all__ = ["Oracle", "SiteCall"]
 
@@ -70,13 +70,13 @@ class Oracle:
         self.calls: dict[str, list[SiteCall]] = {site.name: [] for site in self.sites}
         self.num_recomputed: dict[str, int] = defaultdict(int)
         self._modules = dict(model.named_modules())
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> "Oracle":
         for site in self.sites:
             if issubclass(site.kind, ScaledInput):
                 self._wrap(self._modules[site.name.rpartition(".")[0]], "forward", _keeps_input_for(site.module))
-                self._undo.append(lambda module=site.module: module.__dict__.pop("oracle_hidden", None))
+                self._undo.append(partial(site.module.__dict__.pop, "oracle_hidden", None))
             self._wrap(site.module, site.method, self._replays(site))
         return self
 
@@ -140,7 +140,7 @@ def _replay(name: str, kind: Kind, result: Any) -> SiteCall:
         weights[:, expert_id] = torch.where(moved, weight, 0).double().cpu()
         unexplained = max(unexplained, float(rest[moved].max()))
     hidden = kind.hidden()
-    # What remains with all experts silenced and follows the hidden state came through identity experts. A bias does not.
+    # What is left with all experts silenced and follows the hidden state came through identity experts; a bias differs.
     identity = torch.zeros(len(silent), dtype=torch.float64)
     if hidden.shape == silent.shape and bool((silent != 0).any()):
         share = (silent * hidden).sum(-1) / (hidden * hidden).sum(-1).clamp_min(1e-300)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-
 from oracle.bare import bare_copy, double, only
+from torch import nn
 
 __all__ = ["Kind", "Site", "find_sites"]
 
@@ -162,7 +161,8 @@ class ScaledInput(Stacked):
         return self._hidden
 
     def output(self, result: Any) -> torch.Tensor:
-        return _rows(result.double()).reshape(self.num_experts, len(self._hidden), -1).sum(0)
+        real: torch.Tensor = result
+        return _rows(real.double()).reshape(self.num_experts, len(self._hidden), -1).sum(0)
 
     def weight(self, expert_id: int, contribution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _regress(self._inputs[expert_id], self._hidden)
@@ -199,8 +199,7 @@ class ExpertModules(Kind):
     def unit(self, expert_id: int) -> torch.Tensor:
         self._set(expert_id, True)
         output: torch.Tensor = self._experts[expert_id](self.hidden())
-        # What NLLB-MoE does in place of dropping whole tokens, when it does not train.
-        return output * (1 - float(getattr(self._clone, "moe_token_dropout", 0)))
+        return output
 
     def hidden(self) -> torch.Tensor:
         return _rows(self._args[0])
@@ -332,7 +331,7 @@ class Embeddings(Kind):
 
     def unit(self, expert_id: int) -> torch.Tensor:
         key = self._down[expert_id].double()
-        strength: torch.Tensor = self._act(self.hidden() @ key)
+        strength = self._act(self.hidden() @ key)
         return strength.unsqueeze(-1) * self._full[expert_id].double()
 
     def hidden(self) -> torch.Tensor:

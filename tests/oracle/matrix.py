@@ -1,0 +1,126 @@
+"""The cells of the matrix: every architecture by experts implementation and dtype, a forward and a greedy generate."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from oracle.compare import Comparison
+from oracle.expectations import forward_problems, generate_problems
+from oracle.observe import bare, observed
+from oracle.outcome import Impossible, NotAccepted
+from torch import nn
+from transformers.integrations.moe import ExpertsInterface
+from zoo.build import Build
+
+__all__ = [
+    "DTYPES",
+    "IMPLEMENTATIONS",
+    "NEW_TOKENS",
+    "check_forward",
+    "check_generate",
+    "matrix_cell",
+    "matrix_columns",
+]
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NEW_TOKENS = 4
+
+
+def matrix_columns() -> list[str]:
+    """Return the names of the matrix's columns, such as "grouped_mm bf16"."""
+    return [f"{implementation} {dtype}" for implementation in IMPLEMENTATIONS for dtype in DTYPES]
+
+
+def matrix_cell(build: Build, column: str) -> Comparison:
+    """Check one cell: a forward, and generate where the build has one.
+
+    Raises:
+        Impossible: the bare model does not run.
+        NotAccepted: its experts do not run by that implementation.
+    """
+    implementation, dtype = column.split()
+    model = _made(build, implementation, DTYPES[dtype])
+    if implementation != "eager":
+        with _calls_of(implementation) as calls:
+            bare(lambda model: _forward(model, build.inputs(model)), model)
+        if not calls:
+            raise NotAccepted(f"the experts run by their own code whatever is asked, {implementation} is never called")
+    result = check_forward(build, model)
+    if build.generate_inputs is not None:
+        _merge(result, check_generate(build, model))
+    return result
+
+
+def check_forward(build: Build, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Comparison:
+    """Return how far one forward's capture is from the truth, metadata included."""
+    given = build.inputs(model) if inputs is None else inputs
+    watched = observed(model, lambda model: _forward(model, given))
+    for problem in forward_problems(watched.decisions, given) if build.name != "diffusion_gemma" else ():
+        watched.comparison.add_problem(problem)
+    return watched.comparison
+
+
+def check_generate(build: Build, model: nn.Module, **options: Any) -> Comparison:
+    """Return how far the capture of a greedy generate is from the truth; metadata only where no options are given."""
+    assert build.generate_inputs is not None
+    given = build.generate_inputs(model)
+    if build.name == "diffusion_gemma":
+        # It denoises a whole canvas in each of its steps.
+        options = {"max_new_tokens": NEW_TOKENS, **options}
+        return observed(model, lambda model: _generate(model, given, **options)).comparison
+    watched = observed(model, lambda model: _generate(model, given, **{"max_new_tokens": NEW_TOKENS, **options}))
+    if not options:
+        is_encoder_decoder = build.kind == "encoder-decoder"
+        problems = generate_problems(watched.decisions, given, watched.output, is_encoder_decoder=is_encoder_decoder)
+        for problem in problems:
+            watched.comparison.add_problem(problem)
+    return watched.comparison
+
+
+def _forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def _generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
+    return model.generate(**inputs, do_sample=False, **options)
+
+
+def _made(build: Build, implementation: str | None, dtype: torch.dtype) -> nn.Module:
+    try:
+        return build.make(dtype=dtype, experts_implementation=implementation)
+    except ValueError as error:
+        if "experts implementation" in str(error):
+            raise NotAccepted(str(error)) from error
+        raise Impossible(f"ValueError: {error}") from error
+
+
+@contextmanager
+def _calls_of(implementation: str) -> Iterator[list[int]]:
+    """Count the calls of an experts implementation of the library."""
+    calls: list[int] = []
+    known: Any = ExpertsInterface._global_mapping
+    original = known[implementation]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with patch.dict(known, {implementation: counted}):
+        yield calls
+
+
+def _merge(into: Comparison, other: Comparison) -> None:
+    into.num_rows += other.num_rows
+    into.num_slots += other.num_slots
+    into.num_wrong_ids += other.num_wrong_ids
+    into.max_weight_error = max(into.max_weight_error, other.max_weight_error)
+    into.max_weight_excess = max(into.max_weight_excess, other.max_weight_excess)
+    into.num_unseen_slots += other.num_unseen_slots
+    into.num_rows_without_expert += other.num_rows_without_expert
+    into.num_identity_rows += other.num_identity_rows
+    for problem in other.problems:
+        into.add_problem(problem)

@@ -1,0 +1,148 @@
+"""What came out of one case, and the file that keeps it, so that a long run can be taken up again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from oracle.compare import Comparison
+
+__all__ = ["RESULTS", "ROOT", "Impossible", "NotAccepted", "Outcome", "Results", "source_key"]
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "build" / "exactness" / "results.jsonl"
+# What a result depends on, beside the versions: the capture itself, and what checks it.
+_SOURCES = (
+    "src/moe_debugger/capture",
+    "src/moe_debugger/_debugger.py",
+    "src/moe_debugger/_session.py",
+    "src/moe_debugger/_decisions.py",
+    "tests/oracle",
+    "tests/zoo",
+)
+_NOT_CHECKING = ("table.py",)
+
+Status = Literal["exact", "wrong", "impossible", "not accepted"]
+
+
+class Impossible(Exception):
+    """The model itself, without a debugger, cannot do this."""
+
+
+class NotAccepted(Exception):
+    """The architecture does not take this option, or its experts pay no heed to it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One cell of the table.
+
+    Attributes:
+        arch: name of the build.
+        column: what was done with it.
+        status: "exact"; "wrong"; "impossible" where the bare model fails; "not accepted" where it has no such option.
+        detail: the error or the difference, empty where exact.
+    """
+
+    arch: str
+    column: str
+    status: Status
+    detail: str = ""
+    num_rows: int = 0
+    num_slots: int = 0
+    num_wrong_ids: int = 0
+    max_weight_error: float = 0.0
+    num_unseen_slots: int = 0
+    num_rows_without_expert: int = 0
+    num_identity_rows: int = 0
+
+    @classmethod
+    def of(cls, arch: str, column: str, run: Callable[[], Comparison]) -> "Outcome":
+        """Return the outcome of `run`, whatever it raises."""
+        try:
+            comparison = run()
+        except Impossible as error:
+            return cls(arch, column, "impossible", str(error))
+        except NotAccepted as error:
+            return cls(arch, column, "not accepted", str(error))
+        except Exception as error:
+            return cls(arch, column, "wrong", f"{type(error).__name__}: {error}")
+        return cls(
+            arch,
+            column,
+            "exact" if comparison.is_exact else "wrong",
+            "" if comparison.is_exact else comparison.summary(),
+            num_rows=comparison.num_rows,
+            num_slots=comparison.num_slots,
+            num_wrong_ids=comparison.num_wrong_ids,
+            max_weight_error=comparison.max_weight_error,
+            num_unseen_slots=comparison.num_unseen_slots,
+            num_rows_without_expert=comparison.num_rows_without_expert,
+            num_identity_rows=comparison.num_identity_rows,
+        )
+
+
+@cache
+def source_key() -> str:
+    """Return a digest of the versions and sources that a result depends on."""
+    digest = hashlib.sha256(f"transformers {version('transformers')} torch {version('torch')}".encode())
+    for source in _SOURCES:
+        path = ROOT / source
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            if file.name not in _NOT_CHECKING:
+                digest.update(file.relative_to(ROOT).as_posix().encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Results:
+    """Outcomes as JSON lines; a later line of the same cell replaces an earlier one.
+
+    Args:
+        path: of the file; made at the first `add`.
+        key: of the sources; lines with another key are those of other sources.
+    """
+
+    def __init__(self, path: Path = RESULTS, key: str | None = None) -> None:
+        self.path = path
+        self.key = source_key() if key is None else key
+
+    def read(self, *, any_key: bool = False) -> dict[tuple[str, str], Outcome]:
+        """Return the newest outcome of each (arch, column); with `any_key`, also those of other sources."""
+        found: dict[tuple[str, str], Outcome] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            # A run that was killed may have left half a line.
+            record = _parsed(line)
+            if record is None or (record.pop("key") != self.key and not any_key):
+                continue
+            outcome = Outcome(**record)
+            found[outcome.arch, outcome.column] = outcome
+        return found
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        """Append `outcomes`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps({"key": self.key, **asdict(outcome)}) + "\n" for outcome in outcomes)
+        with self.path.open("a") as file:
+            file.write(text)
+
+    def once(self, arch: str, column: str, run: Callable[[], Comparison]) -> Outcome:
+        """Return the outcome of this cell: the kept one, unless it was wrong; else run it and keep what came out."""
+        kept = self.read().get((arch, column))
+        if kept is not None and kept.status != "wrong":
+            return kept
+        outcome = Outcome.of(arch, column, run)
+        self.add([outcome])
+        return outcome
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and "key" in record else None
