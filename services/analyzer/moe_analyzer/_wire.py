@@ -1,6 +1,6 @@
 """Our states as messages of session.proto."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -41,7 +41,16 @@ def layer_snapshot(
         mean_top1_probability=metrics.mean_confidence,
         num_padding_tokens=total.num_padding,
         num_dropped_slots=total.num_dropped_slots,
+        expert_parallel_counts=_counts_by_rank(total.counts, description.expert_parallel_ranks),
     )
+
+
+def _counts_by_rank(counts: np.ndarray[tuple[int, ...], np.dtype[np.uint64]], owners: Sequence[int]) -> list[int]:
+    """Return the assignments of the experts of each expert-parallel rank; none where ranks do not own experts."""
+    if len(owners) != len(counts):
+        return []
+    ranks = np.asarray(owners)
+    return [int(counts[ranks == rank].sum()) for rank in range(int(ranks.max(initial=-1)) + 1)]
 
 
 def source_message(source: SourceState, *, is_live: bool) -> pb.Source:
@@ -68,6 +77,7 @@ def source_message(source: SourceState, *, is_live: bool) -> pb.Source:
         problems=status.problems,
         series=dict(status.series),
         tail_unknown_bytes=0 if is_live or source.said_goodbye else status.buffer_limit_bytes,
+        coordinates=manifest.coordinates,
     )
 
 
