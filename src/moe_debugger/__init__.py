@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from moe_debugger._session import Profile, Session
     from moe_debugger._stats import ExpertMetrics, LayerRoutingStats, PerformanceMetrics, RoutingStats
     from moe_debugger.analysis import Analysis, Finding, Thresholds, analyze
-    from moe_debugger.capture import LayerInfo, detach
+    from moe_debugger.capture import (
+        Adapter,
+        Call,
+        LayerInfo,
+        LayerShape,
+        Routing,
+        detach,
+        register_adapter,
+        unregister_adapter,
+    )
     from moe_debugger.errors import (
         AlreadyAttachedError,
         ConfigError,
@@ -34,11 +43,14 @@ if TYPE_CHECKING:
     )
     from moe_debugger.models import LoadedModel, load_model
     from moe_debugger.parallel import ParallelCoordinates
+    from moe_debugger.source import PublishedRoutes, Source, SourceAccount, open_source
     from moe_debugger.wire.ids import new_id
 
 __all__ = [
+    "Adapter",
     "AlreadyAttachedError",
     "Analysis",
+    "Call",
     "ConfigError",
     "Decisions",
     "DependencyMissingError",
@@ -48,6 +60,7 @@ __all__ = [
     "InvalidInputError",
     "LayerInfo",
     "LayerRoutingStats",
+    "LayerShape",
     "LoadedModel",
     "MoEDebugger",
     "MoEDebuggerError",
@@ -55,10 +68,14 @@ __all__ = [
     "ParallelCoordinates",
     "PerformanceMetrics",
     "Profile",
+    "PublishedRoutes",
     "RankLoad",
+    "Routing",
     "RoutingStats",
     "Session",
     "SessionClosedError",
+    "Source",
+    "SourceAccount",
     "Thresholds",
     "UnsupportedFormatError",
     "WireFormatError",
@@ -66,6 +83,9 @@ __all__ = [
     "detach",
     "load_model",
     "new_id",
+    "open_source",
+    "register_adapter",
+    "unregister_adapter",
 ]
 
 _MODULES = {
@@ -75,7 +95,16 @@ _MODULES = {
     "moe_debugger._session": ("Profile", "Session"),
     "moe_debugger._stats": ("ExpertMetrics", "LayerRoutingStats", "PerformanceMetrics", "RoutingStats"),
     "moe_debugger.analysis": ("Analysis", "Finding", "Thresholds", "analyze"),
-    "moe_debugger.capture": ("LayerInfo", "detach"),
+    "moe_debugger.capture": (
+        "Adapter",
+        "Call",
+        "LayerInfo",
+        "LayerShape",
+        "Routing",
+        "detach",
+        "register_adapter",
+        "unregister_adapter",
+    ),
     "moe_debugger.errors": (
         "AlreadyAttachedError",
         "ConfigError",
@@ -90,6 +119,7 @@ _MODULES = {
     ),
     "moe_debugger.models": ("LoadedModel", "load_model"),
     "moe_debugger.parallel": ("ParallelCoordinates",),
+    "moe_debugger.source": ("PublishedRoutes", "Source", "SourceAccount", "open_source"),
     "moe_debugger.wire.ids": ("new_id",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

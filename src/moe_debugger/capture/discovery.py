@@ -78,7 +78,7 @@ def find_sites(model: "nn.Module") -> Discovery:
             if reading is None and candidate:
                 unreadable.append((name, _unreadable_reason(module)))
         if reading is not None:
-            sites.append(_site(reading, len(sites)))
+            sites.append(_site(searched, reading, len(sites)))
             # What lies inside the experts is theirs.
             read.append(next((n for n, m in modules.items() if m is reading.experts), name))
     if not sites:
@@ -105,13 +105,16 @@ def _by_structure(model: Model, name: str, module: "nn.Module", *, is_named_expe
     return None
 
 
-def _site(reading: Reading, layer_index: int) -> Site:
+def _site(model: Model, reading: Reading, layer_index: int) -> Site:
     root, number = _place(reading.module_name)
+    # A vision tower that is watched by itself has no name, but says what it takes.
+    sees = getattr(model.modules.get(root), "main_input_name", "")
+    stack = "vision" if sees == "pixel_values" else _stack(reading.module_name)
     info = LayerInfo(
         layer_index=layer_index,
         model_layer_index=layer_index if number is None else number,
         module_name=reading.module_name,
-        stack=_stack(reading.module_name),
+        stack=stack,
         num_experts=reading.num_experts,
         top_k=reading.top_k,
         num_shared_experts=reading.num_shared_experts,

@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 # Weights of bf16 models carry 8 bits: 2^-8 of relative rounding, on two numbers.
 _RATIO_TOLERANCE = 0.03
-_CONFIRMED_SHARE = 0.9
+_CONFIRMED_SHARE = 0.97
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,9 @@ def read_standard(model: Model, name: str, module: "nn.Module") -> Reading | Non
     taps = [Tap(module, "before", _keep_inputs(names), completes=True)]
     if router is not None:
         taps.insert(0, Tap(router, "after", keep_logits, completes=False))
+    scale = getattr(router, "per_expert_scale", None)
+    top_k = model.top_k(router, block)
+    reason = _no_statistics(router)
     pool = _pool_tap(model, block_name)
     if pool is not None:
         taps.insert(0, pool)
@@ -53,17 +56,15 @@ def read_standard(model: Model, name: str, module: "nn.Module") -> Reading | Non
         experts=module,
         router=router,
         num_experts=num_experts,
-        top_k=model.top_k(router, block),
+        top_k=top_k,
         taps=tuple(taps),
-        interpret=_interpret,
+        interpret=_interpret if scale is None else _scaled(scale),
         adapter="standard",
         num_shared_experts=model.num_shared(block),
         num_identity_experts=num_identity,
-        scoring_function=_scoring(router, model.config),
-        unavailable_reason=""
-        if router is not None
-        else "the layer has no module named gate or router, so no logits are seen",
-        block_scale=_block_scale(block, router),
+        scoring_function="unknown" if reason else _scoring(router, model.config),
+        unavailable_reason=reason,
+        block_scale=_block_scale(block, router, num_experts, top_k),
         pool="" if pool is None else block_name.rpartition(".")[0],
     )
 
@@ -112,12 +113,23 @@ def _scoring(router: "nn.Module | None", config: Any) -> str:
     return "sigmoid" if hasattr(router, "e_score_correction_bias") else "softmax"
 
 
-def _block_scale(block: "nn.Module", router: "nn.Module | None") -> float:
+def _no_statistics(router: "nn.Module | None") -> str:
+    if router is None:
+        return "the layer has no module named gate or router, so no logits are seen"
+    if hasattr(router, "router_jitter_noise") and hasattr(router, "input_jitter_noise"):
+        return (
+            "sparsemixer weighs each choice against the logits close to it: there is no one distribution over experts"
+        )
+    return ""
+
+
+def _block_scale(block: "nn.Module", router: "nn.Module | None", num_experts: int, top_k: int) -> float:
     # Where the router scales, the weights hold the factor already; where only the block has it, it follows the experts.
     value = getattr(block, "routed_scaling_factor", None)
-    if router is None or hasattr(router, "routed_scaling_factor") or not isinstance(value, int | float):
-        return 1.0
-    return float(value)
+    if router is not None and not hasattr(router, "routed_scaling_factor") and isinstance(value, int | float):
+        return float(value)
+    # OpenAI's privacy filter divides the weights by k before the experts, and multiplies by k after them.
+    return float(top_k) if getattr(block, "num_experts", num_experts) == top_k != num_experts else 1.0
 
 
 def _interpret(arrays: Arrays, info: LayerInfo) -> Routes:
@@ -138,10 +150,21 @@ def _interpret(arrays: Arrays, info: LayerInfo) -> Routes:
         if is_skipped.any():
             routes.slot_status = np.where(is_skipped, SKIPPED, ROUTED).astype(np.uint8)
             routes.selected = np.where(is_skipped, info.num_experts, ids).astype(np.int32)
-            routes.selected_weights = weights
             routes.expert_ids = np.where(is_skipped, NO_EXPERT, ids).astype(np.int32)
             routes.gate_weights = np.where(is_skipped, np.nan, weights).astype(np.float32)
     return routes
+
+
+def _scaled(scale: Any) -> Any:
+    """Read a router that multiplies each weight by a factor of its expert (Gemma 4): the logits know nothing of it."""
+
+    def interpret(arrays: Arrays, info: LayerInfo) -> Routes:
+        routes = _interpret(arrays, info)
+        factors = scale.detach().float().cpu().numpy().reshape(-1)
+        routes.selected_weights = routes.gate_weights / factors[np.maximum(routes.expert_ids, 0)]
+        return routes
+
+    return interpret
 
 
 def _row_index(arrays: Arrays, num_rows: int) -> Any:
