@@ -147,7 +147,7 @@ class ScaledInput(Stacked):
     def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         super().__init__(module, args, kwargs)
         self._inputs = double(args[0]).reshape(self.num_experts, -1, args[0].shape[-1])
-        self._hidden = double(module.__dict__["oracle_hidden"]).reshape(-1, args[0].shape[-1])
+        self._hidden: torch.Tensor = double(module.__dict__["oracle_hidden"]).reshape(-1, args[0].shape[-1])
         self.tolerance = 2 * float(torch.finfo(args[0].dtype).eps)
 
     @classmethod
@@ -161,8 +161,7 @@ class ScaledInput(Stacked):
         return self._hidden
 
     def output(self, result: Any) -> torch.Tensor:
-        real: torch.Tensor = result
-        return _rows(real.double()).reshape(self.num_experts, len(self._hidden), -1).sum(0)
+        return super().output(result).double().reshape(self.num_experts, len(self._hidden), -1).sum(0)
 
     def weight(self, expert_id: int, contribution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _regress(self._inputs[expert_id], self._hidden)
@@ -331,7 +330,7 @@ class Embeddings(Kind):
 
     def unit(self, expert_id: int) -> torch.Tensor:
         key = self._down[expert_id].double()
-        strength = self._act(self.hidden() @ key)
+        strength: torch.Tensor = self._act(self.hidden() @ key)
         return strength.unsqueeze(-1) * self._full[expert_id].double()
 
     def hidden(self) -> torch.Tensor:

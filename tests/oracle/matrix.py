@@ -45,19 +45,19 @@ def matrix_cell(build: Build, column: str) -> Comparison:
     model = _made(build, implementation, DTYPES[dtype])
     if implementation != "eager":
         with _calls_of(implementation) as calls:
-            bare(lambda model: _forward(model, build.inputs(model)), model)
+            bare(lambda model: forward_of(model, build.inputs(model)), model)
         if not calls:
             raise NotAccepted(f"the experts run by their own code whatever is asked, {implementation} is never called")
     result = check_forward(build, model)
     if build.generate_inputs is not None:
-        _merge(result, check_generate(build, model))
+        merge(result, check_generate(build, model))
     return result
 
 
 def check_forward(build: Build, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Comparison:
     """Return how far one forward's capture is from the truth, metadata included."""
     given = build.inputs(model) if inputs is None else inputs
-    watched = observed(model, lambda model: _forward(model, given))
+    watched = observed(model, lambda model: forward_of(model, given))
     for problem in forward_problems(watched.decisions, given) if build.name != "diffusion_gemma" else ():
         watched.comparison.add_problem(problem)
     return watched.comparison
@@ -80,7 +80,7 @@ def check_generate(build: Build, model: nn.Module, **options: Any) -> Comparison
     return watched.comparison
 
 
-def _forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def forward_of(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     with torch.no_grad():
         return model(**inputs)
 
@@ -113,7 +113,7 @@ def _calls_of(implementation: str) -> Iterator[list[int]]:
         yield calls
 
 
-def _merge(into: Comparison, other: Comparison) -> None:
+def merge(into: Comparison, other: Comparison) -> None:
     into.num_rows += other.num_rows
     into.num_slots += other.num_slots
     into.num_wrong_ids += other.num_wrong_ids
