@@ -1,4 +1,5 @@
 // @vitest-environment happy-dom
+import { create } from "@bufbuild/protobuf";
 import { createClient } from "@connectrpc/connect";
 import { fireEvent, render, screen, waitFor, within } from "@testing-library/react";
 import { I18nextProvider } from "react-i18next";
@@ -6,13 +7,14 @@ import { beforeEach, describe, expect, it } from "vitest";
 import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
 import { ServicesContext } from "../src/context";
 import { ComponentState, DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
+import { ParallelCoordinatesSchema } from "../src/gen/moe_debugger/v1/routing_pb";
 import { SessionState } from "../src/gen/moe_debugger/v1/session_pb";
 import { i18n } from "../src/i18n";
 import { recentWindow, wholeSession } from "../src/model/load";
 import { Console } from "../src/panels/Console";
 import { NoSession } from "../src/panels/Empty";
 import { LoadTable } from "../src/panels/LoadTable";
-import { accountNumbers } from "../src/panels/Sidebar";
+import { accountNumbers, Capture, LayerDetails } from "../src/panels/Sidebar";
 import { TokensPanel } from "../src/panels/Tokens";
 import { App, componentEvents, defaultSession, useApp } from "../src/store";
 import { expectedRows, Generator, useTokens } from "../src/tokens";
@@ -210,5 +212,46 @@ describe("account", () => {
       unexplained: 5n,
     });
     expect(accountNumbers(undefined).unexplained).toBe(0n);
+  });
+});
+
+describe("ranks", () => {
+  function showRanks(element: React.ReactNode) {
+    const fake = new FakeGateway();
+    const shown = picture(fake);
+    const [source] = shown.snapshot.sources;
+    if (!source) throw new Error("the fake has a source");
+    source.coordinates = create(ParallelCoordinatesSchema, {
+      globalRank: 1,
+      worldSize: 2,
+      tensorParallelRank: 1,
+      expertParallelRank: 1,
+      replicaOfRank: 0,
+    });
+    for (const layer of shown.snapshot.layers) layer.expertParallelCounts = [30n, 10n];
+    useApp.setState({ sessionId: SESSION_ID, picture: shown });
+    show(fake, element);
+  }
+
+  it("says which rank a source is, and whose replica", () => {
+    showRanks(<Capture />);
+    const text = screen.getByTestId("rank").textContent;
+    expect(text).toContain("rank 1 of 2: dp 0, tp 1, ep 1, pp 0");
+    expect(text).toContain("replica of rank 0");
+  });
+
+  it("shows the load per expert-parallel rank", () => {
+    showRanks(<LayerDetails />);
+    const [first, second] = within(screen.getByTestId("rank-load")).getAllByRole("listitem");
+    expect(first?.textContent).toContain("30");
+    expect(first?.textContent).toContain("1.5");
+    expect(second?.textContent).toContain("10");
+  });
+
+  it("says nothing of ranks for a process on its own", () => {
+    const fake = new FakeGateway();
+    useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
+    show(fake, <Capture />);
+    expect(screen.queryByTestId("rank")).toBeNull();
   });
 });

@@ -12,7 +12,7 @@ import {
   formatValue,
 } from "../format";
 import { ComponentState } from "../gen/moe_debugger/v1/gateway_pb";
-import { type DropCounter, DropReason } from "../gen/moe_debugger/v1/routing_pb";
+import { type DropCounter, DropReason, type ParallelCoordinates } from "../gen/moe_debugger/v1/routing_pb";
 import type { Account } from "../gen/moe_debugger/v1/session_pb";
 import { findingText } from "../i18n";
 import { loadRatio, rowOf, rowStats } from "../model/load";
@@ -189,6 +189,12 @@ export function LayerDetails() {
         ))}
       </dl>
       <p className="muted small">{t("layer.range", { range })}</p>
+      {snapshot.expertParallelCounts.length > 0 && (
+        <>
+          <h4>{t("layer.ranks")}</h4>
+          <RankBars counts={snapshot.expertParallelCounts.map(Number)} />
+        </>
+      )}
       <h4>{t("layer.experts")}</h4>
       <ol className="expert-bars">
         {order.slice(0, 32).map(({ id, count }) => (
@@ -213,6 +219,30 @@ export function LayerDetails() {
         ))}
       </ol>
     </div>
+  );
+}
+
+/** Load of the experts that each expert-parallel rank computes, whole session. */
+function RankBars({ counts }: { counts: readonly number[] }) {
+  const { t } = useTranslation();
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  const peak = Math.max(1, ...counts);
+  return (
+    <ol className="expert-bars" data-testid="rank-load">
+      {counts.map((count, rank) => (
+        // biome-ignore lint/suspicious/noArrayIndexKey: the index is the rank
+        <li key={rank}>
+          <div className="rank-bar">
+            <span className="num">{t("layer.rank", { rank })}</span>
+            <span className="bar-track">
+              <span className="bar-fill" style={{ inlineSize: `${(count / peak) * 100}%` }} />
+            </span>
+            <span className="num">{formatRatio(loadRatio(count, total, counts.length))}</span>
+            <span className="num muted">{formatInteger(count)}</span>
+          </div>
+        </li>
+      ))}
+    </ol>
   );
 }
 
@@ -303,6 +333,7 @@ export function Capture() {
             {t("capture.sequence", { n: formatInteger(source.lastSequence) })} ·{" "}
             {t("capture.overhead", { share: formatPercent(source.hookTimeShare, 1) })}
           </p>
+          <Rank coordinates={source.coordinates} />
           {source.tailUnknownBytes > 0n && (
             <p className="warning small">
               {t("capture.tailUnknown", { bytes: formatBytes(Number(source.tailUnknownBytes)) })}
@@ -338,6 +369,30 @@ export function Capture() {
         </p>
       ))}
     </div>
+  );
+}
+
+/** Where a source stands in a sharded model; nothing for a process on its own. */
+function Rank({ coordinates }: { coordinates: ParallelCoordinates | undefined }) {
+  const { t } = useTranslation();
+  if (!coordinates || coordinates.worldSize <= 1) return null;
+  return (
+    <p className="muted small num" data-testid="rank">
+      {t("capture.rank", {
+        rank: coordinates.globalRank,
+        size: coordinates.worldSize,
+        dp: coordinates.dataParallelRank,
+        tp: coordinates.tensorParallelRank,
+        ep: coordinates.expertParallelRank,
+        pp: coordinates.pipelineParallelRank,
+      })}
+      {coordinates.replicaOfRank !== undefined && (
+        <>
+          {" · "}
+          {t("capture.replica", { rank: coordinates.replicaOfRank })}
+        </>
+      )}
+    </p>
   );
 }
 

@@ -8,7 +8,7 @@ import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobu
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { GenerateRequest, GenerateResponse } from "./collector_pb";
 import { file_moe_debugger_v1_collector } from "./collector_pb";
-import type { RequestRoutes, RequestSummary, RollUp, Session, SessionSnapshot } from "./session_pb";
+import type { RequestRoutes, RequestSummary, RollUp, Series, Session, SessionSnapshot } from "./session_pb";
 import { file_moe_debugger_v1_session } from "./session_pb";
 import type { Message } from "@bufbuild/protobuf";
 
@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file moe_debugger/v1/gateway.proto.
  */
 export const file_moe_debugger_v1_gateway: GenFile = /*@__PURE__*/
-  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvZ2F0ZXdheS5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IqIBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRI0Cgpjb21wb25lbnRzGAIgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aBIYChBtYXhfcHJvbXB0X2J5dGVzGAMgASgNEhQKDG1heF93YXRjaF9oehgEIAEoDRISCgpoYXNfd29ya2VyGAUgASgIIl8KD0NvbXBvbmVudEhlYWx0aBIMCgRuYW1lGAEgASgJEi4KBXN0YXRlGAIgASgOMh8ubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudFN0YXRlEg4KBmRldGFpbBgDIAEoCSIVChNMaXN0U2Vzc2lvbnNSZXF1ZXN0IkIKFExpc3RTZXNzaW9uc1Jlc3BvbnNlEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iJwoRR2V0U2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChJHZXRTZXNzaW9uUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90IlEKEUdldEhpc3RvcnlSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSFAoMcmVzb2x1dGlvbl9zGAIgASgNEhIKCm1heF9wb2ludHMYAyABKA0iPQoSR2V0SGlzdG9yeVJlc3BvbnNlEicKBnBvaW50cxgBIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Sb2xsVXAiPgoTTGlzdFJlcXVlc3RzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEhMKC21heF9yZXN1bHRzGAIgASgNIkkKFExpc3RSZXF1ZXN0c1Jlc3BvbnNlEjEKCHJlcXVlc3RzGAEgAygLMh8ubW9lX2RlYnVnZ2VyLnYxLlJlcXVlc3RTdW1tYXJ5IkEKF0dldFJlcXVlc3RSb3V0ZXNSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSEgoKcmVxdWVzdF9pZBgCIAEoCSJKChhHZXRSZXF1ZXN0Um91dGVzUmVzcG9uc2USLgoGcm91dGVzGAEgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLlJlcXVlc3RSb3V0ZXMiKQoTQ2xvc2VTZXNzaW9uUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJIkEKFENsb3NlU2Vzc2lvblJlc3BvbnNlEikKB3Nlc3Npb24YASABKAsyGC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvbiJRCgxXYXRjaFJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRIOCgZtYXhfaHoYAiABKAESHQoVcmVzdW1lX2FmdGVyX3NlcXVlbmNlGAMgASgEIpwCCg1XYXRjaFJlc3BvbnNlEjIKCHNuYXBzaG90GAEgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLldhdGNoU25hcHNob3RIABIsCgVmcmFtZRgCIAEoCzIbLm1vZV9kZWJ1Z2dlci52MS5XYXRjaEZyYW1lSAASMgoIc2Vzc2lvbnMYAyABKAsyHi5tb2VfZGVidWdnZXIudjEuV2F0Y2hTZXNzaW9uc0gAEjYKCmNvbXBvbmVudHMYBCABKAsyIC5tb2VfZGVidWdnZXIudjEuV2F0Y2hDb21wb25lbnRzSAASNAoJaGVhcnRiZWF0GAUgASgLMh8ubW9lX2RlYnVnZ2VyLnYxLldhdGNoSGVhcnRiZWF0SABCBwoFZXZlbnQiQwoNV2F0Y2hTbmFwc2hvdBIyCghzbmFwc2hvdBgBIAEoCzIgLm1vZV9kZWJ1Z2dlci52MS5TZXNzaW9uU25hcHNob3QicwoKV2F0Y2hGcmFtZRIQCghzZXF1ZW5jZRgBIAEoBBIVCg1leHBlcnRfY291bnRzGAIgASgMEhIKCm51bV90b2tlbnMYAyABKAwSFQoNbnVtX2NvbmZsYXRlZBgEIAEoDRIRCglsYXN0X3N0ZXAYBSABKAQiOwoNV2F0Y2hTZXNzaW9ucxIqCghzZXNzaW9ucxgBIAMoCzIYLm1vZV9kZWJ1Z2dlci52MS5TZXNzaW9uIkcKD1dhdGNoQ29tcG9uZW50cxI0Cgpjb21wb25lbnRzGAEgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aCIpCg5XYXRjaEhlYXJ0YmVhdBIXCg9zZW50X2F0X3VuaXhfbnMYASABKAMiUwoeRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXF1ZXN0EjEKB3JlcXVlc3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuR2VuZXJhdGVSZXF1ZXN0IlYKH0RlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVzcG9uc2USMwoIcmVzcG9uc2UYASABKAsyIS5tb2VfZGVidWdnZXIudjEuR2VuZXJhdGVSZXNwb25zZSqEAQoOQ29tcG9uZW50U3RhdGUSHwobQ09NUE9ORU5UX1NUQVRFX1VOU1BFQ0lGSUVEEAASHAoYQ09NUE9ORU5UX1NUQVRFX1NUQVJUSU5HEAESGQoVQ09NUE9ORU5UX1NUQVRFX1JFQURZEAISGAoUQ09NUE9ORU5UX1NUQVRFX0RPV04QAzLaBgoPRGVidWdnZXJTZXJ2aWNlEl4KDUdldFNlcnZlckluZm8SJS5tb2VfZGVidWdnZXIudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaJi5tb2VfZGVidWdnZXIudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlElsKDExpc3RTZXNzaW9ucxIkLm1vZV9kZWJ1Z2dlci52MS5MaXN0U2Vzc2lvbnNSZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkxpc3RTZXNzaW9uc1Jlc3BvbnNlElUKCkdldFNlc3Npb24SIi5tb2VfZGVidWdnZXIudjEuR2V0U2Vzc2lvblJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuR2V0U2Vzc2lvblJlc3BvbnNlElUKCkdldEhpc3RvcnkSIi5tb2VfZGVidWdnZXIudjEuR2V0SGlzdG9yeVJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuR2V0SGlzdG9yeVJlc3BvbnNlElsKDExpc3RSZXF1ZXN0cxIkLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVxdWVzdHNSZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkxpc3RSZXF1ZXN0c1Jlc3BvbnNlEmcKEEdldFJlcXVlc3RSb3V0ZXMSKC5tb2VfZGVidWdnZXIudjEuR2V0UmVxdWVzdFJvdXRlc1JlcXVlc3QaKS5tb2VfZGVidWdnZXIudjEuR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlElsKDENsb3NlU2Vzc2lvbhIkLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNlc3Npb25SZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkNsb3NlU2Vzc2lvblJlc3BvbnNlEkgKBVdhdGNoEh0ubW9lX2RlYnVnZ2VyLnYxLldhdGNoUmVxdWVzdBoeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFJlc3BvbnNlMAESbwoIR2VuZXJhdGUSLy5tb2VfZGVidWdnZXIudjEuRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXF1ZXN0GjAubW9lX2RlYnVnZ2VyLnYxLkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVzcG9uc2UwAWIGcHJvdG8z", [file_moe_debugger_v1_collector, file_moe_debugger_v1_session]);
+  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvZ2F0ZXdheS5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IqIBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRI0Cgpjb21wb25lbnRzGAIgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aBIYChBtYXhfcHJvbXB0X2J5dGVzGAMgASgNEhQKDG1heF93YXRjaF9oehgEIAEoDRISCgpoYXNfd29ya2VyGAUgASgIIl8KD0NvbXBvbmVudEhlYWx0aBIMCgRuYW1lGAEgASgJEi4KBXN0YXRlGAIgASgOMh8ubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudFN0YXRlEg4KBmRldGFpbBgDIAEoCSIVChNMaXN0U2Vzc2lvbnNSZXF1ZXN0IkIKFExpc3RTZXNzaW9uc1Jlc3BvbnNlEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iJwoRR2V0U2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChJHZXRTZXNzaW9uUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90IlEKEUdldEhpc3RvcnlSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSFAoMcmVzb2x1dGlvbl9zGAIgASgNEhIKCm1heF9wb2ludHMYAyABKA0iPQoSR2V0SGlzdG9yeVJlc3BvbnNlEicKBnBvaW50cxgBIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Sb2xsVXAiSQoQR2V0U2VyaWVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg0KBW5hbWVzGAIgAygJEhIKCm1heF9wb2ludHMYAyABKA0iWQoRR2V0U2VyaWVzUmVzcG9uc2USJwoGc2VyaWVzGAEgAygLMhcubW9lX2RlYnVnZ2VyLnYxLlNlcmllcxIbChNudW1fcG9pbnRzX25vdF9rZXB0GAIgASgEIj4KE0xpc3RSZXF1ZXN0c1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRITCgttYXhfcmVzdWx0cxgCIAEoDSJJChRMaXN0UmVxdWVzdHNSZXNwb25zZRIxCghyZXF1ZXN0cxgBIAMoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeSJBChdHZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkiSgoYR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlEi4KBnJvdXRlcxgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0Um91dGVzIikKE0Nsb3NlU2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJBChRDbG9zZVNlc3Npb25SZXNwb25zZRIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iUQoMV2F0Y2hSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSDgoGbWF4X2h6GAIgASgBEh0KFXJlc3VtZV9hZnRlcl9zZXF1ZW5jZRgDIAEoBCKcAgoNV2F0Y2hSZXNwb25zZRIyCghzbmFwc2hvdBgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFNuYXBzaG90SAASLAoFZnJhbWUYAiABKAsyGy5tb2VfZGVidWdnZXIudjEuV2F0Y2hGcmFtZUgAEjIKCHNlc3Npb25zGAMgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLldhdGNoU2Vzc2lvbnNIABI2Cgpjb21wb25lbnRzGAQgASgLMiAubW9lX2RlYnVnZ2VyLnYxLldhdGNoQ29tcG9uZW50c0gAEjQKCWhlYXJ0YmVhdBgFIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5XYXRjaEhlYXJ0YmVhdEgAQgcKBWV2ZW50IkMKDVdhdGNoU25hcHNob3QSMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90InMKCldhdGNoRnJhbWUSEAoIc2VxdWVuY2UYASABKAQSFQoNZXhwZXJ0X2NvdW50cxgCIAEoDBISCgpudW1fdG9rZW5zGAMgASgMEhUKDW51bV9jb25mbGF0ZWQYBCABKA0SEQoJbGFzdF9zdGVwGAUgASgEIjsKDVdhdGNoU2Vzc2lvbnMSKgoIc2Vzc2lvbnMYASADKAsyGC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvbiJHCg9XYXRjaENvbXBvbmVudHMSNAoKY29tcG9uZW50cxgBIAMoCzIgLm1vZV9kZWJ1Z2dlci52MS5Db21wb25lbnRIZWFsdGgiKQoOV2F0Y2hIZWFydGJlYXQSFwoPc2VudF9hdF91bml4X25zGAEgASgDIlMKHkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVxdWVzdBIxCgdyZXF1ZXN0GAEgASgLMiAubW9lX2RlYnVnZ2VyLnYxLkdlbmVyYXRlUmVxdWVzdCJWCh9EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlc3BvbnNlEjMKCHJlc3BvbnNlGAEgASgLMiEubW9lX2RlYnVnZ2VyLnYxLkdlbmVyYXRlUmVzcG9uc2UqhAEKDkNvbXBvbmVudFN0YXRlEh8KG0NPTVBPTkVOVF9TVEFURV9VTlNQRUNJRklFRBAAEhwKGENPTVBPTkVOVF9TVEFURV9TVEFSVElORxABEhkKFUNPTVBPTkVOVF9TVEFURV9SRUFEWRACEhgKFENPTVBPTkVOVF9TVEFURV9ET1dOEAMyrgcKD0RlYnVnZ2VyU2VydmljZRJeCg1HZXRTZXJ2ZXJJbmZvEiUubW9lX2RlYnVnZ2VyLnYxLkdldFNlcnZlckluZm9SZXF1ZXN0GiYubW9lX2RlYnVnZ2VyLnYxLkdldFNlcnZlckluZm9SZXNwb25zZRJbCgxMaXN0U2Vzc2lvbnMSJC5tb2VfZGVidWdnZXIudjEuTGlzdFNlc3Npb25zUmVxdWVzdBolLm1vZV9kZWJ1Z2dlci52MS5MaXN0U2Vzc2lvbnNSZXNwb25zZRJVCgpHZXRTZXNzaW9uEiIubW9lX2RlYnVnZ2VyLnYxLkdldFNlc3Npb25SZXF1ZXN0GiMubW9lX2RlYnVnZ2VyLnYxLkdldFNlc3Npb25SZXNwb25zZRJVCgpHZXRIaXN0b3J5EiIubW9lX2RlYnVnZ2VyLnYxLkdldEhpc3RvcnlSZXF1ZXN0GiMubW9lX2RlYnVnZ2VyLnYxLkdldEhpc3RvcnlSZXNwb25zZRJSCglHZXRTZXJpZXMSIS5tb2VfZGVidWdnZXIudjEuR2V0U2VyaWVzUmVxdWVzdBoiLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJpZXNSZXNwb25zZRJbCgxMaXN0UmVxdWVzdHMSJC5tb2VfZGVidWdnZXIudjEuTGlzdFJlcXVlc3RzUmVxdWVzdBolLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVxdWVzdHNSZXNwb25zZRJnChBHZXRSZXF1ZXN0Um91dGVzEigubW9lX2RlYnVnZ2VyLnYxLkdldFJlcXVlc3RSb3V0ZXNSZXF1ZXN0GikubW9lX2RlYnVnZ2VyLnYxLkdldFJlcXVlc3RSb3V0ZXNSZXNwb25zZRJbCgxDbG9zZVNlc3Npb24SJC5tb2VfZGVidWdnZXIudjEuQ2xvc2VTZXNzaW9uUmVxdWVzdBolLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNlc3Npb25SZXNwb25zZRJICgVXYXRjaBIdLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFJlcXVlc3QaHi5tb2VfZGVidWdnZXIudjEuV2F0Y2hSZXNwb25zZTABEm8KCEdlbmVyYXRlEi8ubW9lX2RlYnVnZ2VyLnYxLkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVxdWVzdBowLm1vZV9kZWJ1Z2dlci52MS5EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlc3BvbnNlMAFiBnByb3RvMw", [file_moe_debugger_v1_collector, file_moe_debugger_v1_session]);
 
 /**
  * @generated from message moe_debugger.v1.GetServerInfoRequest
@@ -210,6 +210,61 @@ export const GetHistoryResponseSchema: GenMessage<GetHistoryResponse> = /*@__PUR
   messageDesc(file_moe_debugger_v1_gateway, 8);
 
 /**
+ * @generated from message moe_debugger.v1.GetSeriesRequest
+ */
+export type GetSeriesRequest = Message<"moe_debugger.v1.GetSeriesRequest"> & {
+  /**
+   * @generated from field: string session_id = 1;
+   */
+  sessionId: string;
+
+  /**
+   * Empty: all but those with a value for each expert.
+   *
+   * @generated from field: repeated string names = 2;
+   */
+  names: string[];
+
+  /**
+   * Of each series, the newest; 0 = 1000, at most 10000.
+   *
+   * @generated from field: uint32 max_points = 3;
+   */
+  maxPoints: number;
+};
+
+/**
+ * Describes the message moe_debugger.v1.GetSeriesRequest.
+ * Use `create(GetSeriesRequestSchema)` to create a new message.
+ */
+export const GetSeriesRequestSchema: GenMessage<GetSeriesRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 9);
+
+/**
+ * @generated from message moe_debugger.v1.GetSeriesResponse
+ */
+export type GetSeriesResponse = Message<"moe_debugger.v1.GetSeriesResponse"> & {
+  /**
+   * @generated from field: repeated moe_debugger.v1.Series series = 1;
+   */
+  series: Series[];
+
+  /**
+   * Points that were kept no longer, or that sources had to leave out.
+   *
+   * @generated from field: uint64 num_points_not_kept = 2;
+   */
+  numPointsNotKept: bigint;
+};
+
+/**
+ * Describes the message moe_debugger.v1.GetSeriesResponse.
+ * Use `create(GetSeriesResponseSchema)` to create a new message.
+ */
+export const GetSeriesResponseSchema: GenMessage<GetSeriesResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 10);
+
+/**
  * @generated from message moe_debugger.v1.ListRequestsRequest
  */
 export type ListRequestsRequest = Message<"moe_debugger.v1.ListRequestsRequest"> & {
@@ -229,7 +284,7 @@ export type ListRequestsRequest = Message<"moe_debugger.v1.ListRequestsRequest">
  * Use `create(ListRequestsRequestSchema)` to create a new message.
  */
 export const ListRequestsRequestSchema: GenMessage<ListRequestsRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 9);
+  messageDesc(file_moe_debugger_v1_gateway, 11);
 
 /**
  * @generated from message moe_debugger.v1.ListRequestsResponse
@@ -246,7 +301,7 @@ export type ListRequestsResponse = Message<"moe_debugger.v1.ListRequestsResponse
  * Use `create(ListRequestsResponseSchema)` to create a new message.
  */
 export const ListRequestsResponseSchema: GenMessage<ListRequestsResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 10);
+  messageDesc(file_moe_debugger_v1_gateway, 12);
 
 /**
  * @generated from message moe_debugger.v1.GetRequestRoutesRequest
@@ -268,7 +323,7 @@ export type GetRequestRoutesRequest = Message<"moe_debugger.v1.GetRequestRoutesR
  * Use `create(GetRequestRoutesRequestSchema)` to create a new message.
  */
 export const GetRequestRoutesRequestSchema: GenMessage<GetRequestRoutesRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 11);
+  messageDesc(file_moe_debugger_v1_gateway, 13);
 
 /**
  * @generated from message moe_debugger.v1.GetRequestRoutesResponse
@@ -285,7 +340,7 @@ export type GetRequestRoutesResponse = Message<"moe_debugger.v1.GetRequestRoutes
  * Use `create(GetRequestRoutesResponseSchema)` to create a new message.
  */
 export const GetRequestRoutesResponseSchema: GenMessage<GetRequestRoutesResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 12);
+  messageDesc(file_moe_debugger_v1_gateway, 14);
 
 /**
  * @generated from message moe_debugger.v1.CloseSessionRequest
@@ -302,7 +357,7 @@ export type CloseSessionRequest = Message<"moe_debugger.v1.CloseSessionRequest">
  * Use `create(CloseSessionRequestSchema)` to create a new message.
  */
 export const CloseSessionRequestSchema: GenMessage<CloseSessionRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 13);
+  messageDesc(file_moe_debugger_v1_gateway, 15);
 
 /**
  * @generated from message moe_debugger.v1.CloseSessionResponse
@@ -319,7 +374,7 @@ export type CloseSessionResponse = Message<"moe_debugger.v1.CloseSessionResponse
  * Use `create(CloseSessionResponseSchema)` to create a new message.
  */
 export const CloseSessionResponseSchema: GenMessage<CloseSessionResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 14);
+  messageDesc(file_moe_debugger_v1_gateway, 16);
 
 /**
  * @generated from message moe_debugger.v1.WatchRequest
@@ -352,7 +407,7 @@ export type WatchRequest = Message<"moe_debugger.v1.WatchRequest"> & {
  * Use `create(WatchRequestSchema)` to create a new message.
  */
 export const WatchRequestSchema: GenMessage<WatchRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 15);
+  messageDesc(file_moe_debugger_v1_gateway, 17);
 
 /**
  * @generated from message moe_debugger.v1.WatchResponse
@@ -399,7 +454,7 @@ export type WatchResponse = Message<"moe_debugger.v1.WatchResponse"> & {
  * Use `create(WatchResponseSchema)` to create a new message.
  */
 export const WatchResponseSchema: GenMessage<WatchResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 16);
+  messageDesc(file_moe_debugger_v1_gateway, 18);
 
 /**
  * The whole picture: first on the stream, then whenever more than counts changed.
@@ -418,7 +473,7 @@ export type WatchSnapshot = Message<"moe_debugger.v1.WatchSnapshot"> & {
  * Use `create(WatchSnapshotSchema)` to create a new message.
  */
 export const WatchSnapshotSchema: GenMessage<WatchSnapshot> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 17);
+  messageDesc(file_moe_debugger_v1_gateway, 19);
 
 /**
  * Counts only, absolute, for the layers of the last snapshot in their order.
@@ -463,7 +518,7 @@ export type WatchFrame = Message<"moe_debugger.v1.WatchFrame"> & {
  * Use `create(WatchFrameSchema)` to create a new message.
  */
 export const WatchFrameSchema: GenMessage<WatchFrame> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 18);
+  messageDesc(file_moe_debugger_v1_gateway, 20);
 
 /**
  * @generated from message moe_debugger.v1.WatchSessions
@@ -480,7 +535,7 @@ export type WatchSessions = Message<"moe_debugger.v1.WatchSessions"> & {
  * Use `create(WatchSessionsSchema)` to create a new message.
  */
 export const WatchSessionsSchema: GenMessage<WatchSessions> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 19);
+  messageDesc(file_moe_debugger_v1_gateway, 21);
 
 /**
  * @generated from message moe_debugger.v1.WatchComponents
@@ -497,7 +552,7 @@ export type WatchComponents = Message<"moe_debugger.v1.WatchComponents"> & {
  * Use `create(WatchComponentsSchema)` to create a new message.
  */
 export const WatchComponentsSchema: GenMessage<WatchComponents> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 20);
+  messageDesc(file_moe_debugger_v1_gateway, 22);
 
 /**
  * @generated from message moe_debugger.v1.WatchHeartbeat
@@ -514,7 +569,7 @@ export type WatchHeartbeat = Message<"moe_debugger.v1.WatchHeartbeat"> & {
  * Use `create(WatchHeartbeatSchema)` to create a new message.
  */
 export const WatchHeartbeatSchema: GenMessage<WatchHeartbeat> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 21);
+  messageDesc(file_moe_debugger_v1_gateway, 23);
 
 /**
  * @generated from message moe_debugger.v1.DebuggerServiceGenerateRequest
@@ -531,7 +586,7 @@ export type DebuggerServiceGenerateRequest = Message<"moe_debugger.v1.DebuggerSe
  * Use `create(DebuggerServiceGenerateRequestSchema)` to create a new message.
  */
 export const DebuggerServiceGenerateRequestSchema: GenMessage<DebuggerServiceGenerateRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 22);
+  messageDesc(file_moe_debugger_v1_gateway, 24);
 
 /**
  * @generated from message moe_debugger.v1.DebuggerServiceGenerateResponse
@@ -548,7 +603,7 @@ export type DebuggerServiceGenerateResponse = Message<"moe_debugger.v1.DebuggerS
  * Use `create(DebuggerServiceGenerateResponseSchema)` to create a new message.
  */
 export const DebuggerServiceGenerateResponseSchema: GenMessage<DebuggerServiceGenerateResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 23);
+  messageDesc(file_moe_debugger_v1_gateway, 25);
 
 /**
  * @generated from enum moe_debugger.v1.ComponentState
@@ -616,6 +671,16 @@ export const DebuggerService: GenService<{
     methodKind: "unary";
     input: typeof GetHistoryRequestSchema;
     output: typeof GetHistoryResponseSchema;
+  },
+  /**
+   * Training series: loss, gradient norms and others, by source.
+   *
+   * @generated from rpc moe_debugger.v1.DebuggerService.GetSeries
+   */
+  getSeries: {
+    methodKind: "unary";
+    input: typeof GetSeriesRequestSchema;
+    output: typeof GetSeriesResponseSchema;
   },
   /**
    * @generated from rpc moe_debugger.v1.DebuggerService.ListRequests

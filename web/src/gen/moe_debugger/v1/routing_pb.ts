@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file moe_debugger/v1/routing.proto.
  */
 export const file_moe_debugger_v1_routing: GenFile = /*@__PURE__*/
-  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvcm91dGluZy5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIi0KDUZvcm1hdFZlcnNpb24SDQoFbWFqb3IYASABKA0SDQoFbWlub3IYAiABKA0igwEKDlNvdXJjZUNvdW50ZXJzEhQKDG51bV9wcm9kdWNlZBgBIAEoBBIVCg1udW1fcHVibGlzaGVkGAIgASgEEi0KB2Ryb3BwZWQYAyADKAsyHC5tb2VfZGVidWdnZXIudjEuRHJvcENvdW50ZXISFQoNbnVtX2luX2ZsaWdodBgEIAEoBCJRCgtEcm9wQ291bnRlchIrCgZyZWFzb24YASABKA4yGy5tb2VfZGVidWdnZXIudjEuRHJvcFJlYXNvbhIVCg1udW1fZGVjaXNpb25zGAIgASgEIokDCg1Tb3VyY2VNZXNzYWdlEjYKDmZvcm1hdF92ZXJzaW9uGAEgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLkZvcm1hdFZlcnNpb24SEQoJc291cmNlX2lkGAIgASgJEhAKCHNlcXVlbmNlGAMgASgEEhcKD3NlbnRfYXRfdW5peF9ucxgEIAEoAxIzCghtYW5pZmVzdBgKIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2VNYW5pZmVzdEgAEi8KBnN0YXR1cxgLIAEoCzIdLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2VTdGF0dXNIABIuCgViYXRjaBgMIAEoCzIdLm1vZV9kZWJ1Z2dlci52MS5Sb3V0aW5nQmF0Y2hIABIuCgZjb3VudHMYDSABKAsyHC5tb2VfZGVidWdnZXIudjEuQ291bnRzQmF0Y2hIABIxCgdnb29kYnllGA4gASgLMh4ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUdvb2RieWVIAEIJCgdwYXlsb2FkIpICChBMYXllckRlc2NyaXB0aW9uEhMKC2xheWVyX2luZGV4GAEgASgNEhkKEW1vZGVsX2xheWVyX2luZGV4GAIgASgNEhMKC21vZHVsZV9uYW1lGAMgASgJEg0KBXN0YWNrGAQgASgJEhMKC251bV9leHBlcnRzGAUgASgNEg0KBXRvcF9rGAYgASgNEhoKEm51bV9zaGFyZWRfZXhwZXJ0cxgHIAEoDRIcChRudW1faWRlbnRpdHlfZXhwZXJ0cxgIIAEoDRIYChBzY29yaW5nX2Z1bmN0aW9uGAkgASgJEhYKDndlaWdodF9tZWFuaW5nGAogASgJEhoKEnVuYXZhaWxhYmxlX3JlYXNvbhgLIAEoCSK2AQoTUGFyYWxsZWxDb29yZGluYXRlcxITCgtnbG9iYWxfcmFuaxgBIAEoDRISCgp3b3JsZF9zaXplGAIgASgNEhoKEmRhdGFfcGFyYWxsZWxfcmFuaxgDIAEoDRIcChR0ZW5zb3JfcGFyYWxsZWxfcmFuaxgEIAEoDRIcChRleHBlcnRfcGFyYWxsZWxfcmFuaxgFIAEoDRIeChZwaXBlbGluZV9wYXJhbGxlbF9yYW5rGAYgASgNIvAECg5Tb3VyY2VNYW5pZmVzdBI2Cg5mb3JtYXRfdmVyc2lvbhgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5Gb3JtYXRWZXJzaW9uEhEKCXNvdXJjZV9pZBgCIAEoCRISCgpzZXNzaW9uX2lkGAMgASgJEhIKCm1vZGVsX25hbWUYBCABKAkSEgoKbW9kZWxfdHlwZRgFIAEoCRIZChFtb2RlbF9maW5nZXJwcmludBgGIAEoCRIxCgZsYXllcnMYByADKAsyIS5tb2VfZGVidWdnZXIudjEuTGF5ZXJEZXNjcmlwdGlvbhI5Cgtjb29yZGluYXRlcxgIIAEoCzIkLm1vZV9kZWJ1Z2dlci52MS5QYXJhbGxlbENvb3JkaW5hdGVzEiwKBWxldmVsGAkgASgOMh0ubW9lX2RlYnVnZ2VyLnYxLkNhcHR1cmVMZXZlbBIVCg1zYW1wbGluZ19yYXRlGAogASgBEjAKC3N0ZXBfZG9tYWluGAsgASgOMhsubW9lX2RlYnVnZ2VyLnYxLlN0ZXBEb21haW4SFAoMd2luZG93X3N0ZXBzGAwgASgNEj8KCHZlcnNpb25zGA0gAygLMi0ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZU1hbmlmZXN0LlZlcnNpb25zRW50cnkSEQoJaG9zdF9uYW1lGA4gASgJEhIKCnByb2Nlc3NfaWQYDyABKA0SGgoSc3RhcnRlZF9hdF91bml4X25zGBAgASgDEgwKBGtpbmQYESABKAkaLwoNVmVyc2lvbnNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIrQCCgxTb3VyY2VTdGF0dXMSMQoIY291bnRlcnMYASABKAsyHy5tb2VfZGVidWdnZXIudjEuU291cmNlQ291bnRlcnMSEQoJbGFzdF9zdGVwGAIgASgEEhkKEWJ1ZmZlcl91c2VkX2J5dGVzGAMgASgEEhoKEmJ1ZmZlcl9saW1pdF9ieXRlcxgEIAEoBBIXCg9ob29rX3RpbWVfc2hhcmUYBSABKAESEgoKaXNfaGVhbHRoeRgGIAEoCBIQCghwcm9ibGVtcxgHIAMoCRI5CgZzZXJpZXMYCCADKAsyKS5tb2VfZGVidWdnZXIudjEuU291cmNlU3RhdHVzLlNlcmllc0VudHJ5Gi0KC1Nlcmllc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAToCOAEiagoNU291cmNlR29vZGJ5ZRIxCghjb3VudGVycxgBIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2VDb3VudGVycxIWCg5jbG9zZXNfc2Vzc2lvbhgCIAEoCBIOCgZyZWFzb24YAyABKAkizgMKDFJvdXRpbmdCYXRjaBI2Cg5mb3JtYXRfdmVyc2lvbhgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5Gb3JtYXRWZXJzaW9uEhIKCm51bV90b2tlbnMYAiABKA0SGwoTY2FwdHVyZWRfYXRfdW5peF9ucxgDIAEoAxISCgpmaXJzdF9zdGVwGAQgASgEEhMKC3N0ZXBfb2Zmc2V0GAUgASgMEhsKE2ZpcnN0X2ZvcndhcmRfaW5kZXgYBiABKAQSFgoOZm9yd2FyZF9vZmZzZXQYByABKAwSEwoLcmVxdWVzdF9pZHMYCCADKAkSFQoNcmVxdWVzdF9pbmRleBgJIAEoDBIQCghwb3NpdGlvbhgKIAEoDBINCgVwaGFzZRgLIAEoDBISCgppc19wYWRkaW5nGAwgASgMEhAKCHRva2VuX2lkGA0gASgMEiwKBmxheWVycxgOIAMoCzIcLm1vZV9kZWJ1Z2dlci52MS5MYXllclJvdXRlcxIxCghjb3VudGVycxgPIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2VDb3VudGVycxIUCgx0cmFjZXBhcmVudHMYECADKAkSDQoFY3JjMzIYESABKAci0AIKC0xheWVyUm91dGVzEhMKC2xheWVyX2luZGV4GAEgASgNEhAKCG51bV9yb3dzGAIgASgNEg0KBXRvcF9rGAMgASgNEhEKCXJvd19pbmRleBgEIAEoDBISCgpleHBlcnRfaWRzGAUgASgMEhcKD2V4cGVydF9pZF93aWR0aBgGIAEoDRIUCgxnYXRlX3dlaWdodHMYByABKAwSEwoLc2xvdF9zdGF0dXMYCCABKAwSGwoTaW50ZW5kZWRfZXhwZXJ0X2lkcxgJIAEoDBIOCgZtYXJnaW4YCiABKAwSFgoOcm91dGVyX2VudHJvcHkYCyABKAwSGAoQcm91dGVyX2xvZ3N1bWV4cBgMIAEoDBIYChB0b3AxX3Byb2JhYmlsaXR5GA0gASgMEg4KBmxvZ2l0cxgOIAEoDBIXCg9wcm9iYWJpbGl0eV9zdW0YDyABKAwioAIKC0NvdW50c0JhdGNoEjYKDmZvcm1hdF92ZXJzaW9uGAEgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLkZvcm1hdFZlcnNpb24SGwoTY2FwdHVyZWRfYXRfdW5peF9ucxgCIAEoAxISCgpmaXJzdF9zdGVwGAMgASgEEhEKCWxhc3Rfc3RlcBgEIAEoBBIlCgVwaGFzZRgFIAEoDjIWLm1vZV9kZWJ1Z2dlci52MS5QaGFzZRIsCgZsYXllcnMYBiADKAsyHC5tb2VfZGVidWdnZXIudjEuTGF5ZXJDb3VudHMSMQoIY291bnRlcnMYByABKAsyHy5tb2VfZGVidWdnZXIudjEuU291cmNlQ291bnRlcnMSDQoFY3JjMzIYCCABKAcigQEKC0xheWVyQ291bnRzEhMKC2xheWVyX2luZGV4GAEgASgNEhIKCm51bV90b2tlbnMYAiABKAQSFQoNZXhwZXJ0X2NvdW50cxgDIAEoDBIXCg9wcm9iYWJpbGl0eV9zdW0YBCABKAwSGQoRbnVtX2Ryb3BwZWRfc2xvdHMYBSABKAQiqgEKCkRlYWRMZXR0ZXISNgoOZm9ybWF0X3ZlcnNpb24YASABKAsyHi5tb2VfZGVidWdnZXIudjEuRm9ybWF0VmVyc2lvbhIOCgZyZWFzb24YAiABKAkSDwoHc3ViamVjdBgDIAEoCRIXCg9zdHJlYW1fc2VxdWVuY2UYBCABKAQSDwoHcGF5bG9hZBgFIAEoDBIZChFzdG9yZWRfYXRfdW5peF9ucxgGIAEoAypkCgVQaGFzZRIVChFQSEFTRV9VTlNQRUNJRklFRBAAEhEKDVBIQVNFX1BSRUZJTEwQARIQCgxQSEFTRV9ERUNPREUQAhIPCgtQSEFTRV9UUkFJThADEg4KClBIQVNFX0VWQUwQBCqlAQoKU2xvdFN0YXR1cxIbChdTTE9UX1NUQVRVU19VTlNQRUNJRklFRBAAEhYKElNMT1RfU1RBVFVTX1JPVVRFRBABEhcKE1NMT1RfU1RBVFVTX0RST1BQRUQQAhIXChNTTE9UX1NUQVRVU19TS0lQUEVEEAMSGAoUU0xPVF9TVEFUVVNfSURFTlRJVFkQBBIWChJTTE9UX1NUQVRVU19VTlVTRUQQBSqaAQoMQ2FwdHVyZUxldmVsEh0KGUNBUFRVUkVfTEVWRUxfVU5TUEVDSUZJRUQQABIYChRDQVBUVVJFX0xFVkVMX0NPVU5UUxABEhgKFENBUFRVUkVfTEVWRUxfUk9VVEVTEAISHwobQ0FQVFVSRV9MRVZFTF9ST1VURVNfVE9LRU5TEAMSFgoSQ0FQVFVSRV9MRVZFTF9GVUxMEAQqWQoKU3RlcERvbWFpbhIbChdTVEVQX0RPTUFJTl9VTlNQRUNJRklFRBAAEhYKElNURVBfRE9NQUlOX0dMT0JBTBABEhYKElNURVBfRE9NQUlOX1NPVVJDRRACKtkBCgpEcm9wUmVhc29uEhsKF0RST1BfUkVBU09OX1VOU1BFQ0lGSUVEEAASGwoXRFJPUF9SRUFTT05fQlVGRkVSX0ZVTEwQARIbChdEUk9QX1JFQVNPTl9TQU1QTEVEX09VVBACEh0KGURST1BfUkVBU09OX0VOQ09ERV9GQUlMRUQQAxIeChpEUk9QX1JFQVNPTl9CUk9LRVJfUkVGVVNFRBAEEhYKEkRST1BfUkVBU09OX0NMT1NFRBAFEh0KGURST1BfUkVBU09OX0NBUFRVUkVfRVJST1IQBmIGcHJvdG8z");
+  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvcm91dGluZy5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIi0KDUZvcm1hdFZlcnNpb24SDQoFbWFqb3IYASABKA0SDQoFbWlub3IYAiABKA0ilQEKC0hlYWx0aENoZWNrEgwKBG5hbWUYASABKAkSLAoGc3RhdHVzGAIgASgOMhwubW9lX2RlYnVnZ2VyLnYxLkNoZWNrU3RhdHVzEhMKC251bV9jaGVja2VkGAMgASgEEhYKDm51bV92aW9sYXRpb25zGAQgASgEEgwKBHVuaXQYBSABKAkSDwoHZXhhbXBsZRgGIAEoCSKDAQoOU291cmNlQ291bnRlcnMSFAoMbnVtX3Byb2R1Y2VkGAEgASgEEhUKDW51bV9wdWJsaXNoZWQYAiABKAQSLQoHZHJvcHBlZBgDIAMoCzIcLm1vZV9kZWJ1Z2dlci52MS5Ecm9wQ291bnRlchIVCg1udW1faW5fZmxpZ2h0GAQgASgEIlEKC0Ryb3BDb3VudGVyEisKBnJlYXNvbhgBIAEoDjIbLm1vZV9kZWJ1Z2dlci52MS5Ecm9wUmVhc29uEhUKDW51bV9kZWNpc2lvbnMYAiABKAQiiQMKDVNvdXJjZU1lc3NhZ2USNgoOZm9ybWF0X3ZlcnNpb24YASABKAsyHi5tb2VfZGVidWdnZXIudjEuRm9ybWF0VmVyc2lvbhIRCglzb3VyY2VfaWQYAiABKAkSEAoIc2VxdWVuY2UYAyABKAQSFwoPc2VudF9hdF91bml4X25zGAQgASgDEjMKCG1hbmlmZXN0GAogASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZU1hbmlmZXN0SAASLwoGc3RhdHVzGAsgASgLMh0ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZVN0YXR1c0gAEi4KBWJhdGNoGAwgASgLMh0ubW9lX2RlYnVnZ2VyLnYxLlJvdXRpbmdCYXRjaEgAEi4KBmNvdW50cxgNIAEoCzIcLm1vZV9kZWJ1Z2dlci52MS5Db3VudHNCYXRjaEgAEjEKB2dvb2RieWUYDiABKAsyHi5tb2VfZGVidWdnZXIudjEuU291cmNlR29vZGJ5ZUgAQgkKB3BheWxvYWQisQIKEExheWVyRGVzY3JpcHRpb24SEwoLbGF5ZXJfaW5kZXgYASABKA0SGQoRbW9kZWxfbGF5ZXJfaW5kZXgYAiABKA0SEwoLbW9kdWxlX25hbWUYAyABKAkSDQoFc3RhY2sYBCABKAkSEwoLbnVtX2V4cGVydHMYBSABKA0SDQoFdG9wX2sYBiABKA0SGgoSbnVtX3NoYXJlZF9leHBlcnRzGAcgASgNEhwKFG51bV9pZGVudGl0eV9leHBlcnRzGAggASgNEhgKEHNjb3JpbmdfZnVuY3Rpb24YCSABKAkSFgoOd2VpZ2h0X21lYW5pbmcYCiABKAkSGgoSdW5hdmFpbGFibGVfcmVhc29uGAsgASgJEh0KFWV4cGVydF9wYXJhbGxlbF9yYW5rcxgMIAMoDSLoAQoTUGFyYWxsZWxDb29yZGluYXRlcxITCgtnbG9iYWxfcmFuaxgBIAEoDRISCgp3b3JsZF9zaXplGAIgASgNEhoKEmRhdGFfcGFyYWxsZWxfcmFuaxgDIAEoDRIcChR0ZW5zb3JfcGFyYWxsZWxfcmFuaxgEIAEoDRIcChRleHBlcnRfcGFyYWxsZWxfcmFuaxgFIAEoDRIeChZwaXBlbGluZV9wYXJhbGxlbF9yYW5rGAYgASgNEhwKD3JlcGxpY2Ffb2ZfcmFuaxgHIAEoDUgAiAEBQhIKEF9yZXBsaWNhX29mX3Jhbmsi8AQKDlNvdXJjZU1hbmlmZXN0EjYKDmZvcm1hdF92ZXJzaW9uGAEgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLkZvcm1hdFZlcnNpb24SEQoJc291cmNlX2lkGAIgASgJEhIKCnNlc3Npb25faWQYAyABKAkSEgoKbW9kZWxfbmFtZRgEIAEoCRISCgptb2RlbF90eXBlGAUgASgJEhkKEW1vZGVsX2ZpbmdlcnByaW50GAYgASgJEjEKBmxheWVycxgHIAMoCzIhLm1vZV9kZWJ1Z2dlci52MS5MYXllckRlc2NyaXB0aW9uEjkKC2Nvb3JkaW5hdGVzGAggASgLMiQubW9lX2RlYnVnZ2VyLnYxLlBhcmFsbGVsQ29vcmRpbmF0ZXMSLAoFbGV2ZWwYCSABKA4yHS5tb2VfZGVidWdnZXIudjEuQ2FwdHVyZUxldmVsEhUKDXNhbXBsaW5nX3JhdGUYCiABKAESMAoLc3RlcF9kb21haW4YCyABKA4yGy5tb2VfZGVidWdnZXIudjEuU3RlcERvbWFpbhIUCgx3aW5kb3dfc3RlcHMYDCABKA0SPwoIdmVyc2lvbnMYDSADKAsyLS5tb2VfZGVidWdnZXIudjEuU291cmNlTWFuaWZlc3QuVmVyc2lvbnNFbnRyeRIRCglob3N0X25hbWUYDiABKAkSEgoKcHJvY2Vzc19pZBgPIAEoDRIaChJzdGFydGVkX2F0X3VuaXhfbnMYECABKAMSDAoEa2luZBgRIAEoCRovCg1WZXJzaW9uc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiegoLU2VyaWVzUG9pbnQSDAoEc3RlcBgBIAEoBBIMCgRuYW1lGAIgASgJEhgKC2xheWVyX2luZGV4GAMgASgNSACIAQESDgoGdmFsdWVzGAQgAygBEhUKDWlzX3Blcl9leHBlcnQYBSABKAhCDgoMX2xheWVyX2luZGV4IroDCgxTb3VyY2VTdGF0dXMSMQoIY291bnRlcnMYASABKAsyHy5tb2VfZGVidWdnZXIudjEuU291cmNlQ291bnRlcnMSEQoJbGFzdF9zdGVwGAIgASgEEhkKEWJ1ZmZlcl91c2VkX2J5dGVzGAMgASgEEhoKEmJ1ZmZlcl9saW1pdF9ieXRlcxgEIAEoBBIXCg9ob29rX3RpbWVfc2hhcmUYBSABKAESEgoKaXNfaGVhbHRoeRgGIAEoCBIQCghwcm9ibGVtcxgHIAMoCRI5CgZzZXJpZXMYCCADKAsyKS5tb2VfZGVidWdnZXIudjEuU291cmNlU3RhdHVzLlNlcmllc0VudHJ5EjMKDXNlcmllc19wb2ludHMYCSADKAsyHC5tb2VfZGVidWdnZXIudjEuU2VyaWVzUG9pbnQSIQoZbnVtX3Nlcmllc19wb2ludHNfZHJvcHBlZBgKIAEoBBIsCgZjaGVja3MYDCADKAsyHC5tb2VfZGVidWdnZXIudjEuSGVhbHRoQ2hlY2saLQoLU2VyaWVzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgBOgI4ASJqCg1Tb3VyY2VHb29kYnllEjEKCGNvdW50ZXJzGAEgASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUNvdW50ZXJzEhYKDmNsb3Nlc19zZXNzaW9uGAIgASgIEg4KBnJlYXNvbhgDIAEoCSLOAwoMUm91dGluZ0JhdGNoEjYKDmZvcm1hdF92ZXJzaW9uGAEgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLkZvcm1hdFZlcnNpb24SEgoKbnVtX3Rva2VucxgCIAEoDRIbChNjYXB0dXJlZF9hdF91bml4X25zGAMgASgDEhIKCmZpcnN0X3N0ZXAYBCABKAQSEwoLc3RlcF9vZmZzZXQYBSABKAwSGwoTZmlyc3RfZm9yd2FyZF9pbmRleBgGIAEoBBIWCg5mb3J3YXJkX29mZnNldBgHIAEoDBITCgtyZXF1ZXN0X2lkcxgIIAMoCRIVCg1yZXF1ZXN0X2luZGV4GAkgASgMEhAKCHBvc2l0aW9uGAogASgMEg0KBXBoYXNlGAsgASgMEhIKCmlzX3BhZGRpbmcYDCABKAwSEAoIdG9rZW5faWQYDSABKAwSLAoGbGF5ZXJzGA4gAygLMhwubW9lX2RlYnVnZ2VyLnYxLkxheWVyUm91dGVzEjEKCGNvdW50ZXJzGA8gASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUNvdW50ZXJzEhQKDHRyYWNlcGFyZW50cxgQIAMoCRINCgVjcmMzMhgRIAEoByLQAgoLTGF5ZXJSb3V0ZXMSEwoLbGF5ZXJfaW5kZXgYASABKA0SEAoIbnVtX3Jvd3MYAiABKA0SDQoFdG9wX2sYAyABKA0SEQoJcm93X2luZGV4GAQgASgMEhIKCmV4cGVydF9pZHMYBSABKAwSFwoPZXhwZXJ0X2lkX3dpZHRoGAYgASgNEhQKDGdhdGVfd2VpZ2h0cxgHIAEoDBITCgtzbG90X3N0YXR1cxgIIAEoDBIbChNpbnRlbmRlZF9leHBlcnRfaWRzGAkgASgMEg4KBm1hcmdpbhgKIAEoDBIWCg5yb3V0ZXJfZW50cm9weRgLIAEoDBIYChByb3V0ZXJfbG9nc3VtZXhwGAwgASgMEhgKEHRvcDFfcHJvYmFiaWxpdHkYDSABKAwSDgoGbG9naXRzGA4gASgMEhcKD3Byb2JhYmlsaXR5X3N1bRgPIAEoDCKgAgoLQ291bnRzQmF0Y2gSNgoOZm9ybWF0X3ZlcnNpb24YASABKAsyHi5tb2VfZGVidWdnZXIudjEuRm9ybWF0VmVyc2lvbhIbChNjYXB0dXJlZF9hdF91bml4X25zGAIgASgDEhIKCmZpcnN0X3N0ZXAYAyABKAQSEQoJbGFzdF9zdGVwGAQgASgEEiUKBXBoYXNlGAUgASgOMhYubW9lX2RlYnVnZ2VyLnYxLlBoYXNlEiwKBmxheWVycxgGIAMoCzIcLm1vZV9kZWJ1Z2dlci52MS5MYXllckNvdW50cxIxCghjb3VudGVycxgHIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2VDb3VudGVycxINCgVjcmMzMhgIIAEoByLUAQoLTGF5ZXJDb3VudHMSEwoLbGF5ZXJfaW5kZXgYASABKA0SEgoKbnVtX3Rva2VucxgCIAEoBBIVCg1leHBlcnRfY291bnRzGAMgASgMEhcKD3Byb2JhYmlsaXR5X3N1bRgEIAEoDBIZChFudW1fZHJvcHBlZF9zbG90cxgFIAEoBBIaChJudW1faWRlbnRpdHlfc2xvdHMYBiABKAQSGQoRbnVtX3NraXBwZWRfc2xvdHMYByABKAQSGgoSbnVtX3BhZGRpbmdfdG9rZW5zGAggASgEIqoBCgpEZWFkTGV0dGVyEjYKDmZvcm1hdF92ZXJzaW9uGAEgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLkZvcm1hdFZlcnNpb24SDgoGcmVhc29uGAIgASgJEg8KB3N1YmplY3QYAyABKAkSFwoPc3RyZWFtX3NlcXVlbmNlGAQgASgEEg8KB3BheWxvYWQYBSABKAwSGQoRc3RvcmVkX2F0X3VuaXhfbnMYBiABKAMqZAoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIRCg1QSEFTRV9QUkVGSUxMEAESEAoMUEhBU0VfREVDT0RFEAISDwoLUEhBU0VfVFJBSU4QAxIOCgpQSEFTRV9FVkFMEAQqpQEKClNsb3RTdGF0dXMSGwoXU0xPVF9TVEFUVVNfVU5TUEVDSUZJRUQQABIWChJTTE9UX1NUQVRVU19ST1VURUQQARIXChNTTE9UX1NUQVRVU19EUk9QUEVEEAISFwoTU0xPVF9TVEFUVVNfU0tJUFBFRBADEhgKFFNMT1RfU1RBVFVTX0lERU5USVRZEAQSFgoSU0xPVF9TVEFUVVNfVU5VU0VEEAUqmgEKDENhcHR1cmVMZXZlbBIdChlDQVBUVVJFX0xFVkVMX1VOU1BFQ0lGSUVEEAASGAoUQ0FQVFVSRV9MRVZFTF9DT1VOVFMQARIYChRDQVBUVVJFX0xFVkVMX1JPVVRFUxACEh8KG0NBUFRVUkVfTEVWRUxfUk9VVEVTX1RPS0VOUxADEhYKEkNBUFRVUkVfTEVWRUxfRlVMTBAEKlkKClN0ZXBEb21haW4SGwoXU1RFUF9ET01BSU5fVU5TUEVDSUZJRUQQABIWChJTVEVQX0RPTUFJTl9HTE9CQUwQARIWChJTVEVQX0RPTUFJTl9TT1VSQ0UQAirZAQoKRHJvcFJlYXNvbhIbChdEUk9QX1JFQVNPTl9VTlNQRUNJRklFRBAAEhsKF0RST1BfUkVBU09OX0JVRkZFUl9GVUxMEAESGwoXRFJPUF9SRUFTT05fU0FNUExFRF9PVVQQAhIdChlEUk9QX1JFQVNPTl9FTkNPREVfRkFJTEVEEAMSHgoaRFJPUF9SRUFTT05fQlJPS0VSX1JFRlVTRUQQBBIWChJEUk9QX1JFQVNPTl9DTE9TRUQQBRIdChlEUk9QX1JFQVNPTl9DQVBUVVJFX0VSUk9SEAYqcwoLQ2hlY2tTdGF0dXMSHAoYQ0hFQ0tfU1RBVFVTX1VOU1BFQ0lGSUVEEAASEwoPQ0hFQ0tfU1RBVFVTX09LEAESFwoTQ0hFQ0tfU1RBVFVTX0ZBSUxFRBACEhgKFENIRUNLX1NUQVRVU19VTktOT1dOEANiBnByb3RvMw");
 
 /**
  * Version of a message's layout. A reader refuses a newer major, and reads a newer minor.
@@ -41,6 +41,56 @@ export type FormatVersion = Message<"moe_debugger.v1.FormatVersion"> & {
  */
 export const FormatVersionSchema: GenMessage<FormatVersion> = /*@__PURE__*/
   messageDesc(file_moe_debugger_v1_routing, 0);
+
+/**
+ * One check that a source makes of its own capture, over its whole life.
+ *
+ * @generated from message moe_debugger.v1.HealthCheck
+ */
+export type HealthCheck = Message<"moe_debugger.v1.HealthCheck"> & {
+  /**
+   * One of the checks of docs/metrics.md, "Capture health": "conservation", "distinctness", "range"...
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * @generated from field: moe_debugger.v1.CheckStatus status = 2;
+   */
+  status: CheckStatus;
+
+  /**
+   * What was looked at, in `unit`.
+   *
+   * @generated from field: uint64 num_checked = 3;
+   */
+  numChecked: bigint;
+
+  /**
+   * @generated from field: uint64 num_violations = 4;
+   */
+  numViolations: bigint;
+
+  /**
+   * @generated from field: string unit = 5;
+   */
+  unit: string;
+
+  /**
+   * The first violation, or why the check is unknown; text for people, in English.
+   *
+   * @generated from field: string example = 6;
+   */
+  example: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.HealthCheck.
+ * Use `create(HealthCheckSchema)` to create a new message.
+ */
+export const HealthCheckSchema: GenMessage<HealthCheck> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_routing, 1);
 
 /**
  * Cumulative counters of one source, in decisions (one token at one MoE layer).
@@ -74,7 +124,7 @@ export type SourceCounters = Message<"moe_debugger.v1.SourceCounters"> & {
  * Use `create(SourceCountersSchema)` to create a new message.
  */
 export const SourceCountersSchema: GenMessage<SourceCounters> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 1);
+  messageDesc(file_moe_debugger_v1_routing, 2);
 
 /**
  * @generated from message moe_debugger.v1.DropCounter
@@ -96,7 +146,7 @@ export type DropCounter = Message<"moe_debugger.v1.DropCounter"> & {
  * Use `create(DropCounterSchema)` to create a new message.
  */
 export const DropCounterSchema: GenMessage<DropCounter> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 2);
+  messageDesc(file_moe_debugger_v1_routing, 3);
 
 /**
  * One message of a source. `sequence` starts at 1 with the manifest and is gap-free within a source.
@@ -165,7 +215,7 @@ export type SourceMessage = Message<"moe_debugger.v1.SourceMessage"> & {
  * Use `create(SourceMessageSchema)` to create a new message.
  */
 export const SourceMessageSchema: GenMessage<SourceMessage> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 3);
+  messageDesc(file_moe_debugger_v1_routing, 4);
 
 /**
  * One MoE layer as the source sees it.
@@ -231,6 +281,13 @@ export type LayerDescription = Message<"moe_debugger.v1.LayerDescription"> & {
    * @generated from field: string unavailable_reason = 11;
    */
   unavailableReason: string;
+
+  /**
+   * [num_experts], the expert-parallel rank that owns each expert; empty where every rank computes all of them.
+   *
+   * @generated from field: repeated uint32 expert_parallel_ranks = 12;
+   */
+  expertParallelRanks: number[];
 };
 
 /**
@@ -238,9 +295,11 @@ export type LayerDescription = Message<"moe_debugger.v1.LayerDescription"> & {
  * Use `create(LayerDescriptionSchema)` to create a new message.
  */
 export const LayerDescriptionSchema: GenMessage<LayerDescription> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 4);
+  messageDesc(file_moe_debugger_v1_routing, 5);
 
 /**
+ * Where a source stands among the ranks of a sharded model.
+ *
  * @generated from message moe_debugger.v1.ParallelCoordinates
  */
 export type ParallelCoordinates = Message<"moe_debugger.v1.ParallelCoordinates"> & {
@@ -273,6 +332,13 @@ export type ParallelCoordinates = Message<"moe_debugger.v1.ParallelCoordinates">
    * @generated from field: uint32 pipeline_parallel_rank = 6;
    */
   pipelineParallelRank: number;
+
+  /**
+   * Set where this rank routes the same tokens as that global rank, which publishes them: this source publishes none.
+   *
+   * @generated from field: optional uint32 replica_of_rank = 7;
+   */
+  replicaOfRank?: number | undefined;
 };
 
 /**
@@ -280,7 +346,7 @@ export type ParallelCoordinates = Message<"moe_debugger.v1.ParallelCoordinates">
  * Use `create(ParallelCoordinatesSchema)` to create a new message.
  */
 export const ParallelCoordinatesSchema: GenMessage<ParallelCoordinates> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 5);
+  messageDesc(file_moe_debugger_v1_routing, 6);
 
 /**
  * The first message of every source.
@@ -381,7 +447,51 @@ export type SourceManifest = Message<"moe_debugger.v1.SourceManifest"> & {
  * Use `create(SourceManifestSchema)` to create a new message.
  */
 export const SourceManifestSchema: GenMessage<SourceManifest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 6);
+  messageDesc(file_moe_debugger_v1_routing, 7);
+
+/**
+ * The value of one training series at one step, or its values for all experts of a layer. A point of the same source,
+ * step, name and layer that comes later replaces it.
+ *
+ * @generated from message moe_debugger.v1.SeriesPoint
+ */
+export type SeriesPoint = Message<"moe_debugger.v1.SeriesPoint"> & {
+  /**
+   * @generated from field: uint64 step = 1;
+   */
+  step: bigint;
+
+  /**
+   * @generated from field: string name = 2;
+   */
+  name: string;
+
+  /**
+   * Absent for a series of the whole model.
+   *
+   * @generated from field: optional uint32 layer_index = 3;
+   */
+  layerIndex?: number | undefined;
+
+  /**
+   * One value; where is_per_expert is set one for each expert of the layer. NaN: there was nothing to read.
+   *
+   * @generated from field: repeated double values = 4;
+   */
+  values: number[];
+
+  /**
+   * @generated from field: bool is_per_expert = 5;
+   */
+  isPerExpert: boolean;
+};
+
+/**
+ * Describes the message moe_debugger.v1.SeriesPoint.
+ * Use `create(SeriesPointSchema)` to create a new message.
+ */
+export const SeriesPointSchema: GenMessage<SeriesPoint> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_routing, 8);
 
 /**
  * Sent every second.
@@ -432,6 +542,25 @@ export type SourceStatus = Message<"moe_debugger.v1.SourceStatus"> & {
    * @generated from field: map<string, double> series = 8;
    */
   series: { [key: string]: number };
+
+  /**
+   * Points of training series since the last status, oldest first.
+   *
+   * @generated from field: repeated moe_debugger.v1.SeriesPoint series_points = 9;
+   */
+  seriesPoints: SeriesPoint[];
+
+  /**
+   * Points that fitted into no status and were left out, cumulative.
+   *
+   * @generated from field: uint64 num_series_points_dropped = 10;
+   */
+  numSeriesPointsDropped: bigint;
+
+  /**
+   * @generated from field: repeated moe_debugger.v1.HealthCheck checks = 12;
+   */
+  checks: HealthCheck[];
 };
 
 /**
@@ -439,7 +568,7 @@ export type SourceStatus = Message<"moe_debugger.v1.SourceStatus"> & {
  * Use `create(SourceStatusSchema)` to create a new message.
  */
 export const SourceStatusSchema: GenMessage<SourceStatus> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 7);
+  messageDesc(file_moe_debugger_v1_routing, 9);
 
 /**
  * The last message of a source that stopped in order.
@@ -470,7 +599,7 @@ export type SourceGoodbye = Message<"moe_debugger.v1.SourceGoodbye"> & {
  * Use `create(SourceGoodbyeSchema)` to create a new message.
  */
 export const SourceGoodbyeSchema: GenMessage<SourceGoodbye> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 8);
+  messageDesc(file_moe_debugger_v1_routing, 10);
 
 /**
  * Decisions of one or more forwards: num_tokens token rows, and for each MoE layer the routes of those rows.
@@ -589,7 +718,7 @@ export type RoutingBatch = Message<"moe_debugger.v1.RoutingBatch"> & {
  * Use `create(RoutingBatchSchema)` to create a new message.
  */
 export const RoutingBatchSchema: GenMessage<RoutingBatch> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 9);
+  messageDesc(file_moe_debugger_v1_routing, 11);
 
 /**
  * Routes of one layer; n rows, k = top_k slots.
@@ -620,7 +749,8 @@ export type LayerRoutes = Message<"moe_debugger.v1.LayerRoutes"> & {
   rowIndex: Uint8Array;
 
   /**
-   * u8 [n, k] where num_experts <= 255, else u16; the all-ones value means "no expert".
+   * u8 [n, k] where num_experts + num_identity_experts <= 255, else u16; the all-ones value means "no expert".
+   * Identity ("zero") experts have the ids from num_experts on.
    *
    * @generated from field: bytes expert_ids = 5;
    */
@@ -702,7 +832,7 @@ export type LayerRoutes = Message<"moe_debugger.v1.LayerRoutes"> & {
  * Use `create(LayerRoutesSchema)` to create a new message.
  */
 export const LayerRoutesSchema: GenMessage<LayerRoutes> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 10);
+  messageDesc(file_moe_debugger_v1_routing, 12);
 
 /**
  * The `counts` level: per layer and expert sums of one or more steps, no rows.
@@ -756,7 +886,7 @@ export type CountsBatch = Message<"moe_debugger.v1.CountsBatch"> & {
  * Use `create(CountsBatchSchema)` to create a new message.
  */
 export const CountsBatchSchema: GenMessage<CountsBatch> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 11);
+  messageDesc(file_moe_debugger_v1_routing, 13);
 
 /**
  * @generated from message moe_debugger.v1.LayerCounts
@@ -768,28 +898,49 @@ export type LayerCounts = Message<"moe_debugger.v1.LayerCounts"> & {
   layerIndex: number;
 
   /**
+   * Valid tokens; padding is none.
+   *
    * @generated from field: uint64 num_tokens = 2;
    */
   numTokens: bigint;
 
   /**
-   * u64 [E], assignments per expert
+   * u64 [E], assignments per routed expert
    *
    * @generated from field: bytes expert_counts = 3;
    */
   expertCounts: Uint8Array;
 
   /**
-   * f64 [E]
+   * f64 [E], sum over the valid tokens of the router's probability; empty where the router has none
    *
    * @generated from field: bytes probability_sum = 4;
    */
   probabilitySum: Uint8Array;
 
   /**
+   * Slots of valid tokens. What is left of num_tokens * top_k was unused.
+   *
    * @generated from field: uint64 num_dropped_slots = 5;
    */
   numDroppedSlots: bigint;
+
+  /**
+   * @generated from field: uint64 num_identity_slots = 6;
+   */
+  numIdentitySlots: bigint;
+
+  /**
+   * @generated from field: uint64 num_skipped_slots = 7;
+   */
+  numSkippedSlots: bigint;
+
+  /**
+   * Padded rows; part of nothing else.
+   *
+   * @generated from field: uint64 num_padding_tokens = 8;
+   */
+  numPaddingTokens: bigint;
 };
 
 /**
@@ -797,7 +948,7 @@ export type LayerCounts = Message<"moe_debugger.v1.LayerCounts"> & {
  * Use `create(LayerCountsSchema)` to create a new message.
  */
 export const LayerCountsSchema: GenMessage<LayerCounts> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 12);
+  messageDesc(file_moe_debugger_v1_routing, 14);
 
 /**
  * A message that no analyzer can use, kept with its reason.
@@ -841,7 +992,7 @@ export type DeadLetter = Message<"moe_debugger.v1.DeadLetter"> & {
  * Use `create(DeadLetterSchema)` to create a new message.
  */
 export const DeadLetterSchema: GenMessage<DeadLetter> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_routing, 13);
+  messageDesc(file_moe_debugger_v1_routing, 15);
 
 /**
  * Where in generation or training a forward pass stands.
@@ -1035,4 +1186,37 @@ export enum DropReason {
  */
 export const DropReasonSchema: GenEnum<DropReason> = /*@__PURE__*/
   enumDesc(file_moe_debugger_v1_routing, 4);
+
+/**
+ * @generated from enum moe_debugger.v1.CheckStatus
+ */
+export enum CheckStatus {
+  /**
+   * @generated from enum value: CHECK_STATUS_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * @generated from enum value: CHECK_STATUS_OK = 1;
+   */
+  OK = 1,
+
+  /**
+   * @generated from enum value: CHECK_STATUS_FAILED = 2;
+   */
+  FAILED = 2,
+
+  /**
+   * Nothing was there to check, or what it takes to check is not known.
+   *
+   * @generated from enum value: CHECK_STATUS_UNKNOWN = 3;
+   */
+  UNKNOWN = 3,
+}
+
+/**
+ * Describes the enum moe_debugger.v1.CheckStatus.
+ */
+export const CheckStatusSchema: GenEnum<CheckStatus> = /*@__PURE__*/
+  enumDesc(file_moe_debugger_v1_routing, 5);
 

@@ -6,7 +6,7 @@
 
 import type { GenEnum, GenFile, GenMessage } from "@bufbuild/protobuf/codegenv2";
 import { enumDesc, fileDesc, messageDesc } from "@bufbuild/protobuf/codegenv2";
-import type { CaptureLevel, DropCounter, LayerDescription, SourceCounters } from "./routing_pb";
+import type { CaptureLevel, DropCounter, HealthCheck, LayerDescription, ParallelCoordinates, SourceCounters } from "./routing_pb";
 import { file_moe_debugger_v1_routing } from "./routing_pb";
 import type { Message } from "@bufbuild/protobuf";
 
@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file moe_debugger/v1/session.proto.
  */
 export const file_moe_debugger_v1_session: GenFile = /*@__PURE__*/
-  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvc2Vzc2lvbi5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIoUCCgdTZXNzaW9uEhIKCnNlc3Npb25faWQYASABKAkSDAoEbmFtZRgCIAEoCRISCgptb2RlbF9uYW1lGAMgASgJEhIKCm1vZGVsX3R5cGUYBCABKAkSLAoFc3RhdGUYBSABKA4yHS5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblN0YXRlEhoKEmNyZWF0ZWRfYXRfdW5peF9ucxgGIAEoAxIcChRsYXN0X3NlZW5fYXRfdW5peF9ucxgHIAEoAxIZChFjbG9zZWRfYXRfdW5peF9ucxgIIAEoAxITCgtudW1fc291cmNlcxgJIAEoDRIYChBudW1fbGl2ZV9zb3VyY2VzGAogASgNIsUECgZTb3VyY2USEQoJc291cmNlX2lkGAEgASgJEgwKBGtpbmQYAiABKAkSEQoJaG9zdF9uYW1lGAMgASgJEhIKCnByb2Nlc3NfaWQYBCABKA0SGgoSc3RhcnRlZF9hdF91bml4X25zGAUgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAYgASgDEg8KB2lzX2xpdmUYByABKAgSFAoMc2FpZF9nb29kYnllGAggASgIEiwKBWxldmVsGAkgASgOMh0ubW9lX2RlYnVnZ2VyLnYxLkNhcHR1cmVMZXZlbBIVCg1zYW1wbGluZ19yYXRlGAogASgBEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAQSEQoJbGFzdF9zdGVwGAwgASgEEjEKCGNvdW50ZXJzGA0gASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUNvdW50ZXJzEhMKC251bV9jb3VudGVkGA4gASgEEhwKFG51bV9taXNzaW5nX21lc3NhZ2VzGA8gASgEEhcKD2hvb2tfdGltZV9zaGFyZRgQIAEoARISCgppc19oZWFsdGh5GBEgASgIEhAKCHByb2JsZW1zGBIgAygJEjMKBnNlcmllcxgTIAMoCzIjLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2UuU2VyaWVzRW50cnkSGgoSdGFpbF91bmtub3duX2J5dGVzGBQgASgEGi0KC1Nlcmllc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAToCOAEi5wEKB0FjY291bnQSFAoMbnVtX3Byb2R1Y2VkGAEgASgEEhMKC251bV9jb3VudGVkGAIgASgEEi0KB2Ryb3BwZWQYAyADKAsyHC5tb2VfZGVidWdnZXIudjEuRHJvcENvdW50ZXISFQoNbnVtX2luX2ZsaWdodBgEIAEoBBIQCghudW1fbGF0ZRgFIAEoBBIZChFudW1fZGVhZF9sZXR0ZXJlZBgGIAEoBBIcChRudW1fbWlzc2luZ19tZXNzYWdlcxgHIAEoBBIgChhudW1fbG9zdF9zdHJlYW1fbWVzc2FnZXMYCCABKAQigQEKC0V2aWRlbmNlUm93Eg4KBm1ldHJpYxgBIAEoCRINCgV2YWx1ZRgCIAEoARIVCghiYXNlbGluZRgDIAEoAUgAiAEBEgwKBHJ1bGUYBCABKAkSEwoLc2FtcGxlX3NpemUYBSABKAQSDAoEdW5pdBgGIAEoCUILCglfYmFzZWxpbmUi8QMKB0ZpbmRpbmcSDwoHcnVsZV9pZBgBIAEoCRIqCgRraW5kGAIgASgOMhwubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmdLaW5kEisKCHNldmVyaXR5GAMgASgOMhkubW9lX2RlYnVnZ2VyLnYxLlNldmVyaXR5EhgKC2xheWVyX2luZGV4GAQgASgNSACIAQESFgoJZXhwZXJ0X2lkGAUgASgNSAGIAQESFwoKc2luY2Vfc3RlcBgGIAEoBEgCiAEBEgwKBGNvZGUYByABKAkSMAoEYXJncxgIIAMoCzIiLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nLkFyZ3NFbnRyeRIuCghldmlkZW5jZRgJIAMoCzIcLm1vZV9kZWJ1Z2dlci52MS5FdmlkZW5jZVJvdxIRCglzdGF0aXN0aWMYCiABKAESHQoVZmlyc3Rfc2Vlbl9hdF91bml4X25zGAsgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAwgASgDEhcKD251bV9vY2N1cnJlbmNlcxgNIAEoDRorCglBcmdzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4AUIOCgxfbGF5ZXJfaW5kZXhCDAoKX2V4cGVydF9pZEINCgtfc2luY2Vfc3RlcCKfAwoNTGF5ZXJTbmFwc2hvdBI2CgtkZXNjcmlwdGlvbhgBIAEoCzIhLm1vZV9kZWJ1Z2dlci52MS5MYXllckRlc2NyaXB0aW9uEhIKCm51bV90b2tlbnMYAiABKAQSFQoNZXhwZXJ0X2NvdW50cxgDIAEoDBIZChFyZWNlbnRfbnVtX3Rva2VucxgEIAEoBBIcChRyZWNlbnRfZXhwZXJ0X2NvdW50cxgFIAEoDBIUCgxsb2FkX2VudHJvcHkYBiABKAESGQoRZWZmZWN0aXZlX2V4cGVydHMYByABKAESFgoOaG90dGVzdF9leHBlcnQYCCABKA0SGgoSaG90dGVzdF9sb2FkX3JhdGlvGAkgASgBEhoKEm51bV91bnVzZWRfZXhwZXJ0cxgKIAEoDRIbChNtZWFuX3JvdXRlcl9lbnRyb3B5GAsgASgBEh0KFW1lYW5fdG9wMV9wcm9iYWJpbGl0eRgMIAEoARIaChJudW1fcGFkZGluZ190b2tlbnMYDSABKAQSGQoRbnVtX2Ryb3BwZWRfc2xvdHMYDiABKAQi2QIKD1Nlc3Npb25TbmFwc2hvdBIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24SEAoIc2VxdWVuY2UYAiABKAQSLgoGbGF5ZXJzGAMgAygLMh4ubW9lX2RlYnVnZ2VyLnYxLkxheWVyU25hcHNob3QSKQoHYWNjb3VudBgEIAEoCzIYLm1vZV9kZWJ1Z2dlci52MS5BY2NvdW50EigKB3NvdXJjZXMYBSADKAsyFy5tb2VfZGVidWdnZXIudjEuU291cmNlEioKCGZpbmRpbmdzGAYgAygLMhgubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmcSEgoKZmlyc3Rfc3RlcBgHIAEoBBIRCglsYXN0X3N0ZXAYCCABKAQSFwoPcmVjZW50X3dpbmRvd19zGAkgASgBEhgKEHRha2VuX2F0X3VuaXhfbnMYCiABKAMinwEKBlJvbGxVcBIVCg1zdGFydF91bml4X25zGAEgASgDEhIKCmR1cmF0aW9uX3MYAiABKA0SEgoKbnVtX3Rva2VucxgDIAEoBBIUCgxsb2FkX2VudHJvcHkYBCABKAwSGQoRZWZmZWN0aXZlX2V4cGVydHMYBSABKAwSEgoKZmlyc3Rfc3RlcBgGIAEoBBIRCglsYXN0X3N0ZXAYByABKAQiwAEKDlJlcXVlc3RTdW1tYXJ5EhIKCnJlcXVlc3RfaWQYASABKAkSEgoKbnVtX3Rva2VucxgCIAEoBBIaChJudW1fcHJlZmlsbF90b2tlbnMYAyABKAQSGQoRbnVtX2RlY29kZV90b2tlbnMYBCABKAQSHQoVZmlyc3Rfc2Vlbl9hdF91bml4X25zGAUgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAYgASgDEhIKCmhhc19yb3V0ZXMYByABKAgi2AEKDVJlcXVlc3RSb3V0ZXMSMAoHc3VtbWFyeRgBIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeRISCgpudW1fdG9rZW5zGAIgASgNEhAKCHBvc2l0aW9uGAMgASgMEg0KBXBoYXNlGAQgASgMEhAKCHRva2VuX2lkGAUgASgMEjMKBmxheWVycxgGIAMoCzIjLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0TGF5ZXJSb3V0ZXMSGQoRbnVtX3Jvd3Nfbm90X2tlcHQYByABKAQijgEKElJlcXVlc3RMYXllclJvdXRlcxITCgtsYXllcl9pbmRleBgBIAEoDRITCgtudW1fZXhwZXJ0cxgCIAEoDRINCgV0b3BfaxgDIAEoDRISCgpleHBlcnRfaWRzGAQgASgMEhQKDGdhdGVfd2VpZ2h0cxgFIAEoDBIVCg1leHBlcnRfY291bnRzGAYgASgMKq8BCgxTZXNzaW9uU3RhdGUSHQoZU0VTU0lPTl9TVEFURV9VTlNQRUNJRklFRBAAEhYKElNFU1NJT05fU1RBVEVfT1BFThABEhcKE1NFU1NJT05fU1RBVEVfU1RBTEUQAhIYChRTRVNTSU9OX1NUQVRFX0NMT1NFRBADEhoKFlNFU1NJT05fU1RBVEVfQVJDSElWRUQQBBIZChVTRVNTSU9OX1NUQVRFX0RFTEVURUQQBSpkCghTZXZlcml0eRIYChRTRVZFUklUWV9VTlNQRUNJRklFRBAAEhEKDVNFVkVSSVRZX0lORk8QARIUChBTRVZFUklUWV9XQVJOSU5HEAISFQoRU0VWRVJJVFlfQ1JJVElDQUwQAyqwAwoLRmluZGluZ0tpbmQSHAoYRklORElOR19LSU5EX1VOU1BFQ0lGSUVEEAASHAoYRklORElOR19LSU5EX0RFQURfRVhQRVJUEAESHAoYRklORElOR19LSU5EX0NPTERfRVhQRVJUEAISGwoXRklORElOR19LSU5EX0hPVF9FWFBFUlQQAxIfChtGSU5ESU5HX0tJTkRfTE9BRF9JTUJBTEFOQ0UQBBIgChxGSU5ESU5HX0tJTkRfUk9VVEVSX0NPTExBUFNFEAUSIQodRklORElOR19LSU5EX0NPTExBUFNFX1dBUk5JTkcQBhIfChtGSU5ESU5HX0tJTkRfTE9XX0NPTkZJREVOQ0UQBxIiCh5GSU5ESU5HX0tJTkRfQ0FQQUNJVFlfT1ZFUkZMT1cQCBIfChtGSU5ESU5HX0tJTkRfUkFOS19TVFJBR0dMRVIQCRIWChJGSU5ESU5HX0tJTkRfRFJJRlQQChIiCh5GSU5ESU5HX0tJTkRfRFVQTElDQVRFX0VYUEVSVFMQCxIiCh5GSU5ESU5HX0tJTkRfQ0FQVFVSRV9VTkhFQUxUSFkQDGIGcHJvdG8z", [file_moe_debugger_v1_routing]);
+  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvc2Vzc2lvbi5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIoUCCgdTZXNzaW9uEhIKCnNlc3Npb25faWQYASABKAkSDAoEbmFtZRgCIAEoCRISCgptb2RlbF9uYW1lGAMgASgJEhIKCm1vZGVsX3R5cGUYBCABKAkSLAoFc3RhdGUYBSABKA4yHS5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblN0YXRlEhoKEmNyZWF0ZWRfYXRfdW5peF9ucxgGIAEoAxIcChRsYXN0X3NlZW5fYXRfdW5peF9ucxgHIAEoAxIZChFjbG9zZWRfYXRfdW5peF9ucxgIIAEoAxITCgtudW1fc291cmNlcxgJIAEoDRIYChBudW1fbGl2ZV9zb3VyY2VzGAogASgNIq4FCgZTb3VyY2USEQoJc291cmNlX2lkGAEgASgJEgwKBGtpbmQYAiABKAkSEQoJaG9zdF9uYW1lGAMgASgJEhIKCnByb2Nlc3NfaWQYBCABKA0SGgoSc3RhcnRlZF9hdF91bml4X25zGAUgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAYgASgDEg8KB2lzX2xpdmUYByABKAgSFAoMc2FpZF9nb29kYnllGAggASgIEiwKBWxldmVsGAkgASgOMh0ubW9lX2RlYnVnZ2VyLnYxLkNhcHR1cmVMZXZlbBIVCg1zYW1wbGluZ19yYXRlGAogASgBEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAQSEQoJbGFzdF9zdGVwGAwgASgEEjEKCGNvdW50ZXJzGA0gASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUNvdW50ZXJzEhMKC251bV9jb3VudGVkGA4gASgEEhwKFG51bV9taXNzaW5nX21lc3NhZ2VzGA8gASgEEhcKD2hvb2tfdGltZV9zaGFyZRgQIAEoARISCgppc19oZWFsdGh5GBEgASgIEhAKCHByb2JsZW1zGBIgAygJEjMKBnNlcmllcxgTIAMoCzIjLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2UuU2VyaWVzRW50cnkSGgoSdGFpbF91bmtub3duX2J5dGVzGBQgASgEEjkKC2Nvb3JkaW5hdGVzGBUgASgLMiQubW9lX2RlYnVnZ2VyLnYxLlBhcmFsbGVsQ29vcmRpbmF0ZXMSLAoGY2hlY2tzGBggAygLMhwubW9lX2RlYnVnZ2VyLnYxLkhlYWx0aENoZWNrGi0KC1Nlcmllc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAToCOAEi5wEKB0FjY291bnQSFAoMbnVtX3Byb2R1Y2VkGAEgASgEEhMKC251bV9jb3VudGVkGAIgASgEEi0KB2Ryb3BwZWQYAyADKAsyHC5tb2VfZGVidWdnZXIudjEuRHJvcENvdW50ZXISFQoNbnVtX2luX2ZsaWdodBgEIAEoBBIQCghudW1fbGF0ZRgFIAEoBBIZChFudW1fZGVhZF9sZXR0ZXJlZBgGIAEoBBIcChRudW1fbWlzc2luZ19tZXNzYWdlcxgHIAEoBBIgChhudW1fbG9zdF9zdHJlYW1fbWVzc2FnZXMYCCABKAQigQEKC0V2aWRlbmNlUm93Eg4KBm1ldHJpYxgBIAEoCRINCgV2YWx1ZRgCIAEoARIVCghiYXNlbGluZRgDIAEoAUgAiAEBEgwKBHJ1bGUYBCABKAkSEwoLc2FtcGxlX3NpemUYBSABKAQSDAoEdW5pdBgGIAEoCUILCglfYmFzZWxpbmUi8QMKB0ZpbmRpbmcSDwoHcnVsZV9pZBgBIAEoCRIqCgRraW5kGAIgASgOMhwubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmdLaW5kEisKCHNldmVyaXR5GAMgASgOMhkubW9lX2RlYnVnZ2VyLnYxLlNldmVyaXR5EhgKC2xheWVyX2luZGV4GAQgASgNSACIAQESFgoJZXhwZXJ0X2lkGAUgASgNSAGIAQESFwoKc2luY2Vfc3RlcBgGIAEoBEgCiAEBEgwKBGNvZGUYByABKAkSMAoEYXJncxgIIAMoCzIiLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nLkFyZ3NFbnRyeRIuCghldmlkZW5jZRgJIAMoCzIcLm1vZV9kZWJ1Z2dlci52MS5FdmlkZW5jZVJvdxIRCglzdGF0aXN0aWMYCiABKAESHQoVZmlyc3Rfc2Vlbl9hdF91bml4X25zGAsgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAwgASgDEhcKD251bV9vY2N1cnJlbmNlcxgNIAEoDRorCglBcmdzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4AUIOCgxfbGF5ZXJfaW5kZXhCDAoKX2V4cGVydF9pZEINCgtfc2luY2Vfc3RlcCKqBAoNTGF5ZXJTbmFwc2hvdBI2CgtkZXNjcmlwdGlvbhgBIAEoCzIhLm1vZV9kZWJ1Z2dlci52MS5MYXllckRlc2NyaXB0aW9uEhIKCm51bV90b2tlbnMYAiABKAQSFQoNZXhwZXJ0X2NvdW50cxgDIAEoDBIZChFyZWNlbnRfbnVtX3Rva2VucxgEIAEoBBIcChRyZWNlbnRfZXhwZXJ0X2NvdW50cxgFIAEoDBIUCgxsb2FkX2VudHJvcHkYBiABKAESGQoRZWZmZWN0aXZlX2V4cGVydHMYByABKAESFgoOaG90dGVzdF9leHBlcnQYCCABKA0SGgoSaG90dGVzdF9sb2FkX3JhdGlvGAkgASgBEhoKEm51bV91bnVzZWRfZXhwZXJ0cxgKIAEoDRIbChNtZWFuX3JvdXRlcl9lbnRyb3B5GAsgASgBEh0KFW1lYW5fdG9wMV9wcm9iYWJpbGl0eRgMIAEoARIaChJudW1fcGFkZGluZ190b2tlbnMYDSABKAQSGQoRbnVtX2Ryb3BwZWRfc2xvdHMYDiABKAQSHgoWZXhwZXJ0X3BhcmFsbGVsX2NvdW50cxgPIAMoBBIaChJudW1faWRlbnRpdHlfc2xvdHMYECABKAQSGQoRbnVtX3NraXBwZWRfc2xvdHMYESABKAQSGAoQbnVtX3VudXNlZF9zbG90cxgSIAEoBBIYChBtZWFuX3Byb2JhYmlsaXR5GBMgASgMItkCCg9TZXNzaW9uU25hcHNob3QSKQoHc2Vzc2lvbhgBIAEoCzIYLm1vZV9kZWJ1Z2dlci52MS5TZXNzaW9uEhAKCHNlcXVlbmNlGAIgASgEEi4KBmxheWVycxgDIAMoCzIeLm1vZV9kZWJ1Z2dlci52MS5MYXllclNuYXBzaG90EikKB2FjY291bnQYBCABKAsyGC5tb2VfZGVidWdnZXIudjEuQWNjb3VudBIoCgdzb3VyY2VzGAUgAygLMhcubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZRIqCghmaW5kaW5ncxgGIAMoCzIYLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nEhIKCmZpcnN0X3N0ZXAYByABKAQSEQoJbGFzdF9zdGVwGAggASgEEhcKD3JlY2VudF93aW5kb3dfcxgJIAEoARIYChB0YWtlbl9hdF91bml4X25zGAogASgDIp8BCgZSb2xsVXASFQoNc3RhcnRfdW5peF9ucxgBIAEoAxISCgpkdXJhdGlvbl9zGAIgASgNEhIKCm51bV90b2tlbnMYAyABKAQSFAoMbG9hZF9lbnRyb3B5GAQgASgMEhkKEWVmZmVjdGl2ZV9leHBlcnRzGAUgASgMEhIKCmZpcnN0X3N0ZXAYBiABKAQSEQoJbGFzdF9zdGVwGAcgASgEIrABCgZTZXJpZXMSEQoJc291cmNlX2lkGAEgASgJEhMKC2dsb2JhbF9yYW5rGAIgASgNEgwKBG5hbWUYAyABKAkSGAoLbGF5ZXJfaW5kZXgYBCABKA1IAIgBARISCgpudW1fdmFsdWVzGAUgASgNEhUKDWlzX3Blcl9leHBlcnQYBiABKAgSDAoEc3RlcBgHIAEoDBINCgV2YWx1ZRgIIAEoDEIOCgxfbGF5ZXJfaW5kZXgiwAEKDlJlcXVlc3RTdW1tYXJ5EhIKCnJlcXVlc3RfaWQYASABKAkSEgoKbnVtX3Rva2VucxgCIAEoBBIaChJudW1fcHJlZmlsbF90b2tlbnMYAyABKAQSGQoRbnVtX2RlY29kZV90b2tlbnMYBCABKAQSHQoVZmlyc3Rfc2Vlbl9hdF91bml4X25zGAUgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAYgASgDEhIKCmhhc19yb3V0ZXMYByABKAgi/QEKDVJlcXVlc3RSb3V0ZXMSMAoHc3VtbWFyeRgBIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeRISCgpudW1fdG9rZW5zGAIgASgNEhAKCHBvc2l0aW9uGAMgASgMEg0KBXBoYXNlGAQgASgMEhAKCHRva2VuX2lkGAUgASgMEjMKBmxheWVycxgGIAMoCzIjLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0TGF5ZXJSb3V0ZXMSGQoRbnVtX3Jvd3Nfbm90X2tlcHQYByABKAQSDgoGc3RhY2tzGAggAygJEhMKC3N0YWNrX2luZGV4GAkgASgMIo4BChJSZXF1ZXN0TGF5ZXJSb3V0ZXMSEwoLbGF5ZXJfaW5kZXgYASABKA0SEwoLbnVtX2V4cGVydHMYAiABKA0SDQoFdG9wX2sYAyABKA0SEgoKZXhwZXJ0X2lkcxgEIAEoDBIUCgxnYXRlX3dlaWdodHMYBSABKAwSFQoNZXhwZXJ0X2NvdW50cxgGIAEoDCqvAQoMU2Vzc2lvblN0YXRlEh0KGVNFU1NJT05fU1RBVEVfVU5TUEVDSUZJRUQQABIWChJTRVNTSU9OX1NUQVRFX09QRU4QARIXChNTRVNTSU9OX1NUQVRFX1NUQUxFEAISGAoUU0VTU0lPTl9TVEFURV9DTE9TRUQQAxIaChZTRVNTSU9OX1NUQVRFX0FSQ0hJVkVEEAQSGQoVU0VTU0lPTl9TVEFURV9ERUxFVEVEEAUqZAoIU2V2ZXJpdHkSGAoUU0VWRVJJVFlfVU5TUEVDSUZJRUQQABIRCg1TRVZFUklUWV9JTkZPEAESFAoQU0VWRVJJVFlfV0FSTklORxACEhUKEVNFVkVSSVRZX0NSSVRJQ0FMEAMqsAMKC0ZpbmRpbmdLaW5kEhwKGEZJTkRJTkdfS0lORF9VTlNQRUNJRklFRBAAEhwKGEZJTkRJTkdfS0lORF9ERUFEX0VYUEVSVBABEhwKGEZJTkRJTkdfS0lORF9DT0xEX0VYUEVSVBACEhsKF0ZJTkRJTkdfS0lORF9IT1RfRVhQRVJUEAMSHwobRklORElOR19LSU5EX0xPQURfSU1CQUxBTkNFEAQSIAocRklORElOR19LSU5EX1JPVVRFUl9DT0xMQVBTRRAFEiEKHUZJTkRJTkdfS0lORF9DT0xMQVBTRV9XQVJOSU5HEAYSHwobRklORElOR19LSU5EX0xPV19DT05GSURFTkNFEAcSIgoeRklORElOR19LSU5EX0NBUEFDSVRZX09WRVJGTE9XEAgSHwobRklORElOR19LSU5EX1JBTktfU1RSQUdHTEVSEAkSFgoSRklORElOR19LSU5EX0RSSUZUEAoSIgoeRklORElOR19LSU5EX0RVUExJQ0FURV9FWFBFUlRTEAsSIgoeRklORElOR19LSU5EX0NBUFRVUkVfVU5IRUFMVEhZEAxiBnByb3RvMw", [file_moe_debugger_v1_routing]);
 
 /**
  * @generated from message moe_debugger.v1.Session
@@ -189,6 +189,20 @@ export type Source = Message<"moe_debugger.v1.Source"> & {
    * @generated from field: uint64 tail_unknown_bytes = 20;
    */
   tailUnknownBytes: bigint;
+
+  /**
+   * Of its manifest.
+   *
+   * @generated from field: moe_debugger.v1.ParallelCoordinates coordinates = 21;
+   */
+  coordinates?: ParallelCoordinates | undefined;
+
+  /**
+   * What the source's own checks said last; empty where it makes none.
+   *
+   * @generated from field: repeated moe_debugger.v1.HealthCheck checks = 24;
+   */
+  checks: HealthCheck[];
 };
 
 /**
@@ -474,9 +488,43 @@ export type LayerSnapshot = Message<"moe_debugger.v1.LayerSnapshot"> & {
   numPaddingTokens: bigint;
 
   /**
+   * Slots of valid tokens, whole session: the sum of expert_counts + dropped + identity + skipped + unused
+   * = num_tokens * top_k.
+   *
    * @generated from field: uint64 num_dropped_slots = 14;
    */
   numDroppedSlots: bigint;
+
+  /**
+   * Assignments by expert-parallel rank, whole session; empty where the experts are not spread over ranks.
+   *
+   * @generated from field: repeated uint64 expert_parallel_counts = 15;
+   */
+  expertParallelCounts: bigint[];
+
+  /**
+   * Slots that chose an identity ("zero") expert, which computes nothing.
+   *
+   * @generated from field: uint64 num_identity_slots = 16;
+   */
+  numIdentitySlots: bigint;
+
+  /**
+   * @generated from field: uint64 num_skipped_slots = 17;
+   */
+  numSkippedSlots: bigint;
+
+  /**
+   * @generated from field: uint64 num_unused_slots = 18;
+   */
+  numUnusedSlots: bigint;
+
+  /**
+   * f32 [num_experts], mean probability that the router gave each expert, whole session; empty where it has none.
+   *
+   * @generated from field: bytes mean_probability = 19;
+   */
+  meanProbability: Uint8Array;
 };
 
 /**
@@ -606,6 +654,71 @@ export const RollUpSchema: GenMessage<RollUp> = /*@__PURE__*/
   messageDesc(file_moe_debugger_v1_session, 7);
 
 /**
+ * One training series of one source: the newest n points, by step. Values are never summed or averaged over sources:
+ * under data parallelism every rank may report the same loss.
+ *
+ * @generated from message moe_debugger.v1.Series
+ */
+export type Series = Message<"moe_debugger.v1.Series"> & {
+  /**
+   * @generated from field: string source_id = 1;
+   */
+  sourceId: string;
+
+  /**
+   * Of the source (ParallelCoordinates).
+   *
+   * @generated from field: uint32 global_rank = 2;
+   */
+  globalRank: number;
+
+  /**
+   * @generated from field: string name = 3;
+   */
+  name: string;
+
+  /**
+   * Absent for a series of the whole model.
+   *
+   * @generated from field: optional uint32 layer_index = 4;
+   */
+  layerIndex?: number | undefined;
+
+  /**
+   * Values of one point: m = 1, or the layer's experts where is_per_expert is set.
+   *
+   * @generated from field: uint32 num_values = 5;
+   */
+  numValues: number;
+
+  /**
+   * @generated from field: bool is_per_expert = 6;
+   */
+  isPerExpert: boolean;
+
+  /**
+   * u64 [n], ascending
+   *
+   * @generated from field: bytes step = 7;
+   */
+  step: Uint8Array;
+
+  /**
+   * f64 [n, m]; NaN where there was nothing to read
+   *
+   * @generated from field: bytes value = 8;
+   */
+  value: Uint8Array;
+};
+
+/**
+ * Describes the message moe_debugger.v1.Series.
+ * Use `create(SeriesSchema)` to create a new message.
+ */
+export const SeriesSchema: GenMessage<Series> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_session, 8);
+
+/**
  * @generated from message moe_debugger.v1.RequestSummary
  */
 export type RequestSummary = Message<"moe_debugger.v1.RequestSummary"> & {
@@ -615,7 +728,8 @@ export type RequestSummary = Message<"moe_debugger.v1.RequestSummary"> & {
   requestId: string;
 
   /**
-   * Valid tokens routed, equal for every MoE layer of a decoder.
+   * Valid tokens that one MoE layer of the decoder routed (of another stack where the decoder saw none): never the sum
+   * of an encoder's tokens and a decoder's.
    *
    * @generated from field: uint64 num_tokens = 2;
    */
@@ -654,10 +768,11 @@ export type RequestSummary = Message<"moe_debugger.v1.RequestSummary"> & {
  * Use `create(RequestSummarySchema)` to create a new message.
  */
 export const RequestSummarySchema: GenMessage<RequestSummary> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 8);
+  messageDesc(file_moe_debugger_v1_session, 9);
 
 /**
- * All kept decisions of one request, sorted by position; n tokens.
+ * All kept decisions of one request, sorted by stack (the decoder first) and position; n token rows. An encoder's tokens
+ * are rows of their own, with positions of their own: layers of other stacks have no expert there.
  *
  * @generated from message moe_debugger.v1.RequestRoutes
  */
@@ -704,6 +819,20 @@ export type RequestRoutes = Message<"moe_debugger.v1.RequestRoutes"> & {
    * @generated from field: uint64 num_rows_not_kept = 7;
    */
   numRowsNotKept: bigint;
+
+  /**
+   * Names of the stacks that `stack_index` points to, such as "decoder", "encoder".
+   *
+   * @generated from field: repeated string stacks = 8;
+   */
+  stacks: string[];
+
+  /**
+   * u8 [n]; empty where all rows are of one stack
+   *
+   * @generated from field: bytes stack_index = 9;
+   */
+  stackIndex: Uint8Array;
 };
 
 /**
@@ -711,7 +840,7 @@ export type RequestRoutes = Message<"moe_debugger.v1.RequestRoutes"> & {
  * Use `create(RequestRoutesSchema)` to create a new message.
  */
 export const RequestRoutesSchema: GenMessage<RequestRoutes> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 9);
+  messageDesc(file_moe_debugger_v1_session, 10);
 
 /**
  * @generated from message moe_debugger.v1.RequestLayerRoutes
@@ -733,7 +862,7 @@ export type RequestLayerRoutes = Message<"moe_debugger.v1.RequestLayerRoutes"> &
   topK: number;
 
   /**
-   * u16 [n, k]; 65535 = no expert
+   * u16 [n, k]; 65535 = no expert; from num_experts on = an identity expert
    *
    * @generated from field: bytes expert_ids = 4;
    */
@@ -759,7 +888,7 @@ export type RequestLayerRoutes = Message<"moe_debugger.v1.RequestLayerRoutes"> &
  * Use `create(RequestLayerRoutesSchema)` to create a new message.
  */
 export const RequestLayerRoutesSchema: GenMessage<RequestLayerRoutes> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 10);
+  messageDesc(file_moe_debugger_v1_session, 11);
 
 /**
  * @generated from enum moe_debugger.v1.SessionState
