@@ -1,0 +1,157 @@
+"""What a source without a fleet keeps in its own process: exact counts, and rows within a bound.
+
+Folding is not done by whoever publishes: columns wait in a bounded buffer for one thread, and what does not fit is
+dropped whole and counted.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger._decisions import Decisions
+from moe_debugger._rows import RowStore
+from moe_debugger._session import _layer_stats as layer_routing_stats
+from moe_debugger._stats import ExpertMetrics, ExpertRow, RoutingStats
+from moe_debugger.analysis import LayerShape, RoutingState
+from moe_debugger.capture import LayerInfo
+from moe_debugger.publish.batching import columns_size_bytes
+from moe_debugger.wire.codec import CountsColumns, RoutingColumns
+
+__all__ = ["LocalRoutes"]
+
+
+class LocalRoutes:
+    """Counts and rows of one source; thread-safe.
+
+    Args:
+        layers: of the model.
+        buffer_bytes: bound on the columns that wait.
+        max_rows_bytes: bound on the rows that are kept; the oldest go first. Counts stay exact.
+        keeps_rows: False at level "counts".
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerInfo], *, buffer_bytes: int, max_rows_bytes: int, keeps_rows: bool
+    ) -> None:
+        self._layers = tuple(layers)
+        self._buffer_bytes = buffer_bytes
+        self._keeps_rows = keeps_rows
+        self._state = RoutingState.empty(LayerShape(x.layer_index, x.num_experts, x.top_k) for x in layers)
+        self._weight_sums = {info.layer_index: np.zeros(info.num_experts) for info in layers}
+        self._rows = RowStore(max_rows_bytes)
+        self._num_calls = 0
+        self._waiting: deque[tuple[RoutingColumns | CountsColumns, int]] = deque()
+        self._used_bytes = 0
+        self._is_busy = False
+        self._is_closed = False
+        self._changed = threading.Condition()
+        # Of what has been folded; held while folding, so that a reader sees whole batches.
+        self._fold_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="moe-debugger-source", daemon=True)
+        self._thread.start()
+
+    def offer(self, columns: RoutingColumns | CountsColumns) -> bool:
+        """Take columns; return False where they do not fit, or after `close`."""
+        size = columns_size_bytes(columns)
+        with self._changed:
+            if self._is_closed or self._used_bytes + size > self._buffer_bytes:
+                return False
+            self._waiting.append((columns, size))
+            self._used_bytes += size
+            self._changed.notify_all()
+            return True
+
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until all that was taken is counted; return False when the time is up."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and not self._is_busy, timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """Fold what waits for at most `timeout_s`, then end the thread and free the rows."""
+        self.settle(timeout_s)
+        with self._changed:
+            self._is_closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        self._rows.close()
+
+    def state(self) -> RoutingState:
+        """Return a copy of what was counted."""
+        with self._fold_lock:
+            return self._state.copy()
+
+    def decisions(self) -> Decisions:
+        """Return the kept rows as columns."""
+        return Decisions(list(self._rows.blocks()), self._layers)
+
+    def routing_stats(self, name: str) -> RoutingStats:
+        """Return load per layer; a "forward" of a source is one call."""
+        with self._fold_lock:
+            return RoutingStats(
+                session_name=name,
+                num_forwards=self._num_calls,
+                num_tokens=self._state.num_tokens,
+                num_requests=self._state.num_requests,
+                sampling_rate=1.0,
+                layers=tuple(layer_routing_stats(x, self._state.layers[x.layer_index]) for x in self._layers),
+            )
+
+    def expert_metrics(self, name: str) -> ExpertMetrics:
+        """Return the load of every expert."""
+        with self._fold_lock:
+            return ExpertMetrics(name, tuple(row for info in self._layers for row in self._expert_rows(info)))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._waiting) or self._is_closed)
+                if self._is_closed:
+                    return
+                columns, size = self._waiting.popleft()
+                self._is_busy = True
+            try:
+                with self._fold_lock:
+                    self._fold(columns)
+            finally:
+                with self._changed:
+                    self._used_bytes -= size
+                    self._is_busy = False
+                    self._changed.notify_all()
+
+    def _expert_rows(self, info: LayerInfo) -> list[ExpertRow]:
+        layer, sums = self._state.layers[info.layer_index], self._weight_sums[info.layer_index]
+        total, counts = layer.num_assignments, layer.counts.astype(np.float64)
+        shares = counts / total if total else np.full(len(counts), np.nan)
+        # Counts that came without weights (dumps) leave the mean unknown.
+        means = np.divide(sums, counts, out=np.full(len(counts), np.nan), where=(counts > 0) & (sums > 0))
+        return [
+            ExpertRow(
+                layer_index=info.layer_index,
+                expert_id=expert,
+                num_assignments=int(counts[expert]),
+                share=float(shares[expert]),
+                load_ratio=float(shares[expert]) * info.num_experts,
+                mean_gate_weight=float(means[expert]),
+                mean_probability=float("nan"),
+            )
+            for expert in range(info.num_experts)
+        ]
+
+    def _fold(self, columns: RoutingColumns | CountsColumns) -> None:
+        self._num_calls += 1
+        if isinstance(columns, CountsColumns):
+            self._state.fold_counts(columns)
+            return
+        self._state.fold(columns)
+        for layer in columns.layers:
+            if layer.gate_weights is not None:
+                ids: npt.NDArray[np.int32] = layer.expert_ids
+                is_load = (ids >= 0) & ~columns.is_padding[:, None]
+                weights = layer.gate_weights[is_load].astype(np.float64)
+                self._weight_sums[layer.layer_index] += np.bincount(ids[is_load], weights, minlength=layer.num_experts)
+        if self._keeps_rows:
+            self._rows.add(columns)
