@@ -16,6 +16,7 @@ class Permission(StrEnum):
     PUBLIC = "public"
     SESSIONS_READ = "sessions.read"
     SESSIONS_CLOSE = "sessions.close"
+    SOURCES_PUBLISH = "sources.publish"
     WORKER_GENERATE = "worker.generate"
     SCHEMA_READ = "schema.read"
 
@@ -33,6 +34,9 @@ RPC_PERMISSIONS: dict[str, Permission] = {
     _DEBUGGER + "CloseSession": Permission.SESSIONS_CLOSE,
     _DEBUGGER + "Watch": Permission.SESSIONS_READ,
     _DEBUGGER + "Generate": Permission.WORKER_GENERATE,
+    _DEBUGGER + "OpenSource": Permission.SOURCES_PUBLISH,
+    _DEBUGGER + "PublishRoutes": Permission.SOURCES_PUBLISH,
+    _DEBUGGER + "CloseSource": Permission.SOURCES_PUBLISH,
     "/grpc.health.v1.Health/Check": Permission.PUBLIC,
     "/grpc.health.v1.Health/List": Permission.PUBLIC,
     "/grpc.health.v1.Health/Watch": Permission.PUBLIC,

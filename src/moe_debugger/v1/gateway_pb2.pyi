@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from moe_debugger.v1 import collector_pb2 as _collector_pb2
+from moe_debugger.v1 import routing_pb2 as _routing_pb2
 from moe_debugger.v1 import session_pb2 as _session_pb2
 import builtins as _builtins
 import sys
@@ -632,3 +633,277 @@ class DebuggerServiceGenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DebuggerServiceGenerateResponse: _TypeAlias = DebuggerServiceGenerateResponse  # noqa: Y015
+
+@_typing.final
+class OpenSourceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SESSION_NAME_FIELD_NUMBER: _builtins.int
+    MODEL_NAME_FIELD_NUMBER: _builtins.int
+    MODEL_TYPE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    PHYSICAL_TO_LOGICAL_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    session_name: _builtins.str
+    """A session of that name that is open is joined; empty = model_name."""
+    model_name: _builtins.str
+    model_type: _builtins.str
+    level: _routing_pb2.CaptureLevel.ValueType
+    """Counts, routes or routes with tokens; unspecified = routes."""
+    physical_to_logical: _builtins.bytes
+    """i16 [num_layers, num_physical]: the logical expert of each physical replica, where ids are those of replicas."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[_routing_pb2.LayerDescription]:
+        """The model's MoE layers, in the order of the arrays' layer axis: layer_index 0, 1, 2..., num_experts and top_k; the
+        rest is shown.
+        """
+
+    @_builtins.property
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Of the engine, shown with the source."""
+
+    def __init__(
+        self,
+        *,
+        session_name: _builtins.str = ...,
+        model_name: _builtins.str = ...,
+        model_type: _builtins.str = ...,
+        layers: _abc.Iterable[_routing_pb2.LayerDescription] | None = ...,
+        level: _routing_pb2.CaptureLevel.ValueType = ...,
+        physical_to_logical: _builtins.bytes = ...,
+        versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "level", b"level", "model_name", b"model_name", "model_type", b"model_type", "physical_to_logical", b"physical_to_logical", "session_name", b"session_name", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSourceRequest: _TypeAlias = OpenSourceRequest  # noqa: Y015
+
+@_typing.final
+class OpenSourceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
+    IDLE_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    source_id: _builtins.str
+    max_request_bytes: _builtins.int
+    """The largest request message: push a long request in several calls."""
+    idle_timeout_s: _builtins.float
+    """A source without a call for this long is closed."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        max_request_bytes: _builtins.int = ...,
+        idle_timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_timeout_s", b"idle_timeout_s", "max_request_bytes", b"max_request_bytes", "session_id", b"session_id", "source_id", b"source_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSourceResponse: _TypeAlias = OpenSourceResponse  # noqa: Y015
+
+@_typing.final
+class PublishRoutesRequest(_message.Message):
+    """Routes of some tokens of one request; n tokens, the layers and the largest top-k of the source."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPERT_IDS_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    GATE_WEIGHTS_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    IS_PADDING_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    source_id: _builtins.str
+    request_id: _builtins.str
+    """The same for all calls of a request; empty = a new one, which is in the answer."""
+    num_tokens: _builtins.int
+    expert_ids: _builtins.bytes
+    """i16 [n, num_layers, top_k]; -1 = reached no expert"""
+    position: _builtins.bytes
+    """u32 [n], place of each token in the request, rising"""
+    gate_weights: _builtins.bytes
+    """f32 [n, num_layers, top_k], as applied; empty = not known"""
+    phase: _routing_pb2.Phase.ValueType
+    """Of all tokens; unspecified = told by num_prompt_tokens where that is set."""
+    num_prompt_tokens: _builtins.int
+    """Positions below are prefill, the others decode."""
+    num_cached_tokens: _builtins.int
+    """Tokens of the request's start that came from a prefix cache: not routed here, whatever the arrays hold."""
+    token_id: _builtins.bytes
+    """u32 [n]; empty = not known"""
+    is_padding: _builtins.bytes
+    """u8 [n], 1 = padding; empty = none"""
+    call_id: _builtins.str
+    """An id of this call, which makes a retry safe: the same one again is answered as before and not counted again."""
+    def __init__(
+        self,
+        *,
+        source_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        expert_ids: _builtins.bytes = ...,
+        position: _builtins.bytes = ...,
+        gate_weights: _builtins.bytes = ...,
+        phase: _routing_pb2.Phase.ValueType = ...,
+        num_prompt_tokens: _builtins.int | None = ...,
+        num_cached_tokens: _builtins.int | None = ...,
+        token_id: _builtins.bytes = ...,
+        is_padding: _builtins.bytes = ...,
+        call_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_num_prompt_tokens", b"_num_prompt_tokens", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_num_prompt_tokens", b"_num_prompt_tokens", "call_id", b"call_id", "expert_ids", b"expert_ids", "gate_weights", b"gate_weights", "is_padding", b"is_padding", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "num_tokens", b"num_tokens", "phase", b"phase", "position", b"position", "request_id", b"request_id", "source_id", b"source_id", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_cached_tokens: _TypeAlias = _typing.Literal["num_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__num_cached_tokens: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__num_prompt_tokens: _TypeAlias = _typing.Literal["num_prompt_tokens"]  # noqa: Y015
+    _WhichOneofArgType__num_prompt_tokens: _TypeAlias = _typing.Literal["_num_prompt_tokens", b"_num_prompt_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_cached_tokens) -> _WhichOneofReturnType__num_cached_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_prompt_tokens) -> _WhichOneofReturnType__num_prompt_tokens | None: ...
+
+Global___PublishRoutesRequest: _TypeAlias = PublishRoutesRequest  # noqa: Y015
+
+@_typing.final
+class PublishRoutesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ProblemsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_DECISIONS_FIELD_NUMBER: _builtins.int
+    NUM_NOT_ROUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    IS_TAKEN_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    num_tokens: _builtins.int
+    """Rows taken, padded ones included."""
+    num_decisions: _builtins.int
+    num_not_routed_tokens: _builtins.int
+    """Tokens left out: from a prefix cache, or without a route at any layer."""
+    is_taken: _builtins.bool
+    """False where the source's buffer was full: the decisions are counted as dropped."""
+    @_builtins.property
+    def problems(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """What is suspicious in the arrays, with how many tokens show it."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        num_decisions: _builtins.int = ...,
+        num_not_routed_tokens: _builtins.int = ...,
+        is_taken: _builtins.bool = ...,
+        problems: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_taken", b"is_taken", "num_decisions", b"num_decisions", "num_not_routed_tokens", b"num_not_routed_tokens", "num_tokens", b"num_tokens", "problems", b"problems", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishRoutesResponse: _TypeAlias = PublishRoutesResponse  # noqa: Y015
+
+@_typing.final
+class CloseSourceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    CLOSES_SESSION_FIELD_NUMBER: _builtins.int
+    source_id: _builtins.str
+    closes_session: _builtins.bool
+    """False where another source goes on in the same session."""
+    def __init__(
+        self,
+        *,
+        source_id: _builtins.str = ...,
+        closes_session: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closes_session", b"closes_session", "source_id", b"source_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSourceRequest: _TypeAlias = CloseSourceRequest  # noqa: Y015
+
+@_typing.final
+class CloseSourceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counters(self) -> _routing_pb2.SourceCounters:
+        """At the end: what was produced, published and dropped."""
+
+    def __init__(
+        self,
+        *,
+        counters: _routing_pb2.SourceCounters | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSourceResponse: _TypeAlias = CloseSourceResponse  # noqa: Y015

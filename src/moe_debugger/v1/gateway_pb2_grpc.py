@@ -84,6 +84,21 @@ class DebuggerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.DebuggerServiceGenerateRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.DebuggerServiceGenerateResponse.FromString,
                 _registered_method=True)
+        self.OpenSource = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/OpenSource',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.OpenSourceRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.OpenSourceResponse.FromString,
+                _registered_method=True)
+        self.PublishRoutes = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/PublishRoutes',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.PublishRoutesRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.PublishRoutesResponse.FromString,
+                _registered_method=True)
+        self.CloseSource = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/CloseSource',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceResponse.FromString,
+                _registered_method=True)
 
 
 class DebuggerServiceServicer(object):
@@ -152,6 +167,25 @@ class DebuggerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenSource(self, request, context):
+        """The push door, for engines whose process cannot speak NATS: open a source, push routes, close it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishRoutes(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseSource(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DebuggerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -204,6 +238,21 @@ def add_DebuggerServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.DebuggerServiceGenerateRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.DebuggerServiceGenerateResponse.SerializeToString,
+            ),
+            'OpenSource': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenSource,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.OpenSourceRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.OpenSourceResponse.SerializeToString,
+            ),
+            'PublishRoutes': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishRoutes,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.PublishRoutesRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.PublishRoutesResponse.SerializeToString,
+            ),
+            'CloseSource': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSource,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -476,6 +525,87 @@ class DebuggerService(object):
             '/moe_debugger.v1.DebuggerService/Generate',
             moe__debugger_dot_v1_dot_gateway__pb2.DebuggerServiceGenerateRequest.SerializeToString,
             moe__debugger_dot_v1_dot_gateway__pb2.DebuggerServiceGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenSource(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/OpenSource',
+            moe__debugger_dot_v1_dot_gateway__pb2.OpenSourceRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.OpenSourceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishRoutes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/PublishRoutes',
+            moe__debugger_dot_v1_dot_gateway__pb2.PublishRoutesRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.PublishRoutesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseSource(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/CloseSource',
+            moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceResponse.FromString,
             options,
             channel_credentials,
             insecure,

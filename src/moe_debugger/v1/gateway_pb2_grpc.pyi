@@ -44,6 +44,10 @@ class DebuggerServiceStub:
     """One multiplexed stream per client: a snapshot first, then frames with rising sequences."""
     Generate: _grpc.UnaryStreamMultiCallable[_gateway_pb2.DebuggerServiceGenerateRequest, _gateway_pb2.DebuggerServiceGenerateResponse]
     """Generates through the fleet's worker."""
+    OpenSource: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.OpenSourceRequest, _gateway_pb2.OpenSourceResponse]
+    """The push door, for engines whose process cannot speak NATS: open a source, push routes, close it."""
+    PublishRoutes: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.PublishRoutesRequest, _gateway_pb2.PublishRoutesResponse]
+    CloseSource: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CloseSourceRequest, _gateway_pb2.CloseSourceResponse]
 
 @_typing.type_check_only
 class DebuggerServiceAsyncStub(DebuggerServiceStub):
@@ -61,6 +65,10 @@ class DebuggerServiceAsyncStub(DebuggerServiceStub):
     """One multiplexed stream per client: a snapshot first, then frames with rising sequences."""
     Generate: _aio.UnaryStreamMultiCallable[_gateway_pb2.DebuggerServiceGenerateRequest, _gateway_pb2.DebuggerServiceGenerateResponse]  # type: ignore[assignment]
     """Generates through the fleet's worker."""
+    OpenSource: _aio.UnaryUnaryMultiCallable[_gateway_pb2.OpenSourceRequest, _gateway_pb2.OpenSourceResponse]  # type: ignore[assignment]
+    """The push door, for engines whose process cannot speak NATS: open a source, push routes, close it."""
+    PublishRoutes: _aio.UnaryUnaryMultiCallable[_gateway_pb2.PublishRoutesRequest, _gateway_pb2.PublishRoutesResponse]  # type: ignore[assignment]
+    CloseSource: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CloseSourceRequest, _gateway_pb2.CloseSourceResponse]  # type: ignore[assignment]
 
 class DebuggerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -135,5 +143,27 @@ class DebuggerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.DebuggerServiceGenerateResponse], _abc.AsyncIterator[_gateway_pb2.DebuggerServiceGenerateResponse]]:
         """Generates through the fleet's worker."""
+
+    @_abc_1.abstractmethod
+    def OpenSource(
+        self,
+        request: _gateway_pb2.OpenSourceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.OpenSourceResponse, _abc.Awaitable[_gateway_pb2.OpenSourceResponse]]:
+        """The push door, for engines whose process cannot speak NATS: open a source, push routes, close it."""
+
+    @_abc_1.abstractmethod
+    def PublishRoutes(
+        self,
+        request: _gateway_pb2.PublishRoutesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.PublishRoutesResponse, _abc.Awaitable[_gateway_pb2.PublishRoutesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CloseSource(
+        self,
+        request: _gateway_pb2.CloseSourceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.CloseSourceResponse, _abc.Awaitable[_gateway_pb2.CloseSourceResponse]]: ...
 
 def add_DebuggerServiceServicer_to_server(servicer: DebuggerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
