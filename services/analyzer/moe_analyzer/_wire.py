@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moe_analyzer.aggregate import SourceState
-from moe_analyzer.requests import RequestEntry, RowChunk
+from moe_analyzer.requests import MAIN_STACK, RequestEntry, RowChunk
 from moe_debugger.analysis import LayerState, RoutingState, layer_metrics
 from moe_debugger.v1 import routing_pb2 as routing
 from moe_debugger.v1 import session_pb2 as pb
@@ -41,6 +41,10 @@ def layer_snapshot(
         mean_top1_probability=metrics.mean_confidence,
         num_padding_tokens=total.num_padding,
         num_dropped_slots=total.num_dropped_slots,
+        num_identity_slots=total.num_identity_slots,
+        num_skipped_slots=total.num_skipped_slots,
+        num_unused_slots=total.num_unused_slots,
+        mean_probability=total.mean_probability.astype("<f4").tobytes() if total.num_probability_tokens else b"",
         expert_parallel_counts=_counts_by_rank(total.counts, description.expert_parallel_ranks),
     )
 
@@ -76,6 +80,7 @@ def source_message(source: SourceState, *, is_live: bool) -> pb.Source:
         is_healthy=status.is_healthy,
         problems=status.problems,
         series=dict(status.series),
+        checks=status.checks,
         tail_unknown_bytes=0 if is_live or source.said_goodbye else status.buffer_limit_bytes,
         coordinates=manifest.coordinates,
     )
@@ -140,16 +145,24 @@ def summary_message(entries: list[RequestEntry]) -> pb.RequestSummary:
 
 
 def routes_message(entries: list[RequestEntry], chunks: list[RowChunk]) -> pb.RequestRoutes:
-    """Return all kept rows of one request, sorted by position."""
+    """Return all kept rows of one request, sorted by stack (the decoder first) and position."""
+    stacks = sorted({chunk.stack for chunk in chunks}, key=lambda name: (name != MAIN_STACK, name))
     positions = [chunk.position for chunk in chunks]
     position = np.concatenate(positions) if positions else np.empty(0, np.uint32)
-    order = np.argsort(position, kind="stable")
+    stack = np.repeat(
+        np.array([stacks.index(chunk.stack) for chunk in chunks], np.uint8),
+        np.array([chunk.num_rows for chunk in chunks], np.intp),
+    )
+    order = np.lexsort((position, stack))
     routes = pb.RequestRoutes(
         summary=summary_message(entries),
         num_tokens=len(position),
         position=position[order].astype("<u4").tobytes(),
         num_rows_not_kept=sum(entry.num_rows_not_kept for entry in entries),
+        stacks=stacks,
     )
+    if len(stacks) > 1:
+        routes.stack_index = stack[order].tobytes()
     if chunks:
         routes.phase = np.concatenate([chunk.phase for chunk in chunks])[order].astype("u1").tobytes()
         tokens = [chunk.token_id for chunk in chunks if chunk.token_id is not None]
@@ -181,7 +194,14 @@ def _layer_routes(
     ]
     message.top_k = top_k
     message.expert_ids = np.concatenate(ids)[order].astype("<u2").tobytes()
-    if all(index in chunk.gate_weights for chunk in chunks):
-        weights = np.concatenate([chunk.gate_weights[index] for chunk in chunks])
+    if all(index in chunk.gate_weights for chunk in chunks if index in chunk.expert_ids):
+        weights = np.concatenate(
+            [
+                chunk.gate_weights[index]
+                if index in chunk.gate_weights
+                else np.zeros((chunk.num_rows, top_k), np.float16)
+                for chunk in chunks
+            ]
+        )
         message.gate_weights = weights[order].astype("<f2").tobytes()
     return message

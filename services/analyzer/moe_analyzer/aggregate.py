@@ -5,10 +5,7 @@ the whole session and into the roll-ups of 1, 10 and 60 seconds, and tells reade
 """
 
 import time
-import zlib
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from moe_analyzer.blob import pack, unpack
 from moe_analyzer.requests import RequestBook, RequestEntry
@@ -17,7 +14,7 @@ from moe_analyzer.series import SeriesHistory
 from moe_debugger.analysis.state import LayerShape, RoutingState
 from moe_debugger.errors import InvalidInputError, WireFormatError
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import check_format_version, decode_batch
+from moe_debugger.wire.codec import check_format_version, decode_batch, decode_counts
 
 __all__ = [
     "POISON",
@@ -66,10 +63,20 @@ class SourceState:
 
     @property
     def num_experts(self) -> dict[int, int]:
-        """E of each captured layer of the manifest."""
+        """E of each layer of the manifest."""
+        return {} if self.manifest is None else {one.layer_index: one.num_experts for one in self.manifest.layers}
+
+    @property
+    def num_identity_experts(self) -> dict[int, int]:
+        """Z of each layer of the manifest."""
         if self.manifest is None:
             return {}
-        return {one.layer_index: one.num_experts for one in self.manifest.layers if not one.unavailable_reason}
+        return {one.layer_index: one.num_identity_experts for one in self.manifest.layers}
+
+    @property
+    def stacks(self) -> dict[int, str]:
+        """The stack ("decoder", "encoder"...) of each layer of the manifest."""
+        return {} if self.manifest is None else {one.layer_index: one.stack for one in self.manifest.layers}
 
     def encode(self) -> bytes:
         """Return the source as a Redis value."""
@@ -327,15 +334,15 @@ class SessionPart:
         elif len(pending.layers) < len(self._shapes):
             pending = pending.merge(RoutingState.empty(self._shapes.values()))
         if message.WhichOneof("payload") == "batch":
-            columns = decode_batch(message.batch, source.num_experts)
+            columns = decode_batch(message.batch, source.num_experts, source.num_identity_experts)
             pending.fold(columns)
-            if self.requests.add(columns, stored_ns):
+            if self.requests.add(columns, stored_ns, source.stacks):
                 self._overview_changed = True
             self._set_counters(source, message.batch.counters)
             if columns.num_tokens:
                 source.last_step = max(source.last_step, int(columns.step.max()))
         else:
-            _fold_counts(pending, message.counts, source.num_experts)
+            pending.fold_counts(decode_counts(message.counts, source.num_experts, source.num_identity_experts))
             self._set_counters(source, message.counts.counters)
             source.last_step = max(source.last_step, message.counts.last_step)
         self._pending[second] = pending
@@ -386,11 +393,14 @@ class SessionPart:
 def _shapes(manifest: pb.SourceManifest) -> dict[int, LayerShape]:
     shapes: dict[int, LayerShape] = {}
     for layer in manifest.layers:
-        if layer.unavailable_reason:
+        # `unavailable_reason` is about a router's statistics: such a layer has routes like any other.
+        if not layer.num_experts:
             continue
         if layer.layer_index in shapes:
             raise WireFormatError(f"SourceManifest describes layer {layer.layer_index} twice")
-        shapes[layer.layer_index] = LayerShape(layer.layer_index, layer.num_experts, layer.top_k)
+        shapes[layer.layer_index] = LayerShape(
+            layer.layer_index, layer.num_experts, layer.top_k, layer.num_identity_experts
+        )
     return shapes
 
 
@@ -399,30 +409,3 @@ def num_decisions(message: pb.SourceMessage) -> int:
     if message.WhichOneof("payload") == "batch":
         return sum(layer.num_rows for layer in message.batch.layers)
     return sum(layer.num_tokens for layer in message.counts.layers)
-
-
-def _fold_counts(state: RoutingState, batch: pb.CountsBatch, num_experts: dict[int, int]) -> None:
-    check_format_version(batch.format_version, "CountsBatch")
-    crc = 0
-    for layer in batch.layers:
-        crc = zlib.crc32(layer.probability_sum, zlib.crc32(layer.expert_counts, crc))
-        experts = num_experts.get(layer.layer_index)
-        if experts is None:
-            raise WireFormatError(f"layer {layer.layer_index} is not in the source's manifest")
-        for name in ("expert_counts", "probability_sum"):
-            size = len(getattr(layer, name))
-            if size != 8 * experts and (size or name == "expert_counts"):
-                raise WireFormatError(f"layer {layer.layer_index}: {name} has {size} bytes, expected {8 * experts}")
-    if crc != batch.crc32:
-        raise WireFormatError(f"CountsBatch: checksum {crc:#010x}, expected {batch.crc32:#010x}")
-    for layer in batch.layers:
-        state.fold_counts(
-            layer.layer_index,
-            np.frombuffer(layer.expert_counts, "<u8"),
-            num_tokens=layer.num_tokens,
-            first_step=batch.first_step,
-            last_step=batch.last_step,
-            probability_sum=np.frombuffer(layer.probability_sum, "<f8") if layer.probability_sum else None,
-            num_dropped_slots=layer.num_dropped_slots,
-            phase=batch.phase,
-        )

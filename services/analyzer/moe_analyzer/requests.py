@@ -2,8 +2,12 @@
 
 A request's tokens are counted at every layer; its rows (position, experts, weights) are kept in chunks, so that a flush
 writes only the chunk that grows. Where the budget is spent, the rows of the request that was silent longest go first.
+
+Stacks (an encoder, a decoder) route tokens of their own, at positions of their own: their rows lie in chunks of their
+own, and a request has as many tokens as one layer of its decoder saw, not the sum over stacks.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +16,19 @@ import numpy.typing as npt
 
 from moe_analyzer.blob import pack, unpack
 from moe_debugger.analysis.state import NUM_PHASES
-from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import RoutingColumns
+from moe_debugger.wire.slots import SlotClasses
 
-__all__ = ["RequestBook", "RequestEntry", "RowChunk", "counts_field", "decode_counts", "rows_field"]
+__all__ = ["MAIN_STACK", "RequestBook", "RequestEntry", "RowChunk", "counts_field", "decode_counts", "rows_field"]
 
 # A chunk that has reached this many rows is never written again.
 _CHUNK_ROWS = 256
 _MAX_ROWS_PER_REQUEST = 65_536
+
+# The stack whose tokens are a request's tokens.
+MAIN_STACK = "decoder"
+# A manifest that names no stack means the decoder.
+_MAIN_NAMES = (MAIN_STACK, "", None)
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -43,6 +52,7 @@ class RowChunk:
     token_id: npt.NDArray[np.uint32] | None
     expert_ids: dict[int, npt.NDArray[np.uint16]]
     gate_weights: dict[int, npt.NDArray[np.float16]]
+    stack: str = MAIN_STACK
 
     @property
     def num_rows(self) -> int:
@@ -59,7 +69,8 @@ class RowChunk:
     def fits(self, other: "RowChunk") -> bool:
         """Return whether both have the same columns."""
         return (
-            self.expert_ids.keys() == other.expert_ids.keys()
+            self.stack == other.stack
+            and self.expert_ids.keys() == other.expert_ids.keys()
             and self.gate_weights.keys() == other.gate_weights.keys()
             and (self.token_id is None) == (other.token_id is None)
             and all(ids.shape[1] == other.expert_ids[index].shape[1] for index, ids in self.expert_ids.items())
@@ -75,6 +86,7 @@ class RowChunk:
             else np.concatenate([self.token_id, other.token_id]),
             {index: np.concatenate([ids, other.expert_ids[index]]) for index, ids in self.expert_ids.items()},
             {index: np.concatenate([w, other.gate_weights[index]]) for index, w in self.gate_weights.items()},
+            self.stack,
         )
 
     def encode(self) -> bytes:
@@ -82,6 +94,7 @@ class RowChunk:
         header = {
             "kind": "rows",
             "n": self.num_rows,
+            "stack": self.stack,
             "token_id": self.token_id is not None,
             "ids": [[index, ids.shape[1]] for index, ids in self.expert_ids.items()],
             "weights": [[index, weights.shape[1]] for index, weights in self.gate_weights.items()],
@@ -105,12 +118,17 @@ class RowChunk:
             token_id,
             {index: np.frombuffer(next(rest), "<u2").reshape(n, k) for index, k in header["ids"]},
             {index: np.frombuffer(next(rest), "<f2").reshape(n, k) for index, k in header["weights"]},
+            header.get("stack", MAIN_STACK),  # what was stored before there were stacks
         )
 
 
 @dataclass(slots=True)
 class RequestEntry:
-    """One request: its tokens by layer and phase, its load, and what is kept of its rows."""
+    """One request: its tokens by layer and phase, its load, and what is kept of its rows.
+
+    Attributes:
+        side_layers: the layers in `tokens` that belong to another stack than the decoder.
+    """
 
     request_id: str
     first_seen_ns: int
@@ -122,6 +140,7 @@ class RequestEntry:
     num_chunks: int = 0
     rows_bytes: int = 0
     open_chunk: RowChunk | None = None
+    side_layers: set[int] = field(default_factory=set)
 
     def encode_summary(self) -> bytes:
         """Return what a list of requests shows."""
@@ -135,6 +154,7 @@ class RequestEntry:
                 "chunks": self.num_chunks,
                 "rows_bytes": self.rows_bytes,
                 "layers": list(self.tokens),
+                "side": sorted(self.side_layers),
             },
             [tokens.astype("<u8").tobytes() for tokens in self.tokens.values()],
         )
@@ -152,6 +172,7 @@ class RequestEntry:
             num_rows_not_kept=header["not_kept"],
             num_chunks=header["chunks"],
             rows_bytes=header["rows_bytes"],
+            side_layers=set(header.get("side", ())),
         )
 
     def encode_counts(self) -> bytes:
@@ -162,10 +183,15 @@ class RequestEntry:
         )
 
     def num_tokens(self, phase: int | None = None) -> int:
-        """Valid tokens of the layer that saw most, of one phase or of all."""
-        return max(
-            (int(tokens.sum() if phase is None else tokens[phase]) for tokens in self.tokens.values()), default=0
-        )
+        """Valid tokens of the decoder's layer that saw most, of one phase or of all.
+
+        Where the decoder saw none, of any layer.
+        """
+        main = [tokens for index, tokens in self.tokens.items() if index not in self.side_layers]
+        for layers in (main, list(self.tokens.values())):
+            if any(tokens.any() for tokens in layers):
+                return max(int(tokens.sum() if phase is None else tokens[phase]) for tokens in layers)
+        return 0
 
 
 def decode_counts(data: bytes) -> dict[int, _U64]:
@@ -194,8 +220,14 @@ class RequestBook:
             self.entries[entry.request_id] = entry
             self._rows_bytes += entry.rows_bytes
 
-    def add(self, columns: RoutingColumns, stored_ns: int) -> bool:
-        """Count a batch's rows for their requests; return whether a new request came."""
+    def add(self, columns: RoutingColumns, stored_ns: int, stacks: Mapping[int, str] | None = None) -> bool:
+        """Count a batch's rows for their requests; return whether a new request came.
+
+        Args:
+            columns: rows of one stack.
+            stored_ns: the broker's time.
+            stacks: the stack of each layer index; a layer that is not in it belongs to the decoder.
+        """
         named = np.array([bool(name) for name in columns.request_ids], np.bool_)
         if not named.any():
             return False
@@ -212,13 +244,21 @@ class RequestBook:
             self.entries[name] = entry
             entry.last_seen_ns = max(entry.last_seen_ns, stored_ns)
             self._dirty.add(name)
-        self._count(columns, valid, present)
-        self._keep_rows(columns, valid, present)
+        side = {one.layer_index for one in columns.layers if (stacks or {}).get(one.layer_index) not in _MAIN_NAMES}
+        first = columns.layers[0].layer_index if columns.layers else -1
+        self._count(columns, valid, present, side if stacks else set())
+        self._keep_rows(columns, valid, present, (stacks or {}).get(first) or MAIN_STACK)
         while len(self.entries) > self._max_requests:
             self._forget(next(iter(self.entries)))
         return is_new
 
-    def _count(self, columns: RoutingColumns, valid: npt.NDArray[np.bool_], present: npt.NDArray[np.uint32]) -> None:
+    def _count(
+        self,
+        columns: RoutingColumns,
+        valid: npt.NDArray[np.bool_],
+        present: npt.NDArray[np.uint32],
+        side_layers: set[int],
+    ) -> None:
         num_requests = len(columns.request_ids)
         for layer in columns.layers:
             rows: Any = slice(None) if layer.row_index is None else layer.row_index
@@ -228,15 +268,14 @@ class RequestBook:
             tokens = np.bincount(request * NUM_PHASES + phase, minlength=num_requests * NUM_PHASES)
             tokens = tokens.reshape(num_requests, NUM_PHASES).astype(np.uint64)
             ids = layer.expert_ids[keep]
-            is_load = ids >= 0
-            if layer.slot_status is not None:
-                status = layer.slot_status[keep]
-                is_load &= (status == pb.SLOT_STATUS_ROUTED) | (status == pb.SLOT_STATUS_UNSPECIFIED)
+            status = None if layer.slot_status is None else layer.slot_status[keep]
+            is_load = SlotClasses.of(ids, status, layer.num_experts).is_load
             cells = (request[:, None] * layer.num_experts + ids)[is_load]
             load = np.bincount(cells, minlength=num_requests * layer.num_experts)
             load = load.reshape(num_requests, layer.num_experts).astype(np.uint64)
             for index in present.tolist():
                 entry = self.entries[columns.request_ids[index]]
+                entry.side_layers.update(side_layers)
                 if layer.layer_index in entry.tokens:
                     entry.tokens[layer.layer_index] = entry.tokens[layer.layer_index] + tokens[index]
                 else:
@@ -247,7 +286,7 @@ class RequestBook:
                     entry.counts[layer.layer_index] = load[index].copy()
 
     def _keep_rows(
-        self, columns: RoutingColumns, valid: npt.NDArray[np.bool_], present: npt.NDArray[np.uint32]
+        self, columns: RoutingColumns, valid: npt.NDArray[np.bool_], present: npt.NDArray[np.uint32], stack: str
     ) -> None:
         layers = _full_layers(columns)
         for index in present.tolist():
@@ -264,6 +303,7 @@ class RequestBook:
                 None if columns.token_id is None else columns.token_id[rows],
                 {layer: ids[rows] for layer, (ids, _) in layers.items()},
                 {layer: weights[rows] for layer, (_, weights) in layers.items() if weights is not None},
+                stack,
             )
             self._append(entry, chunk)
         for name in list(self.entries):
@@ -339,7 +379,9 @@ def _full_layers(
     """Ids and weights of each layer for all token rows; 65535 where the layer did not see the row."""
     full: dict[int, tuple[npt.NDArray[np.uint16], npt.NDArray[np.float16] | None]] = {}
     for layer in columns.layers:
-        ids, weights = layer.expert_ids.astype(np.uint16), layer.gate_weights
+        # As they were on the wire, where float32 began as float16.
+        weights = None if layer.gate_weights is None else layer.gate_weights.astype(np.float16)
+        ids = layer.expert_ids.astype(np.uint16)
         if layer.row_index is not None:
             k = ids.shape[1]
             all_ids = np.full((columns.num_tokens, k), 0xFFFF, np.uint16)

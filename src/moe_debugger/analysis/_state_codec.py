@@ -3,6 +3,9 @@
 Layout, little-endian: ``b"MoRS"``, u8 major, u8 minor, u16 zero, u32 CRC-32 of all that follows, then the body: request
 registers, phase counts, token classes, u32 number of layers, layers. Integer arrays are written in the narrowest
 unsigned width that holds their maximum (one byte says which), so that a window's blocks cost one byte a cell.
+
+Major 2 tells skipped, identity and unused slots apart and knows identity experts. Major 1 had one number for the three;
+it is read as unused slots.
 """
 
 import struct
@@ -25,11 +28,12 @@ from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireF
 
 __all__ = ["STATE_FORMAT_MAJOR", "decode_state", "encode_state"]
 
-STATE_FORMAT_MAJOR = 1
+STATE_FORMAT_MAJOR = 2
 STATE_FORMAT_MINOR = 0
 _MAGIC = b"MoRS"
 _HEADER = struct.Struct("<4sBBHI")
-_LAYER = struct.Struct("<III6QQQ")
+_LAYER = struct.Struct("<IIII8QQQ")
+_LAYER_1 = struct.Struct("<III6QQQ")
 _SUMS = ("router_entropy", "top1_probability", "margin", "z_squared")
 _WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 _NO_STEP = 2**64 - 1
@@ -52,10 +56,13 @@ def _encode_layer(layer: LayerState) -> list[bytes]:
         shape.layer_index,
         shape.num_experts,
         shape.top_k,
+        shape.num_identity_experts,
         layer.num_tokens,
         layer.num_padding,
         layer.num_dropped_slots,
-        layer.num_other_slots,
+        layer.num_unused_slots,
+        layer.num_skipped_slots,
+        layer.num_identity_slots,
         layer.num_probability_tokens,
         layer.num_fingerprints,
         _NO_STEP if layer.first_step is None else layer.first_step,
@@ -137,7 +144,7 @@ def decode_state(data: bytes) -> RoutingState:
     (num_layers,) = struct.unpack("<I", reader.take(4, "the number of layers"))
     if num_layers > _MAX_LAYERS:
         raise WireFormatError(f"routing state has {num_layers} layers, expected at most {_MAX_LAYERS}")
-    layers = [_decode_layer(reader) for _ in range(num_layers)]
+    layers = [_decode_layer(reader, major) for _ in range(num_layers)]
     reader.end()
     by_index = {layer.shape.layer_index: layer for layer in layers}
     if len(by_index) != num_layers:
@@ -145,10 +152,17 @@ def decode_state(data: bytes) -> RoutingState:
     return RoutingState(by_index, requests, phases, classes)
 
 
-def _decode_layer(reader: _Reader) -> LayerState:
-    index, experts, top_k, *numbers = _LAYER.unpack(reader.take(_LAYER.size, "a layer's head"))
+def _decode_layer(reader: _Reader, major: int) -> LayerState:
+    identity_experts = skipped = identity = 0
+    if major == 1:
+        index, experts, top_k, *numbers = _LAYER_1.unpack(reader.take(_LAYER_1.size, "a layer's head"))
+        tokens, padding, dropped, unused, probability_tokens, fingerprints, first, last = numbers
+    else:
+        head = _LAYER.unpack(reader.take(_LAYER.size, "a layer's head"))
+        index, experts, top_k, identity_experts, *numbers = head
+        tokens, padding, dropped, unused, skipped, identity, probability_tokens, fingerprints, first, last = numbers
     try:
-        shape = LayerShape(index, experts, top_k)
+        shape = LayerShape(index, experts, top_k, identity_experts)
     except InvalidInputError as error:
         raise WireFormatError(f"routing state: {error}") from error
     what = f"layer {index}"
@@ -163,7 +177,6 @@ def _decode_layer(reader: _Reader) -> LayerState:
     block_counts = reader.unsigned(blocks * experts, f"{what}: blocks").reshape(blocks, experts)
     block_tokens = reader.unsigned(blocks, f"{what}: block sizes")
     probability_sum = reader.unsigned(experts, f"{what}: probabilities").astype(np.int64)
-    tokens, padding, dropped, other, probability_tokens, fingerprints, first, last = numbers
     return LayerState(
         shape=shape,
         counts=counts,
@@ -174,7 +187,9 @@ def _decode_layer(reader: _Reader) -> LayerState:
         num_tokens=tokens,
         num_padding=padding,
         num_dropped_slots=dropped,
-        num_other_slots=other,
+        num_unused_slots=unused,
+        num_skipped_slots=skipped,
+        num_identity_slots=identity,
         num_probability_tokens=probability_tokens,
         num_fingerprints=fingerprints,
         router_entropy=sums[0],

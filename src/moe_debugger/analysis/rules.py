@@ -19,6 +19,7 @@ from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Se
 from moe_debugger.analysis.intervals import benjamini_hochberg, share_tests
 from moe_debugger.analysis.metrics import LayerMetrics, effective_experts
 from moe_debugger.analysis.state import LayerState, RoutingState
+from moe_debugger.capture_health import CaptureHealth
 from moe_debugger.v1 import routing_pb2 as pb
 
 __all__ = ["CaptureHealth", "Look", "all_findings", "num_different_requests"]
@@ -30,23 +31,6 @@ _UNCHANGED = 0.8
 # Routers go by the token first of all: with fewer kinds of them than this (digits are ten), even a healthy one has
 # little to tell apart. Code, prose, tables and sums have 14 to 25 by bytes, and more by words.
 _MIN_TOKEN_KINDS = 12.0
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureHealth:
-    """What is known of the capture behind the rows.
-
-    Attributes:
-        num_produced: decisions that the hooks saw.
-        dropped: decisions lost by reason; sampling is no loss and does not belong here.
-        num_missing_messages: gaps in the sources' sequences.
-        problems: what sources reported about themselves.
-    """
-
-    num_produced: int = 0
-    dropped: dict[str, int] | None = None
-    num_missing_messages: int = 0
-    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,11 +408,14 @@ def _capture_unhealthy(look: Look) -> Iterator[Finding]:
         return
     dropped = {reason: count for reason, count in (health.dropped or {}).items() if count}
     total = sum(dropped.values())
-    if not (total or health.num_missing_messages or health.problems):
+    if health.is_healthy:
         return
     reasons = [f"{count} decisions dropped ({reason})" for reason, count in sorted(dropped.items())]
     if health.num_missing_messages:
         reasons.append(f"{health.num_missing_messages} messages missing")
+    # Drops have their own words above.
+    failed = [check for check in health.failed if check.name != "drops"]
+    reasons += [f"{check.name}: {check.example}" for check in failed]
     reasons += health.problems
     yield Finding(
         FindingKind.CAPTURE_UNHEALTHY,
@@ -438,6 +425,10 @@ def _capture_unhealthy(look: Look) -> Iterator[Finding]:
         evidence=(
             EvidenceRow("dropped_decisions", total, "= 0", None, health.num_produced, "decisions"),
             EvidenceRow("missing_messages", health.num_missing_messages, "= 0", unit="messages"),
+            *(
+                EvidenceRow(f"capture_{check.name}", check.num_violations, "= 0", None, check.num_checked, check.unit)
+                for check in failed
+            ),
         ),
         statistic=float(total),
     )

@@ -2,7 +2,9 @@
 
 Glossary:
     load    assignments of valid tokens whose slot was routed. Padding, dropped, skipped, identity and unused slots are
-            none.
+            none. Load and these add up to tokens times k (`moe_debugger.wire.slots`).
+    rows    each layer counts the rows that it saw. Layers of an encoder and of a decoder see different ones, and so
+            may layers of one stack: nothing here takes one layer's tokens for another's.
     block   a fixed group of whole requests. Tokens of one request resemble each other, so every variance comes from
             the differences between blocks, never from tokens as if they were independent. A request belongs to block
             ``hash(request id) mod num_blocks``; in training, where every step brings new sequences under old names, to
@@ -30,7 +32,8 @@ import numpy.typing as npt
 from moe_debugger.analysis.sketch import NUM_REGISTERS, combine, distinct_estimate, hash_strings, mix, observe
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import LayerColumns, RoutingColumns
+from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
+from moe_debugger.wire.slots import SlotClasses
 
 __all__ = [
     "MAX_EXPERTS",
@@ -65,25 +68,36 @@ def num_blocks(num_experts: int) -> int:
 class LayerShape:
     """Identity and size of one MoE layer.
 
+    Attributes:
+        num_experts: E, the routed experts.
+        num_identity_experts: Z, experts that compute nothing; their ids are E..E+Z-1 and they are no load.
+
     Raises:
-        InvalidInputError: E is not in 1..65535, or k not in 1..E.
+        InvalidInputError: E + Z is not in 1..65535, or k not in 1..E+Z.
     """
 
     layer_index: int
     num_experts: int
     top_k: int
+    num_identity_experts: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_experts <= MAX_EXPERTS:
+        if self.num_experts < 1 or self.num_identity_experts < 0 or self.num_ids > MAX_EXPERTS:
             raise InvalidInputError(
-                f"layer {self.layer_index}: {self.num_experts} experts, expected 1 to {MAX_EXPERTS} routed experts"
+                f"layer {self.layer_index}: {self.num_experts} routed and {self.num_identity_experts} identity "
+                f"experts, expected 1 to {MAX_EXPERTS} together, and at least one routed"
             )
-        if not 1 <= self.top_k <= self.num_experts:
+        if not 1 <= self.top_k <= self.num_ids:
             raise InvalidInputError(
-                f"layer {self.layer_index}: top_k is {self.top_k}, expected 1 to {self.num_experts} (its experts)"
+                f"layer {self.layer_index}: top_k is {self.top_k}, expected 1 to {self.num_ids} (its experts)"
             )
         if self.layer_index < 0:
             raise InvalidInputError(f"layer_index is {self.layer_index}, expected 0 or more")
+
+    @property
+    def num_ids(self) -> int:
+        """E + Z: how many expert ids there are."""
+        return self.num_experts + self.num_identity_experts
 
 
 @dataclass(slots=True)
@@ -120,8 +134,8 @@ class LayerState:
         block_tokens: [B] uint64, valid tokens per block.
         num_tokens: valid tokens.
         num_padding: padding rows; never part of anything else.
-        num_dropped_slots: slots of valid tokens that were dropped for capacity.
-        num_other_slots: slots of valid tokens that reached no routed expert for another reason.
+        num_dropped_slots, num_skipped_slots, num_identity_slots, num_unused_slots: slots of valid tokens that are no
+            load, by what became of them. With the counts they add up to ``num_tokens * k``.
         router_entropy, top1_probability, margin, z_squared: sums over valid tokens, where captured.
             `z_squared` is the square of the logits' logsumexp (router z-loss).
         probability_sum: [E] int64, fixed-point sum of the router's probability per expert.
@@ -141,7 +155,9 @@ class LayerState:
     num_tokens: int = 0
     num_padding: int = 0
     num_dropped_slots: int = 0
-    num_other_slots: int = 0
+    num_skipped_slots: int = 0
+    num_identity_slots: int = 0
+    num_unused_slots: int = 0
     num_probability_tokens: int = 0
     num_fingerprints: int = 0
     router_entropy: FixedSum = field(default_factory=FixedSum)
@@ -207,7 +223,9 @@ class LayerState:
             num_tokens=self.num_tokens + other.num_tokens,
             num_padding=self.num_padding + other.num_padding,
             num_dropped_slots=self.num_dropped_slots + other.num_dropped_slots,
-            num_other_slots=self.num_other_slots + other.num_other_slots,
+            num_skipped_slots=self.num_skipped_slots + other.num_skipped_slots,
+            num_identity_slots=self.num_identity_slots + other.num_identity_slots,
+            num_unused_slots=self.num_unused_slots + other.num_unused_slots,
             num_probability_tokens=self.num_probability_tokens + other.num_probability_tokens,
             num_fingerprints=self.num_fingerprints + other.num_fingerprints,
             router_entropy=self.router_entropy.plus(other.router_entropy),
@@ -230,7 +248,7 @@ class RoutingState:
     Attributes:
         layers: `LayerState` by layer index.
         request_registers: [256] uint8, distinct counter over requests.
-        phase_tokens: [5] uint64, valid token rows by `Phase`.
+        phase_tokens: [5] uint64, valid token rows by `Phase`, of all stacks.
         token_classes: [256] uint64, valid token rows by a hash of their token id, where captured.
     """
 
@@ -316,10 +334,10 @@ class RoutingState:
         ids, shape = layer.expert_ids, state.shape
         if ids.ndim != 2 or (len(ids) and ids.shape[1] != shape.top_k):
             raise InvalidInputError(f"{where}expert_ids has shape {ids.shape}, expected (n, {shape.top_k})")
-        if ids.size and not -1 <= int(ids.min()) <= int(ids.max()) < shape.num_experts:
+        if ids.size and not -1 <= int(ids.min()) <= int(ids.max()) < shape.num_ids:
             raise InvalidInputError(
                 f"{where}expert ids reach from {int(ids.min())} to {int(ids.max())}, expected 0 to "
-                f"{shape.num_experts - 1}, or -1 for no expert"
+                f"{shape.num_ids - 1}, or -1 for no expert"
             )
         rows = len(ids)
         if layer.row_index is None:
@@ -328,50 +346,48 @@ class RoutingState:
         elif len(layer.row_index) != rows or (rows and int(layer.row_index.max()) >= num_tokens):
             raise InvalidInputError(f"{where}row_index does not fit {rows} rows of a batch of {num_tokens} tokens")
 
-    def fold_counts(
-        self,
-        layer_index: int,
-        expert_counts: npt.ArrayLike,
-        *,
-        num_tokens: int,
-        first_step: int,
-        last_step: int,
-        probability_sum: npt.ArrayLike | None = None,
-        num_dropped_slots: int = 0,
-        phase: int = 0,
-    ) -> None:
+    def fold_counts(self, columns: CountsColumns) -> None:
         """Add sums of the `counts` level, in place; they belong to no block, so no interval comes from them.
 
-        Args:
-            layer_index: one of this state's layers.
-            expert_counts: [E] assignments of valid tokens.
-            num_tokens: valid tokens.
-            first_step: first step of the sums.
-            last_step: last step of the sums.
-            probability_sum: [E] sums of the router's probability, or None.
-            num_dropped_slots: slots that were dropped for capacity.
-            phase: value of `Phase`, counted once per call for the state's first layer.
+        Of `phase_tokens` they tell the tokens of the layer that saw most.
 
         Raises:
-            InvalidInputError: the layer is unknown or a column does not have E entries.
+            InvalidInputError: a layer is unknown, its columns do not have E entries, or it accounts for more slots than
+                its tokens have; nothing was added.
         """
-        state = self.layers.get(layer_index)
+        for layer in columns.layers:
+            self._check_sums(layer)
+        for layer in columns.layers:
+            state = self.layers[layer.layer_index]
+            if layer.probability_sum is not None:
+                _add_probabilities(state, np.asarray(layer.probability_sum, np.float64), layer.num_tokens)
+            state.counts += np.asarray(layer.expert_counts, np.uint64)
+            state.num_padding += layer.num_padding
+            state.num_tokens += layer.num_tokens
+            state.num_dropped_slots += layer.dropped_slots
+            state.num_skipped_slots += layer.skipped_slots
+            state.num_identity_slots += layer.identity_slots
+            state.num_unused_slots += layer.num_tokens * state.shape.top_k - _num_accounted(layer)
+            if layer.num_tokens:
+                state.see_steps(columns.first_step, columns.last_step)
+        self.phase_tokens[min(columns.phase, NUM_PHASES - 1)] += np.uint64(columns.num_tokens)
+
+    def _check_sums(self, layer: LayerCountColumns) -> None:
+        index = layer.layer_index
+        state = self.layers.get(index)
         if state is None:
-            raise InvalidInputError(f"layer {layer_index} is not among the layers {sorted(self.layers)} of this state")
-        counts = np.asarray(expert_counts, np.uint64)
-        experts = state.shape.num_experts
-        if counts.shape != (experts,):
-            raise InvalidInputError(f"layer {layer_index}: counts have shape {counts.shape}, expected ({experts},)")
-        if probability_sum is not None:
-            _add_probabilities(state, np.asarray(probability_sum, np.float64), num_tokens)
-        state.counts += counts
-        state.num_tokens += num_tokens
-        state.num_dropped_slots += num_dropped_slots
-        missing = num_tokens * state.shape.top_k - int(counts.sum()) - num_dropped_slots
-        state.num_other_slots += max(missing, 0)
-        state.see_steps(first_step, last_step)
-        if layer_index == next(iter(self.layers)):
-            self.phase_tokens[min(phase, NUM_PHASES - 1)] += np.uint64(num_tokens)
+            raise InvalidInputError(f"layer {index} is not among the layers {sorted(self.layers)} of this state")
+        shape = (state.shape.num_experts,)
+        for name in ("expert_counts", "probability_sum"):
+            column = getattr(layer, name)
+            if column is not None and np.shape(column) != shape:
+                raise InvalidInputError(f"layer {index}: {name} has shape {np.shape(column)}, expected {shape}")
+        num_slots = layer.num_tokens * state.shape.top_k
+        if _num_accounted(layer) > num_slots:
+            raise InvalidInputError(
+                f"layer {index}: the sums account for {_num_accounted(layer)} slots, {layer.num_tokens} tokens with "
+                f"top-{state.shape.top_k} have {num_slots}"
+            )
 
     def merge(self, other: "RoutingState") -> "RoutingState":
         """Return the state of both sets of rows; layers that only one of them has are taken as they are.
@@ -495,17 +511,14 @@ def _fold_load(
     known: npt.NDArray[np.bool_],
 ) -> None:
     experts, blocks = state.shape.num_experts, len(state.block_tokens)
-    is_load = ids >= 0
-    num_dropped = 0
-    if layer.slot_status is not None:
-        status = layer.slot_status[valid]
-        is_load &= (status == pb.SLOT_STATUS_ROUTED) | (status == pb.SLOT_STATUS_UNSPECIFIED)
-        num_dropped = int((status == pb.SLOT_STATUS_DROPPED).sum())
-    state.num_dropped_slots += num_dropped
-    state.num_other_slots += ids.size - int(is_load.sum()) - num_dropped
+    slots = SlotClasses.of(ids, None if layer.slot_status is None else layer.slot_status[valid], experts)
+    state.num_dropped_slots += slots.num_dropped
+    state.num_skipped_slots += slots.num_skipped
+    state.num_identity_slots += slots.num_identity
+    state.num_unused_slots += slots.num_unused
     # Rows of unknown requests go to one more block, which is dropped after counting.
     block = np.where(known, (hashes >> np.uint64(32)) % np.uint64(blocks), np.uint64(blocks)).astype(np.intp)
-    cells = (block[:, None] * experts + ids)[is_load]
+    cells = (block[:, None] * experts + ids)[slots.is_load]
     table = np.bincount(cells, minlength=(blocks + 1) * experts).astype(np.uint64).reshape(blocks + 1, experts)
     state.counts += table.sum(axis=0)
     state.block_counts += table[:blocks]
@@ -523,7 +536,9 @@ def _fold_content(
     """Add the rows' fingerprints, where weights or token ids tell tokens apart."""
     parts: list[npt.NDArray[np.unsignedinteger]] = []
     if layer.gate_weights is not None:
-        parts.append(np.ascontiguousarray(layer.gate_weights[valid], np.float16).view(np.uint16))
+        # As on the wire, so that a notebook and an analyzer tell the same tokens apart.
+        with np.errstate(over="ignore"):
+            parts.append(np.ascontiguousarray(layer.gate_weights[valid], np.float16).view(np.uint16))
     if columns.token_id is not None:
         parts.append(columns.token_id[rows][valid].reshape(-1, 1))
     if not parts:
@@ -547,6 +562,16 @@ def _add_probabilities(state: LayerState, sums: npt.NDArray[np.float64], num_tok
         return
     state.probability_sum += np.rint(np.clip(sums, 0, _MAX_ABSOLUTE) * _FIXED_POINT).astype(np.int64)
     state.num_probability_tokens += num_tokens
+
+
+def _num_accounted(layer: LayerCountColumns) -> int:
+    """Slots that the sums name; the rest was unused."""
+    return (
+        int(np.sum(layer.expert_counts, dtype=np.uint64))
+        + layer.identity_slots
+        + layer.skipped_slots
+        + layer.dropped_slots
+    )
 
 
 def _extreme(choose: Callable[[list[int]], int], a: int | None, b: int | None) -> int | None:

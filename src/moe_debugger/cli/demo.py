@@ -169,14 +169,20 @@ class _Account:
 
     @staticmethod
     def _state(steps: Sequence[ScenarioStep]) -> RoutingState:
+        import numpy as np
+
         from moe_debugger.analysis.state import LayerShape, RoutingState
+        from moe_debugger.v1 import routing_pb2 as pb
+        from moe_debugger.wire.codec import CountsColumns, LayerCountColumns
 
         sizes = [len(layer) for layer in steps[0].result.counts]
         state = RoutingState.empty([LayerShape(index, size, DEMO_TOP_K) for index, size in enumerate(sizes)])
         for step in steps:
-            for index, counts in enumerate(step.result.counts):
-                num_tokens = sum(counts) // DEMO_TOP_K
-                state.fold_counts(index, counts, num_tokens=num_tokens, first_step=step.step, last_step=step.step)
+            layers = [
+                LayerCountColumns(index, sizes[index], 0, sum(counts) // DEMO_TOP_K, 0, np.array(counts, np.uint64))
+                for index, counts in enumerate(step.result.counts)
+            ]
+            state.fold_counts(CountsColumns(step.step, step.step, pb.PHASE_UNSPECIFIED, 0, layers))
         return state
 
 

@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import RoutingColumns
+from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 
 __all__ = ["Buffer", "PublisherStatistics"]
 
@@ -36,7 +36,7 @@ class PublisherStatistics:
 
 @dataclass(slots=True)
 class _Item:
-    columns: RoutingColumns
+    columns: RoutingColumns | CountsColumns
     num_decisions: int
     size_bytes: int
 
@@ -58,7 +58,9 @@ class Buffer:
         self._num_published = 0
         self._dropped: dict[int, int] = {}
 
-    def put(self, columns: RoutingColumns, num_decisions: int, size_bytes: int) -> tuple[bool, int, int]:
+    def put(
+        self, columns: RoutingColumns | CountsColumns, num_decisions: int, size_bytes: int
+    ) -> tuple[bool, int, int]:
         """Take an item, or drop and count it where it does not fit.
 
         Returns:
@@ -75,7 +77,7 @@ class Buffer:
             self._queued_decisions += num_decisions
             return True, self._queued_decisions, len(self._items)
 
-    def take(self, max_decisions: int) -> tuple[list[RoutingColumns], int, int]:
+    def take(self, max_decisions: int) -> tuple[list[RoutingColumns | CountsColumns], int, int]:
         """Return waiting items of at most about `max_decisions`, with their decisions and bytes."""
         with self._lock:
             taken: list[_Item] = []

@@ -1,15 +1,29 @@
-"""Joins the columns of forwards into batches of a good size for the wire, or reduces them to counts."""
+"""Joins the columns of forwards into batches of a good size for the wire, or reduces them to sums."""
 
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import MAX_MESSAGE_BYTES, LayerColumns, RoutingColumns, format_version
+from moe_debugger.wire.codec import (
+    MAX_MESSAGE_BYTES,
+    CountsColumns,
+    LayerColumns,
+    LayerCountColumns,
+    RoutingColumns,
+)
+from moe_debugger.wire.slots import SlotClasses
 
-__all__ = ["MAX_DECISIONS", "columns_size_bytes", "count_batches", "join_and_split", "num_valid_decisions"]
+__all__ = [
+    "MAX_DECISIONS",
+    "columns_size_bytes",
+    "join_and_split",
+    "join_counts",
+    "reduce_to_counts",
+    "split_counts",
+]
 
 # Between 1k and 16k decisions a message costs least per decision; beyond, it only makes the reader wait.
 MAX_DECISIONS = 16_384
@@ -30,22 +44,19 @@ _LAYER_COLUMNS = (
 )
 
 
-def columns_size_bytes(columns: RoutingColumns) -> int:
+def columns_size_bytes(columns: RoutingColumns | CountsColumns) -> int:
     """Return the bytes of all arrays of `columns`."""
+    if isinstance(columns, CountsColumns):
+        return sum(
+            layer.expert_counts.nbytes + (0 if layer.probability_sum is None else layer.probability_sum.nbytes)
+            for layer in columns.layers
+        )
     size: int = sum(array.nbytes for name in _TOKEN_COLUMNS if (array := getattr(columns, name)) is not None)
     for layer in columns.layers:
         size += sum(array.nbytes for name in _LAYER_COLUMNS if (array := getattr(layer, name)) is not None)
+        size += 0 if layer.row_index is None else layer.row_index.nbytes
         size += 0 if layer.probability_sum is None else layer.probability_sum.nbytes
     return size
-
-
-def num_valid_decisions(columns: RoutingColumns) -> int:
-    """Return the decisions of tokens that are no padding."""
-    num_valid = int(np.count_nonzero(~columns.is_padding))
-    return sum(
-        num_valid if layer.row_index is None else int(np.count_nonzero(~columns.is_padding[layer.row_index]))
-        for layer in columns.layers
-    )
 
 
 def join_and_split(items: Sequence[RoutingColumns]) -> Iterator[RoutingColumns]:
@@ -65,61 +76,109 @@ def join_and_split(items: Sequence[RoutingColumns]) -> Iterator[RoutingColumns]:
         joined = items[start] if end == start + 1 else _join(items[start:end])
         start = end
         if signature is None or joined.num_tokens <= limit:
-            yield joined
+            yield joined  # what is not in step is refused by the reader; it cannot be cut
         else:
             for first in range(0, joined.num_tokens, limit):
                 yield _rows(joined, first, first + limit)
 
 
-def count_batches(items: Sequence[RoutingColumns], num_experts: dict[int, int]) -> Iterator[tuple[pb.CountsBatch, int]]:
-    """Yield the sums of `items` for each phase that occurs, and the decisions that they hold.
+def reduce_to_counts(columns: RoutingColumns) -> list[CountsColumns]:
+    """Return the sums of `columns`, one for each phase that occurs among its rows.
 
-    The checksum runs over ``expert_counts`` then ``probability_sum`` of each layer, in order.
+    Slots count as in `moe_debugger.analysis.state`: load is what was routed, padding is none. A sum of probabilities
+    belongs to all valid rows of a layer, so rows of several phases leave none.
     """
-    phases = sorted({int(phase) for item in items for phase in np.unique(item.phase)})
-    for phase in phases:
-        counts = {index: np.zeros(experts, np.uint64) for index, experts in num_experts.items()}
-        probabilities = {index: np.zeros(experts, np.float64) for index, experts in num_experts.items()}
-        has_probabilities = dict.fromkeys(num_experts, True)
-        tokens = dict.fromkeys(num_experts, 0)
-        steps: list[int] = []
-        for item in items:
-            chosen = (item.phase == phase) & ~item.is_padding
-            if not chosen.any():
-                continue
-            is_whole = bool((item.phase == phase).all())
-            steps += [int(item.step[chosen].min()), int(item.step[chosen].max())]
-            for layer in item.layers:
-                index = layer.layer_index
-                rows = chosen if layer.row_index is None else chosen[layer.row_index]
-                ids = layer.expert_ids[rows]
-                counts[index] += np.bincount(ids[ids >= 0], minlength=num_experts[index]).astype(np.uint64)
-                tokens[index] += len(ids)
-                if layer.probability_sum is None or not is_whole:
-                    has_probabilities[index] = False
-                else:
-                    probabilities[index] += layer.probability_sum
-        if not steps:
-            continue
-        batch = pb.CountsBatch(format_version=format_version(), first_step=min(steps), last_step=max(steps))
-        batch.phase = pb.Phase.ValueType(phase)
-        batch.captured_at_unix_ns = max(item.captured_at_unix_ns for item in items)
-        for index, total in counts.items():
-            entry = batch.layers.add(layer_index=index, num_tokens=tokens[index])
-            entry.expert_counts = total.astype("<u8").tobytes()
-            if has_probabilities[index]:
-                entry.probability_sum = probabilities[index].astype("<f8").tobytes()
-        crc = 0
-        for entry in batch.layers:
-            crc = zlib.crc32(entry.probability_sum, zlib.crc32(entry.expert_counts, crc))
-        batch.crc32 = crc
-        yield batch, sum(tokens.values())
+    result = []
+    for phase in np.unique(columns.phase).tolist():
+        of_phase = columns.phase == phase
+        layers = [_sums(columns, layer, of_phase) for layer in columns.layers]
+        steps = columns.step[of_phase]
+        result.append(CountsColumns(int(steps.min()), int(steps.max()), phase, columns.captured_at_unix_ns, layers))
+    return result
+
+
+def _sums(columns: RoutingColumns, layer: LayerColumns, of_phase: npt.NDArray[np.bool_]) -> LayerCountColumns:
+    chosen, padding = of_phase, columns.is_padding
+    if layer.row_index is not None:
+        chosen, padding = chosen[layer.row_index], padding[layer.row_index]
+    valid = chosen & ~padding
+    ids = layer.expert_ids[valid]
+    status = None if layer.slot_status is None else layer.slot_status[valid]
+    slots = SlotClasses.of(ids, status, layer.num_experts)
+    return LayerCountColumns(
+        layer_index=layer.layer_index,
+        num_experts=layer.num_experts,
+        num_identity_experts=layer.num_identity_experts,
+        num_tokens=len(ids),
+        num_padding=int(np.count_nonzero(chosen & padding)),
+        expert_counts=np.bincount(ids[slots.is_load], minlength=layer.num_experts).astype(np.uint64),
+        identity_slots=slots.num_identity,
+        skipped_slots=slots.num_skipped,
+        dropped_slots=slots.num_dropped,
+        unused_slots=slots.num_unused,
+        probability_sum=layer.probability_sum if bool((chosen | padding).all()) else None,
+    )
+
+
+def join_counts(items: Iterable[CountsColumns]) -> list[CountsColumns]:
+    """Return the sums of `items`, one for each phase and set of layers, in the order in which these came first."""
+    joined: dict[tuple[object, ...], CountsColumns] = {}
+    for item in items:
+        # Sums without probabilities must not dilute those that have them, so such items are not joined.
+        key = (item.phase, *((layer.layer_index, layer.probability_sum is None) for layer in item.layers))
+        before = joined.get(key)
+        joined[key] = item if before is None else _add(before, item)
+    return list(joined.values())
+
+
+def split_counts(columns: CountsColumns) -> Iterator[CountsColumns]:
+    """Yield `columns` in parts that fit one message each: some of the layers in each."""
+    layers: list[LayerCountColumns] = []
+    size = 0
+    for layer in columns.layers:
+        layer_bytes = layer.num_experts * (8 if layer.probability_sum is None else 16) + 64
+        if layers and size + layer_bytes > MAX_MESSAGE_BYTES - _ENVELOPE_BYTES:
+            yield replace(columns, layers=layers)
+            layers, size = [], 0
+        layers.append(layer)
+        size += layer_bytes
+    yield replace(columns, layers=layers)
+
+
+def _add(one: CountsColumns, other: CountsColumns) -> CountsColumns:
+    return CountsColumns(
+        first_step=min(one.first_step, other.first_step),
+        last_step=max(one.last_step, other.last_step),
+        phase=one.phase,
+        captured_at_unix_ns=max(one.captured_at_unix_ns, other.captured_at_unix_ns),
+        layers=[
+            LayerCountColumns(
+                layer_index=a.layer_index,
+                num_experts=a.num_experts,
+                num_identity_experts=a.num_identity_experts,
+                num_tokens=a.num_tokens + b.num_tokens,
+                num_padding=a.num_padding + b.num_padding,
+                expert_counts=a.expert_counts + b.expert_counts,
+                identity_slots=a.identity_slots + b.identity_slots,
+                skipped_slots=a.skipped_slots + b.skipped_slots,
+                dropped_slots=a.dropped_slots + b.dropped_slots,
+                unused_slots=a.unused_slots + b.unused_slots,
+                probability_sum=(
+                    None
+                    if a.probability_sum is None or b.probability_sum is None
+                    else a.probability_sum + b.probability_sum
+                ),
+            )
+            for a, b in zip(one.layers, other.layers, strict=True)
+        ],
+    )
 
 
 def _max_rows(columns: RoutingColumns) -> int:
     row_bytes = _TOKEN_BYTES
     for layer in columns.layers:
-        width, k = (1 if layer.num_experts <= 255 else 2), layer.expert_ids.shape[1]
+        experts = layer.num_experts + layer.num_identity_experts
+        width, k = (1 if experts <= 255 else 2), layer.expert_ids.shape[1]
         row_bytes += k * (width + 2 + 1) + 16
         row_bytes += 0 if layer.logits is None else 2 * layer.num_experts
         row_bytes += 0 if layer.intended_expert_ids is None else k * width
@@ -130,7 +189,10 @@ def _max_rows(columns: RoutingColumns) -> int:
 
 def _signature(columns: RoutingColumns) -> tuple[object, ...] | None:
     """Which columns there are: only alike items can be joined. None where rows and layers are not in step."""
-    if any(layer.row_index is not None or len(layer.expert_ids) != columns.num_tokens for layer in columns.layers):
+    if any(
+        len(layer.expert_ids) != (columns.num_tokens if layer.row_index is None else len(layer.row_index))
+        for layer in columns.layers
+    ):
         return None
     return (
         columns.token_id is None,
@@ -138,7 +200,7 @@ def _signature(columns: RoutingColumns) -> tuple[object, ...] | None:
             (layer.layer_index, layer.expert_ids.shape[1], *(getattr(layer, name) is None for name in _LAYER_COLUMNS))
             for layer in columns.layers
         ),
-        *(layer.probability_sum is None for layer in columns.layers),
+        *((layer.probability_sum is None, layer.row_index is None) for layer in columns.layers),
     )
 
 
@@ -149,10 +211,24 @@ def _join(items: Sequence[RoutingColumns]) -> RoutingColumns:
         mapping = np.array([names.setdefault(name, len(names)) for name in item.request_ids] or [0], dtype=np.uint32)
         request_index.append(mapping[item.request_index])
     first = items[0]
+    starts = np.cumsum([0, *(item.num_tokens for item in items[:-1])])
     layers = []
     for place, layer in enumerate(first.layers):
         parts = [item.layers[place] for item in items]
-        joined = LayerColumns(layer.layer_index, layer.num_experts, np.concatenate([part.expert_ids for part in parts]))
+        joined = LayerColumns(
+            layer.layer_index,
+            layer.num_experts,
+            np.concatenate([part.expert_ids for part in parts]),
+            num_identity_experts=layer.num_identity_experts,
+        )
+        if layer.row_index is not None:
+            joined.row_index = np.concatenate(
+                [
+                    part.row_index + start
+                    for part, start in zip(parts, starts, strict=True)
+                    if part.row_index is not None
+                ]
+            ).astype(np.uint32)
         for name in _LAYER_COLUMNS[1:]:
             if getattr(layer, name) is not None:
                 setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
@@ -183,13 +259,24 @@ def _rows(columns: RoutingColumns, start: int, end: int) -> RoutingColumns:
     used, request_index = np.unique(columns.request_index[start:end], return_inverse=True)
     layers = []
     for layer in columns.layers:
-        part = LayerColumns(layer.layer_index, layer.num_experts, layer.expert_ids[start:end])
+        chosen: Any = slice(start, end)
+        row_index = None
+        if layer.row_index is not None:
+            chosen = (layer.row_index >= start) & (layer.row_index < end)
+            row_index = (layer.row_index[chosen] - np.uint32(start)).astype(np.uint32)
+        part = LayerColumns(
+            layer.layer_index,
+            layer.num_experts,
+            layer.expert_ids[chosen],
+            row_index=row_index,
+            num_identity_experts=layer.num_identity_experts,
+        )
         for name in _LAYER_COLUMNS[1:]:
             column = getattr(layer, name)
             if column is not None:
-                setattr(part, name, column[start:end])
+                setattr(part, name, column[chosen])
         if layer.probability_sum is not None:
-            part.probability_sum = _part_of_sum(columns, layer.probability_sum, start, end)
+            part.probability_sum = _part_of_sum(columns, layer, chosen)
         layers.append(part)
     return RoutingColumns(
         step=columns.step[start:end],
@@ -205,10 +292,10 @@ def _rows(columns: RoutingColumns, start: int, end: int) -> RoutingColumns:
     )
 
 
-def _part_of_sum(
-    columns: RoutingColumns, total: npt.NDArray[np.float64], start: int, end: int
-) -> npt.NDArray[np.float64]:
+def _part_of_sum(columns: RoutingColumns, layer: LayerColumns, chosen: Any) -> npt.NDArray[np.float64]:
     """Return a part's share of a sum over all valid rows: the parts' mean is the whole's, and they add up to it."""
-    num_valid = int(np.count_nonzero(~columns.is_padding))
-    share = int(np.count_nonzero(~columns.is_padding[start:end])) / num_valid if num_valid else 0.0
-    return total * share
+    assert layer.probability_sum is not None
+    valid = ~columns.is_padding if layer.row_index is None else ~columns.is_padding[layer.row_index]
+    num_valid = int(np.count_nonzero(valid))
+    share = int(np.count_nonzero(valid[chosen])) / num_valid if num_valid else 0.0
+    return layer.probability_sum * share

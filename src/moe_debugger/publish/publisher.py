@@ -23,15 +23,23 @@ import structlog
 from nats.aio.client import Client as NatsClient
 from nats.js import JetStreamContext
 
+from moe_debugger.capture_health import HealthCheck
 from moe_debugger.errors import FleetError
 from moe_debugger.v1 import control_pb2
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import RoutingColumns, encode_batch, format_version
+from moe_debugger.wire.codec import CountsColumns, RoutingColumns, encode_batch, encode_counts, format_version
 from moe_debugger.wire.ids import DEFAULT_TENANT, check_tenant, new_id
 from moe_debugger.wire.subjects import event_subject, open_session_subject
 
 from .account import Buffer, PublisherStatistics
-from .batching import MAX_DECISIONS, columns_size_bytes, count_batches, join_and_split, num_valid_decisions
+from .batching import (
+    MAX_DECISIONS,
+    columns_size_bytes,
+    join_and_split,
+    join_counts,
+    reduce_to_counts,
+    split_counts,
+)
 
 __all__ = ["Health", "Publisher", "SourceDescription", "redact_url"]
 
@@ -74,6 +82,7 @@ class Health:
     hook_time_share: float = 0.0
     is_healthy: bool = True
     problems: tuple[str, ...] = ()
+    checks: tuple[HealthCheck, ...] = ()
 
 
 class Publisher:
@@ -100,7 +109,6 @@ class Publisher:
         self._tenant = check_tenant(tenant)
         self._health: Callable[[], Health] = Health
         self._buffer = Buffer(buffer_bytes)
-        self._num_experts = {layer.layer_index: layer.num_experts for layer in description.layers}
         self._is_counts = description.level == pb.CAPTURE_LEVEL_COUNTS
         self._series: dict[str, float] = {}
         self._state: Literal["connecting", "opening_session", "publishing", "refused", "stopped"] = "connecting"
@@ -157,9 +165,18 @@ class Publisher:
             "check that `moe-debugger up` runs and that the URL is the `nats` value of `moe-debugger up --json`"
         )
 
-    def submit(self, columns: RoutingColumns) -> bool:
-        """Take columns for publishing; return False where they were dropped (and counted)."""
-        num_decisions = num_valid_decisions(columns) if self._is_counts else columns.num_decisions
+    def submit(self, columns: RoutingColumns | CountsColumns) -> bool:
+        """Take columns for publishing; return False where they were dropped (and counted).
+
+        At level "counts" rows are reduced to sums here: no row waits in the buffer, and none gets onto the wire.
+        """
+        if self._is_counts and isinstance(columns, RoutingColumns):
+            taken = [self._put(sums) for sums in reduce_to_counts(columns)]
+            return all(taken)
+        return self._put(columns)
+
+    def _put(self, columns: RoutingColumns | CountsColumns) -> bool:
+        num_decisions = columns.num_decisions
         if self._is_stopping or self._state == "refused":
             reason = pb.DROP_REASON_CLOSED if self._is_stopping else pb.DROP_REASON_BROKER_REFUSED
             self._buffer.count_dropped(reason, num_decisions)
@@ -269,6 +286,8 @@ class Publisher:
             await asyncio.gather(status, return_exceptions=True)
         if self._unacked:
             await asyncio.wait(self._unacked)
+        # What the capture says at its end: a source that lived a second or less has sent no other.
+        await self._publish(self._message(status=self._status()))
         goodbye = pb.SourceGoodbye(
             counters=self._buffer.counters(), closes_session=self._closes_session, reason=self._reason
         )
@@ -370,13 +389,18 @@ class Publisher:
             if self._stop_asked.is_set() and self._buffer.is_empty:
                 return
 
-    def _batch_messages(self, items: Sequence[RoutingColumns]) -> list[tuple[pb.SourceMessage, int]]:
+    def _batch_messages(self, items: Sequence[RoutingColumns | CountsColumns]) -> list[tuple[pb.SourceMessage, int]]:
         """Build the messages of `items` without sequences, with the decisions that each holds."""
-        if self._is_counts:
-            return [
-                (pb.SourceMessage(counts=batch), number) for batch, number in count_batches(items, self._num_experts)
-            ]
-        return [(pb.SourceMessage(batch=encode_batch(part)), part.num_decisions) for part in join_and_split(items)]
+        rows = [item for item in items if isinstance(item, RoutingColumns)]
+        sums = [item for item in items if isinstance(item, CountsColumns)]
+        return [
+            *((pb.SourceMessage(batch=encode_batch(part)), part.num_decisions) for part in join_and_split(rows)),
+            *(
+                (pb.SourceMessage(counts=encode_counts(part)), part.num_decisions)
+                for joined in join_counts(sums)
+                for part in split_counts(joined)
+            ),
+        ]
 
     async def _start_sending(self, messages: list[tuple[pb.SourceMessage, int]], size_bytes: int) -> None:
         if not messages:
@@ -402,26 +426,29 @@ class Publisher:
 
     async def _send_statuses(self) -> None:
         while True:
-            health = self._health()
-            statistics = self.statistics()
-            with self._lock:
-                series = dict(self._series)
-            status = pb.SourceStatus(
-                counters=self._buffer.counters(),
-                last_step=health.last_step,
-                buffer_used_bytes=statistics.buffer_used_bytes,
-                buffer_limit_bytes=statistics.buffer_limit_bytes,
-                hook_time_share=health.hook_time_share,
-                is_healthy=health.is_healthy,
-                problems=health.problems,
-                series=series,
-            )
             # A status in the air is finished even where this loop is ended: its sequence must not become a gap.
-            task = asyncio.ensure_future(self._publish(self._message(status=status)))
+            task = asyncio.ensure_future(self._publish(self._message(status=self._status())))
             self._unacked.add(task)
             task.add_done_callback(self._unacked.discard)
             await asyncio.shield(task)
             await asyncio.sleep(_STATUS_INTERVAL_S)
+
+    def _status(self) -> pb.SourceStatus:
+        health = self._health()
+        statistics = self.statistics()
+        with self._lock:
+            series = dict(self._series)
+        return pb.SourceStatus(
+            counters=self._buffer.counters(),
+            last_step=health.last_step,
+            buffer_used_bytes=statistics.buffer_used_bytes,
+            buffer_limit_bytes=statistics.buffer_limit_bytes,
+            hook_time_share=health.hook_time_share,
+            is_healthy=health.is_healthy,
+            problems=health.problems,
+            series=series,
+            checks=[check.to_proto() for check in health.checks],
+        )
 
     def _message(
         self,

@@ -21,6 +21,7 @@ from moe_debugger.analysis import (
 )
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.messages import catalogue, render_finding
+from moe_debugger.wire.codec import CountsColumns, LayerCountColumns
 
 Simulate = Callable[..., dict[str, Any]]
 TOKENS = 4096
@@ -266,7 +267,8 @@ def test_counts_alone_claim_nothing_that_needs_requests() -> None:
     state = fold_decisions({"layer_index": [], "expert_ids": []}, num_experts=8, top_k=2)
     assert finish(state).findings == ()
     counted = RoutingState.empty(fold_one().shapes)
-    counted.fold_counts(0, [5000, 5000, 0, 0, 0, 0, 0, 0], num_tokens=5000, first_step=0, last_step=9)
+    counts = np.array([5000, 5000, 0, 0, 0, 0, 0, 0], np.uint64)
+    counted.fold_counts(CountsColumns(0, 9, 0, 0, [LayerCountColumns(0, 8, 0, 5000, 0, counts)]))
     assert [(f.code, f.severity) for f in finish(counted).findings] == [("insufficient_evidence", Severity.INFO)]
 
 

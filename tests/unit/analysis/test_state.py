@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate, hash_strings, observe
 from moe_debugger.analysis.state import LayerShape, RoutingState, num_blocks
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireFormatError
-from moe_debugger.wire.codec import LayerColumns, RoutingColumns
+from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
 
 MakeColumns = Callable[..., RoutingColumns]
 SHAPES = [LayerShape(0, 8, 2), LayerShape(1, 8, 2)]
@@ -84,7 +84,7 @@ def test_fold_equals_a_loop_over_rows(make_columns: MakeColumns, seed: int) -> N
     for layer in columns.layers:
         rows = range(columns.num_tokens) if layer.row_index is None else layer.row_index.tolist()
         counts: Counter[int] = Counter()
-        tokens = padding = dropped = other = 0
+        tokens = padding = dropped = skipped = unused = 0
         margins = []
         assert layer.slot_status is not None
         assert layer.margin is not None
@@ -100,13 +100,15 @@ def test_fold_equals_a_loop_over_rows(make_columns: MakeColumns, seed: int) -> N
                     dropped += 1
                 elif expert >= 0 and status in (0, 1):
                     counts[expert] += 1
+                elif status == 3:
+                    skipped += 1
                 else:
-                    other += 1
+                    unused += 1
         got = state.layers[layer.layer_index]
         assert got.counts.tolist() == [counts[expert] for expert in range(8)]
         assert (got.num_tokens, got.num_padding) == (tokens, padding)
-        assert (got.num_dropped_slots, got.num_other_slots) == (dropped, other)
-        assert got.num_assignments + dropped + other == tokens * 2
+        assert (got.num_dropped_slots, got.num_skipped_slots, got.num_unused_slots) == (dropped, skipped, unused)
+        assert got.num_assignments + dropped + skipped + unused == tokens * 2
         assert got.margin.num_values == len(margins)
         assert got.margin.mean == pytest.approx(np.mean(margins), abs=1e-6)
 
@@ -178,7 +180,7 @@ def test_damaged_bytes_are_a_wire_format_error(make_columns: MakeColumns) -> Non
         with pytest.raises(WireFormatError):
             RoutingState.from_bytes(bytes(damaged))
     with pytest.raises(UnsupportedFormatError, match="upgrade"):
-        RoutingState.from_bytes(data[:4] + b"\x02" + data[5:])
+        RoutingState.from_bytes(data[:4] + b"\x03" + data[5:])
 
 
 def test_unnamed_training_rows_form_blocks_by_forward_and_unnamed_decode_rows_none() -> None:
@@ -224,17 +226,79 @@ def test_a_name_that_comes_again_in_training_is_another_sequence_and_in_generati
         assert state.num_requests == pytest.approx(expected, abs=2)
 
 
+def sums(
+    layer_index: int, counts: list[int], num_tokens: int, *, num_padding: int = 0, **slots: int
+) -> LayerCountColumns:
+    return LayerCountColumns(layer_index, 4, 0, num_tokens, num_padding, np.array(counts, np.uint64), **slots)
+
+
 def test_fold_counts_adds_load_without_blocks() -> None:
-    state = RoutingState.empty([LayerShape(0, 4, 2)])
-    state.fold_counts(0, [3, 1, 2, 0], num_tokens=4, first_step=5, last_step=6, num_dropped_slots=1, phase=3)
+    state = RoutingState.empty([LayerShape(0, 4, 2), LayerShape(1, 4, 2)])
+    dropped = sums(0, [3, 1, 2, 0], 5, num_padding=7, dropped_slots=1, identity_slots=1, skipped_slots=1)
+    # A layer that saw fewer rows than the other, as an encoder's may.
+    state.fold_counts(CountsColumns(5, 6, 3, 0, [dropped, sums(1, [1, 1, 0, 0], 1)]))
     layer = state.layers[0]
     assert layer.counts.tolist() == [3, 1, 2, 0]
-    assert (layer.num_tokens, layer.num_dropped_slots, layer.num_other_slots) == (4, 1, 1)
+    assert (layer.num_tokens, layer.num_padding, layer.num_dropped_slots) == (5, 7, 1)
+    assert (layer.num_identity_slots, layer.num_skipped_slots, layer.num_unused_slots) == (1, 1, 1)
     assert (layer.first_step, layer.last_step, layer.num_occupied_blocks) == (5, 6, 0)
-    with pytest.raises(InvalidInputError, match="shape"):
-        state.fold_counts(0, [1, 2], num_tokens=1, first_step=0, last_step=0)
-    with pytest.raises(InvalidInputError, match="not among"):
-        state.fold_counts(9, [1, 2, 3, 4], num_tokens=1, first_step=0, last_step=0)
+    assert (state.layers[1].num_tokens, state.phase_tokens.tolist()) == (1, [0, 0, 0, 5, 0])
+    before = state.to_bytes()
+    for wrong, text in (
+        (sums(0, [1, 2], 2), "shape"),
+        (sums(9, [1, 1, 0, 0], 1), "not among"),
+        (sums(0, [3, 0, 0, 0], 1), "account for 3 slots, 1 tokens with top-2 have 2"),
+    ):
+        with pytest.raises(InvalidInputError, match=text):
+            state.fold_counts(CountsColumns(0, 0, 3, 0, [sums(1, [1, 1, 0, 0], 1), wrong]))
+    assert state.to_bytes() == before, "nothing of a batch that does not fit is added"
+
+
+def test_identity_experts_are_counted_apart_and_are_no_load() -> None:
+    shape = LayerShape(0, 4, 2, num_identity_experts=2)
+    ids = np.array([[0, 4], [5, 1], [2, -1], [3, -1]], np.int32)
+    status = np.array([[1, 4], [4, 1], [1, 2], [1, 3]], np.uint8)
+    columns = RoutingColumns(
+        step=np.zeros(4, np.uint64),
+        forward_index=np.zeros(4, np.uint64),
+        request_ids=["a"],
+        request_index=np.zeros(4, np.uint32),
+        position=np.arange(4, dtype=np.uint32),
+        phase=np.ones(4, np.uint8),
+        is_padding=np.zeros(4, bool),
+        layers=[LayerColumns(0, 4, ids, slot_status=status, num_identity_experts=2)],
+    )
+    state = RoutingState.empty([shape])
+    state.fold(columns)
+    layer = RoutingState.from_bytes(state.to_bytes()).layers[0]
+    assert layer.shape == shape
+    assert layer.counts.tolist() == [1, 1, 1, 1]
+    assert (layer.num_identity_slots, layer.num_dropped_slots, layer.num_skipped_slots) == (2, 1, 1)
+    assert layer.num_unused_slots == 0
+    columns.layers[0].expert_ids[0, 1] = 6
+    with pytest.raises(InvalidInputError, match="expected 0 to 5"):
+        state.fold(columns)
+
+
+def test_layers_that_see_other_rows_count_their_own() -> None:
+    """An encoder's rows and a decoder's come as columns of their own, with other numbers of rows."""
+    state = RoutingState.empty([LayerShape(0, 4, 1), LayerShape(1, 4, 1)])
+    for layer_index, num_rows in ((0, 7), (1, 3)):
+        state.fold(
+            RoutingColumns(
+                step=np.zeros(num_rows, np.uint64),
+                forward_index=np.zeros(num_rows, np.uint64),
+                request_ids=["a"],
+                request_index=np.zeros(num_rows, np.uint32),
+                position=np.arange(num_rows, dtype=np.uint32),
+                phase=np.ones(num_rows, np.uint8),
+                is_padding=np.arange(num_rows) == 0,
+                layers=[LayerColumns(layer_index, 4, np.zeros((num_rows, 1), np.int32))],
+            )
+        )
+    assert [(layer.num_tokens, layer.num_padding) for layer in state.layers.values()] == [(6, 1), (2, 1)]
+    assert [layer.num_assignments for layer in state.layers.values()] == [6, 2]
+    assert state.num_requests == 1
 
 
 def test_fold_refuses_rows_that_do_not_fit_and_adds_nothing(make_columns: MakeColumns) -> None:

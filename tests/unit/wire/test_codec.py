@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from moe_debugger.errors import UnsupportedFormatError, WireFormatError
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import LayerColumns, RoutingColumns, decode_batch, encode_batch
+from moe_debugger.wire.codec import (
+    CountsColumns,
+    LayerColumns,
+    LayerCountColumns,
+    RoutingColumns,
+    decode_batch,
+    decode_counts,
+    encode_batch,
+    encode_counts,
+)
 
 
 def make_columns(num_tokens: int = 3, num_experts: int = 8, top_k: int = 2, seed: int = 0) -> RoutingColumns:
@@ -27,7 +36,8 @@ def make_columns(num_tokens: int = 3, num_experts: int = 8, top_k: int = 2, seed
                 layer_index=0,
                 num_experts=num_experts,
                 expert_ids=ids,
-                gate_weights=rng.random((num_tokens, top_k)).astype(np.float16),
+                # Values that float16 holds, so that they come back as they were.
+                gate_weights=rng.random((num_tokens, top_k)).astype(np.float16).astype(np.float32),
                 margin=np.full(num_tokens, np.nan, np.float32),
                 router_entropy=rng.random(num_tokens).astype(np.float32),
                 probability_sum=rng.random(num_experts),
@@ -55,6 +65,87 @@ def test_a_batch_reads_back_as_it_was_written(num_tokens: int, num_experts: int,
         if num_tokens or name == "probability_sum":
             np.testing.assert_array_equal(getattr(read.layers[0], name), wanted, err_msg=name)
     assert read.layers[0].slot_status is None
+
+
+def test_gate_weights_are_float32_here_and_float16_on_the_wire() -> None:
+    columns = make_columns(num_tokens=2)
+    columns.layers[0].gate_weights = np.array([[1 / 3, 2 / 3], [70_000, 1]], np.float32)
+    message = encode_batch(columns)
+    assert len(message.layers[0].gate_weights) == 2 * 2 * 2
+    weights = decode_batch(message, {0: 8}).layers[0].gate_weights
+    assert weights is not None
+    assert weights.dtype == np.float32
+    assert weights[0].tolist() == pytest.approx([1 / 3, 2 / 3], rel=2**-11)
+    assert weights[1].tolist() == [np.inf, 1], "what float16 cannot hold is not clipped to a value that looks true"
+
+
+@pytest.mark.parametrize(("num_experts", "num_identity", "width"), [(8, 4, 1), (250, 5, 1), (250, 6, 2), (512, 256, 2)])
+def test_identity_experts_have_the_ids_after_the_routed_ones(num_experts: int, num_identity: int, width: int) -> None:
+    columns = make_columns(num_experts=num_experts)
+    layer = columns.layers[0]
+    layer.num_identity_experts = num_identity
+    layer.expert_ids[0] = [num_experts + num_identity - 1, num_experts]
+    message = encode_batch(columns)
+    assert message.layers[0].expert_id_width == width
+    read = decode_batch(message, {0: num_experts}, {0: num_identity}).layers[0]
+    np.testing.assert_array_equal(read.expert_ids, layer.expert_ids)
+    assert (read.num_experts, read.num_identity_experts) == (num_experts, num_identity)
+    with pytest.raises(WireFormatError, match=f"expert {num_experts + num_identity - 1} of a layer"):
+        decode_batch(message, {0: num_experts})
+
+
+def test_a_slot_that_reached_no_expert_has_no_id_on_the_wire() -> None:
+    columns = make_columns(num_tokens=1)
+    columns.layers[0].expert_ids = np.array([[3, 5]], np.int32)
+    columns.layers[0].slot_status = np.array([[pb.SLOT_STATUS_ROUTED, pb.SLOT_STATUS_DROPPED]], np.uint8)
+    read = decode_batch(encode_batch(columns), {0: 8}).layers[0]
+    assert read.expert_ids.tolist() == [[3, -1]]
+    assert columns.layers[0].expert_ids.tolist() == [[3, 5]], "the caller's columns stay as they are"
+
+
+def test_a_layer_that_saw_no_row_reads_back() -> None:
+    columns = make_columns(num_tokens=3)
+    columns.layers[0] = LayerColumns(0, 8, np.zeros((0, 2), np.int32), row_index=np.zeros(0, np.uint32))
+    read = decode_batch(encode_batch(columns), {0: 8}).layers[0]
+    assert read.expert_ids.shape == (0, 2)
+    assert read.row_index is not None
+    assert read.row_index.tolist() == []
+
+
+def make_counts() -> CountsColumns:
+    counts = np.array([3, 0, 1, 0], np.uint64)
+    return CountsColumns(
+        first_step=2**40,
+        last_step=2**40 + 3,
+        phase=pb.PHASE_TRAIN,
+        captured_at_unix_ns=9,
+        layers=[
+            LayerCountColumns(0, 4, 2, 5, 1, counts, 3, 2, 1, np.array([2.0, 1.0, 1.0, 1.0])),
+            LayerCountColumns(3, 2, 0, 0, 0, np.zeros(2, np.uint64)),
+        ],
+    )
+
+
+def test_counts_read_back_as_they_were_written() -> None:
+    wanted = make_counts()
+    message = pb.CountsBatch.FromString(encode_counts(wanted).SerializeToString())
+    read = decode_counts(message, {0: 4, 3: 2}, {0: 2})
+    for name in ("first_step", "last_step", "phase", "captured_at_unix_ns", "num_tokens", "num_decisions"):
+        assert getattr(read, name) == getattr(wanted, name), name
+    for layer, expected in zip(read.layers, wanted.layers, strict=True):
+        for name in LayerCountColumns.__slots__:
+            np.testing.assert_array_equal(getattr(layer, name), getattr(expected, name), err_msg=name)
+
+
+def test_counts_that_do_not_fit_are_refused_with_the_reason() -> None:
+    message = encode_counts(make_counts())
+    with pytest.raises(WireFormatError, match="layer 3 is not in the source's manifest"):
+        decode_counts(message, {0: 4})
+    with pytest.raises(WireFormatError, match="expert_counts has 32 bytes, expected 64"):
+        decode_counts(message, {0: 8, 3: 2})
+    message.layers[0].expert_counts = bytes(32)
+    with pytest.raises(WireFormatError, match="checksum"):
+        decode_counts(message, {0: 4, 3: 2})
 
 
 def test_ids_take_one_byte_up_to_255_experts_and_two_above() -> None:

@@ -1,0 +1,359 @@
+"""Checks each forward's columns before they are counted; pure numpy, on the capture's own thread.
+
+What cannot be counted (an expert id that the layer does not have, a layer whose columns do not fit each other) is taken
+out here and reported as dropped, so that one bad row neither spoils the sums nor loses the forwards around it.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger.capture_health import CHECK_NAMES, CheckStatus, HealthCheck
+from moe_debugger.v1 import routing_pb2 as pb
+from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
+from moe_debugger.wire.slots import SlotClasses
+
+__all__ = ["OVERHEAD_LIMIT", "ForwardSeen", "HealthMonitor", "MonitoredLayer"]
+
+# Hooks that take more than this share of the forwards' time distort what is watched. Capture costs a few per cent on
+# models of real proportions; tiny test models, whose layers take microseconds, come near to this.
+OVERHEAD_LIMIT = 0.5
+# Forwards of several threads end out of order: while the model runs, a hole is one only behind this many newer ones.
+_LIVE_SLACK = 64
+# Beyond this many early ones the oldest hole is a gap for good, and the set stays small.
+_MAX_EARLY = 1024
+_UNITS = {
+    "conservation": "slots",
+    "distinctness": "rows",
+    "range": "slots",
+    "weights": "slots",
+    "layers": "layer forwards",
+    "gaps": "forwards",
+    "drops": "decisions",
+    "overhead": "ms of forwards",
+}
+_ROW_COLUMNS = (
+    "expert_ids", "gate_weights", "slot_status", "intended_expert_ids", "margin", "router_entropy", "router_logsumexp",
+    "top1_probability", "logits",
+)  # fmt: skip
+
+
+class MonitoredLayer(Protocol):
+    """What is known of a layer beforehand; `LayerInfo` is one."""
+
+    @property
+    def layer_index(self) -> int: ...
+    @property
+    def module_name(self) -> str: ...
+    @property
+    def stack(self) -> str: ...
+    @property
+    def top_k(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardSeen:
+    """What was seen of one forward apart from its columns, sampling aside.
+
+    Attributes:
+        model_tokens: token rows that each stack ran over, padding included. A stack that did not run has 0 or is
+            missing; one whose tokens are not known is None, and its layers cannot be checked.
+        layer_tokens: token rows that each layer's hook saw; a layer without a call is missing.
+        explained: layers that were right to see fewer rows, with the reason.
+        num_left_out: decisions that sampling left out of the columns.
+    """
+
+    forward_index: int
+    model_tokens: Mapping[str, int | None]
+    layer_tokens: Mapping[int, int]
+    explained: Mapping[int, str] = field(default_factory=dict)
+    num_left_out: int = 0
+
+
+@dataclass(slots=True)
+class _Tally:
+    num_checked: int = 0
+    num_violations: int = 0
+    example: str = ""
+
+    def add(self, checked: int, violations: int = 0, example: str = "") -> None:
+        self.num_checked += int(checked)
+        if violations:
+            self.num_violations += int(violations)
+            self.example = self.example or example
+
+
+class HealthMonitor:
+    """The running checks of one session.
+
+    Args:
+        layers: the layers that the model has.
+        first_forward: index of the session's first forward.
+    """
+
+    def __init__(self, layers: Iterable[MonitoredLayer], *, first_forward: int = 0) -> None:
+        self._layers = {layer.layer_index: layer for layer in layers}
+        self._tallies = {name: _Tally() for name in CHECK_NAMES}
+        self._lock = threading.Lock()
+        self._first_forward = first_forward
+        # All forwards below are accounted for; above it the set holds those that came early.
+        self._next_forward = first_forward
+        self._early: set[int] = set()
+        self._missing = _Tally()
+        self._unknown_stacks: set[str] = set()
+
+    def forward_dropped(self, forward_index: int) -> None:
+        """Note a forward that was dropped whole and is counted among the drops: it is no gap besides."""
+        with self._lock:
+            self._arrive(forward_index)
+
+    def check_rows(self, seen: ForwardSeen, parts: Sequence[RoutingColumns]) -> tuple[list[RoutingColumns], int]:
+        """Check one forward at a level with rows.
+
+        Args:
+            seen: what the hooks and the model's entrance saw.
+            parts: its columns, one for each stack.
+
+        Returns:
+            The columns without what cannot be counted, and how many decisions that were.
+        """
+        with self._lock:
+            # Before anything is taken out: a layer whose columns are wrong was seen all the same.
+            self._check_layers(seen, parts)
+            clean, num_dropped = [], 0
+            for part in parts:
+                layers = []
+                for layer in part.layers:
+                    kept, dropped = self._check_layer(layer, part, seen.forward_index)
+                    num_dropped += dropped
+                    if kept is not None:
+                        layers.append(kept)
+                clean.append(replace(part, layers=layers))
+            return clean, num_dropped
+
+    def check_counts(self, seen: ForwardSeen, parts: Sequence[CountsColumns]) -> tuple[list[CountsColumns], int]:
+        """Check one forward at level "counts"; see `check_rows`.
+
+        Sums hide which row an id belonged to: distinctness is checked by its consequence that no expert can have more
+        assignments than there are tokens, and single weights are not checked.
+        """
+        with self._lock:
+            self._check_layers(seen, parts)
+            clean, num_dropped = [], 0
+            for part in parts:
+                layers = []
+                for layer in part.layers:
+                    if self._check_sums(layer, seen.forward_index):
+                        layers.append(layer)
+                    else:
+                        num_dropped += layer.num_tokens
+                clean.append(replace(part, layers=layers))
+            return clean, num_dropped
+
+    def checks(
+        self, *, num_produced: int, dropped: Mapping[str, int], hook_ns: int, forward_ns: int, is_live: bool = False
+    ) -> tuple[HealthCheck, ...]:
+        """Return the outcome of all checks.
+
+        Args:
+            num_produced: decisions that the hooks saw.
+            dropped: decisions lost by reason, sampling aside.
+            hook_ns: time in hooks; forward_ns: time in forwards, hooks included.
+            is_live: forwards may be under way that end after younger ones.
+        """
+        with self._lock:
+            result = {name: self._outcome(name, tally) for name, tally in self._tallies.items()}
+            result["gaps"] = self._gaps(is_live)
+        total = sum(dropped.values())
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(dropped.items()) if number)
+        result["drops"] = _check("drops", num_produced, total, reasons)
+        result["overhead"] = _overhead(hook_ns, forward_ns)
+        return tuple(result[name] for name in CHECK_NAMES)
+
+    # -- layers and forwards ---------------------------------------------------------------------------------------
+
+    def _arrive(self, forward_index: int) -> None:
+        self._early.add(forward_index)
+        while self._next_forward in self._early or len(self._early) > _MAX_EARLY:
+            if self._next_forward in self._early:
+                self._early.remove(self._next_forward)
+            else:
+                self._missing.add(1, 1, f"forward {self._next_forward} was not captured, later ones were")
+            self._next_forward += 1
+
+    def _gaps(self, is_live: bool) -> HealthCheck:
+        newest = max(self._early, default=self._next_forward - 1)
+        end = newest - _LIVE_SLACK if is_live else newest
+        missing = [index for index in range(self._next_forward, end) if index not in self._early]
+        example = f"forward {missing[0]} was not captured, forward {newest} was" if missing else ""
+        num_missing = self._missing.num_violations + len(missing)
+        return _check("gaps", newest + 1 - self._first_forward, num_missing, self._missing.example or example)
+
+    def _check_layers(self, seen: ForwardSeen, parts: Sequence[RoutingColumns | CountsColumns]) -> None:
+        self._arrive(seen.forward_index)
+        in_columns = {layer.layer_index for part in parts for layer in part.layers}
+        # A stack whose requests were all sampled out has no columns, and that is right.
+        captured = {self._layers[index].stack for index in in_columns if index in self._layers}
+        tally = self._tallies["layers"]
+        for index, layer in self._layers.items():
+            model_tokens = seen.model_tokens.get(layer.stack, 0)
+            hook_tokens = seen.layer_tokens.get(index, 0)
+            where = f"layer {index} ({layer.module_name}): "
+            if model_tokens is None and not hook_tokens:
+                self._unknown_stacks.add(layer.stack)
+                continue
+            if not model_tokens and not hook_tokens:
+                continue
+            if model_tokens is not None and hook_tokens < model_tokens and index not in seen.explained:
+                example = (
+                    f"{where}its hook saw {hook_tokens} of the {model_tokens} tokens that the {layer.stack} saw "
+                    f"in forward {seen.forward_index}"
+                )
+                tally.add(1, 1, example)
+            elif hook_tokens and index not in in_columns and (layer.stack in captured or not seen.num_left_out):
+                tally.add(1, 1, f"{where}captured in forward {seen.forward_index}, but lost before it was counted")
+            else:
+                tally.add(1)
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def _check_layer(
+        self, layer: LayerColumns, part: RoutingColumns, forward_index: int
+    ) -> tuple[LayerColumns | None, int]:
+        """Return the layer without what cannot be counted (None: all of it), and the decisions taken out."""
+        ids = layer.expert_ids
+        where = f"layer {layer.layer_index}, forward {forward_index}: "
+        num_rows = part.num_tokens if layer.row_index is None else len(layer.row_index)
+        if ids.ndim != 2:
+            self._tallies["range"].add(ids.size, max(1, ids.size), f"{where}expert_ids has shape {ids.shape}")
+            return None, num_rows
+        k = ids.shape[1]
+        if len(ids) != num_rows or (num_rows and not _is_within(layer.row_index, part.num_tokens)):
+            lost = abs(num_rows - len(ids)) * k or num_rows * k
+            self._tallies["conservation"].add(
+                num_rows * k, max(1, lost), f"{where}{len(ids)} routed rows for {num_rows} tokens"
+            )
+            return None, num_rows
+        for name in _ROW_COLUMNS[1:]:
+            column = getattr(layer, name)
+            if column is not None and not _fits(column, name, ids.shape):
+                check = "weights" if name == "gate_weights" else "conservation"
+                self._tallies[check].add(
+                    ids.size, max(1, ids.size), f"{where}{name} has shape {column.shape} for ids of shape {ids.shape}"
+                )
+                return None, num_rows
+        padding = part.is_padding if layer.row_index is None else part.is_padding[layer.row_index]
+        self._check_slots(layer, ~padding, where)
+        return self._without_bad_ids(layer, where)
+
+    def _check_slots(self, layer: LayerColumns, valid: npt.NDArray[np.bool_], where: str) -> None:
+        ids, status = layer.expert_ids, layer.slot_status
+        slots = SlotClasses.of(ids, status, layer.num_experts)
+        if status is None:
+            unaccounted = ids < 0
+        else:
+            is_routed = (status == pb.SLOT_STATUS_ROUTED) | (status == pb.SLOT_STATUS_UNSPECIFIED)
+            unaccounted = (is_routed & (ids < 0)) | (status > pb.SLOT_STATUS_UNUSED)
+        missing = int(np.count_nonzero(unaccounted))
+        text = f"{where}{missing} of {ids.size} slots reached no expert, and no status says why" if missing else ""
+        self._tallies["conservation"].add(ids.size, missing, text)
+        chosen = np.sort(np.where(slots.is_load, ids, -1)[valid], axis=1)
+        twice = ((chosen[:, 1:] == chosen[:, :-1]) & (chosen[:, 1:] >= 0)).any(axis=1)
+        num_twice = int(np.count_nonzero(twice))
+        text = f"{where}a row has the experts {chosen[int(twice.argmax())].tolist()}" if num_twice else ""
+        self._tallies["distinctness"].add(len(chosen), num_twice, text)
+        if layer.gate_weights is not None:
+            weights = layer.gate_weights[valid][slots.is_load[valid]]
+            wrong = ~np.isfinite(weights)
+            num_wrong = int(np.count_nonzero(wrong))
+            text = f"{where}a gate weight is {weights[int(wrong.argmax())]}" if num_wrong else ""
+            self._tallies["weights"].add(weights.size, num_wrong, text)
+
+    def _without_bad_ids(self, layer: LayerColumns, where: str) -> tuple[LayerColumns, int]:
+        last = layer.num_experts + layer.num_identity_experts - 1
+        bad = (layer.expert_ids < -1) | (layer.expert_ids > last)
+        if layer.intended_expert_ids is not None:
+            bad = bad | (layer.intended_expert_ids < -1) | (layer.intended_expert_ids > last)
+        num_bad = int(np.count_nonzero(bad))
+        if not num_bad:
+            self._tallies["range"].add(bad.size)
+            return layer, 0
+        example = f"{where}expert {layer.expert_ids[bad][0]} of a layer whose ids are 0 to {last}"
+        self._tallies["range"].add(bad.size, num_bad, example)
+        keep = np.logical_not(bad.any(axis=1))
+        rows = np.arange(len(keep), dtype=np.uint32) if layer.row_index is None else layer.row_index
+        kept = replace(
+            layer,
+            row_index=rows[keep],
+            # The sum was over all rows; what the bad ones added to it is not known.
+            probability_sum=None,
+            **{name: column[keep] for name in _ROW_COLUMNS if (column := getattr(layer, name)) is not None},
+        )
+        return kept, int(np.count_nonzero(~keep))
+
+    # -- sums ------------------------------------------------------------------------------------------------------
+
+    def _check_sums(self, layer: LayerCountColumns, forward_index: int) -> bool:
+        where = f"layer {layer.layer_index}, forward {forward_index}: "
+        counts, expected = layer.expert_counts, layer.num_experts
+        if counts.shape != (expected,):
+            self._tallies["range"].add(
+                expected, max(1, abs(counts.size - expected)), f"{where}{counts.size} counts for {expected} experts"
+            )
+            return False
+        self._tallies["range"].add(expected)
+        most = int(counts.max(initial=0))
+        text = f"{where}expert {int(counts.argmax())} has {most} assignments from {layer.num_tokens} tokens"
+        self._tallies["distinctness"].add(layer.num_tokens, max(0, most - layer.num_tokens), text)
+        known = self._layers.get(layer.layer_index)
+        if known is not None and known.top_k:
+            slots = layer.num_tokens * known.top_k
+            found = int(counts.sum()) + layer.identity_slots + layer.skipped_slots + layer.dropped_slots
+            found += layer.unused_slots
+            text = f"{where}{found} slots are accounted for, {layer.num_tokens} tokens have {slots}"
+            self._tallies["conservation"].add(slots, abs(slots - found), text)
+        return True
+
+    def _outcome(self, name: str, tally: _Tally) -> HealthCheck:
+        example = tally.example
+        if not tally.num_checked:
+            example = "nothing was captured yet"
+            if name == "layers" and self._unknown_stacks:
+                example = f"how many tokens the model saw is not known ({', '.join(sorted(self._unknown_stacks))})"
+            elif name == "weights" and self._tallies["range"].num_checked:
+                example = "no weights are captured at this level"
+        return _check(name, tally.num_checked, tally.num_violations, example)
+
+
+def _check(name: str, num_checked: int, num_violations: int, example: str) -> HealthCheck:
+    status = CheckStatus.OK if num_checked else CheckStatus.UNKNOWN
+    if num_violations:
+        status = CheckStatus.FAILED
+    if status is CheckStatus.UNKNOWN:
+        example = example or "nothing was captured yet"
+    return HealthCheck(name, status, num_checked, num_violations, _UNITS[name], example)
+
+
+def _overhead(hook_ns: int, forward_ns: int) -> HealthCheck:
+    hook_ms, forward_ms = round(hook_ns / 1e6), round(forward_ns / 1e6)
+    if forward_ns <= 0:
+        return _check("overhead", 0, 0, "")
+    share = hook_ns / forward_ns
+    status = CheckStatus.FAILED if share > OVERHEAD_LIMIT else CheckStatus.OK
+    example = f"hooks took {share:.1%} of the forwards' time (limit {OVERHEAD_LIMIT:.0%})"
+    violations = hook_ms if status is CheckStatus.FAILED else 0
+    return HealthCheck("overhead", status, forward_ms, violations, _UNITS["overhead"], example)
+
+
+def _fits(column: npt.NDArray[np.generic], name: str, shape: tuple[int, ...]) -> bool:
+    if name in ("gate_weights", "slot_status", "intended_expert_ids"):
+        return column.shape == shape
+    return column.shape[:1] == shape[:1]
+
+
+def _is_within(row_index: npt.NDArray[np.uint32] | None, num_tokens: int) -> bool:
+    return row_index is None or not len(row_index) or int(row_index.max()) < num_tokens
