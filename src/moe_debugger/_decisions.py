@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger._row_blocks import COLUMNS, Layout, RowBlock, flatten, pack
+from moe_debugger._row_blocks import COLUMNS, Layout, RowBlock, RowSource, flatten
 from moe_debugger._row_files import arrow_column, arrow_texts
+from moe_debugger._row_packing import pack
 from moe_debugger._tables import html_table, text_table, to_data_frame
 from moe_debugger.capture import LayerInfo
 from moe_debugger.errors import DependencyMissingError
@@ -53,21 +54,25 @@ class Decisions(Mapping[str, npt.NDArray[Any]]):
         logits: [n, E] float16 at level "full", NaN past a layer's own; else None.
 
     Args:
-        rows: in order, as the capture gives them or as blocks of them.
+        rows: in order, as the capture gives them, as blocks of them, or where to take the blocks from.
         layers: what is known of the model's layers.
         rank: global rank of the process that captured the rows.
     """
 
-    def __init__(self, rows: Sequence[RoutingColumns | RowBlock], layers: Sequence[LayerInfo], rank: int = 0) -> None:
+    def __init__(
+        self, rows: RowSource | Sequence[RoutingColumns | RowBlock], layers: Sequence[LayerInfo], rank: int = 0
+    ) -> None:
         self.layers = {info.layer_index: info for info in layers}
         self.module_names = {info.layer_index: info.module_name for info in layers}
-        blocks = _as_blocks(rows)
-        layout = Layout.of(
-            blocks,
-            top_k=max((info.top_k for info in layers), default=1),
-            num_logits=max((info.num_experts for info in layers), default=0),
+        source = rows if isinstance(rows, RowSource) else RowSource.of(_as_blocks(rows))
+        experts = max((info.num_experts for info in layers), default=0)
+        layout = source.layout.join(
+            Layout(
+                top_k=max((info.top_k for info in layers), default=1),
+                num_logits=experts if source.layout.num_logits else 0,
+            )
         )
-        columns, self.request_ids = flatten(blocks, layout)
+        columns, self.request_ids = flatten(source.blocks, layout, source.num_rows)
         self.step: npt.NDArray[np.uint64] = columns["step"]
         self.forward_index: npt.NDArray[np.uint64] = columns["forward_index"]
         self.phase: npt.NDArray[np.uint8] = columns["phase"]

@@ -105,7 +105,7 @@ def write_rows(path: Path, blocks: Sequence[RowBlock], module_names: Mapping[int
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             for block in blocks:
                 for part in block.slices(FILE_ROWS):
-                    columns, _ = flatten([part], layout, names)
+                    columns, _ = flatten([part], layout, len(part), names)
                     arrays = _arrow_arrays(columns, tuple(names), modules, rank)
                     batch = pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
                     if writer is None:

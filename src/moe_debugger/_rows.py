@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import structlog
 
-from moe_debugger._row_blocks import Layout, RowBlock, pack
+from moe_debugger._row_blocks import Layout, RowBlock, RowSource
 from moe_debugger._row_files import PrivateFolder, read_rows, write_rows
+from moe_debugger._row_packing import pack
 from moe_debugger.publish.batching import columns_size_bytes
 from moe_debugger.wire.codec import RoutingColumns
 
-__all__ = ["RowStatistics", "RowStore", "available_bytes", "regroup"]
+__all__ = ["RowStatistics", "RowStore"]
 
 # A block is a small part of the bound, so that what is pushed out is never much more than what has to go.
 _BLOCK_BYTES = 4 * 1024 * 1024
@@ -26,10 +26,6 @@ _FILES_PER_BOUND = 8
 # Headers of the arrays and objects of a forward and of each of its layers, measured with tracemalloc.
 _FORWARD_OVERHEAD_BYTES = 1200
 _LAYER_OVERHEAD_BYTES = 1200
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 
 _log = structlog.get_logger(__name__)
 
@@ -66,6 +62,14 @@ class _RowFile:
     size_bytes: int
     last_forward_index: int
     is_dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    files: list[_RowFile]
+    blocks: list[RowBlock]
+    layout: Layout
+    num_rows: int
 
 
 class RowStore:
@@ -160,34 +164,48 @@ class RowStore:
                 folder=self._folder.path,
             )
 
-    def result_bytes(self, num_rows: int) -> int:
-        """Return about how much memory the columns of `num_rows` rows take while they are put together."""
-        with self._lock:
-            # What comes from files is in memory twice for a moment: as it was read, and in the columns.
-            return (num_rows + min(num_rows, self._num_on_disk)) * self._layout.row_bytes
+    def source(self, *, max_rows: int | None = None, first_forward_index: int = 0) -> RowSource:
+        """Return the rows that are kept now, to be read block by block.
 
-    def blocks(self, *, skip_rows: int = 0, first_forward_index: int = 0) -> Iterator[RowBlock]:
+        Args:
+            max_rows: the newest rows alone, at most so many.
+            first_forward_index: leaves out the rows of earlier forwards.
+        """
+        snapshot = self._snapshot(first_forward_index)
+        skip_rows = 0 if max_rows is None else max(0, snapshot.num_rows - max_rows)
+        blocks = self._later_blocks(snapshot, skip_rows, first_forward_index)
+        return RowSource(blocks, snapshot.layout, snapshot.num_rows - skip_rows)
+
+    def blocks(self) -> Iterator[RowBlock]:
         """Yield the rows that are kept now, oldest first; files are read one record batch at a time.
 
         Files that are dropped while this runs are passed over, as if it had been called later.
-
-        Args:
-            skip_rows: leaves out so many of the oldest rows.
-            first_forward_index: leaves out the rows of earlier forwards.
         """
+        return self._later_blocks(self._snapshot(), 0, 0)
+
+    def _snapshot(self, first_forward_index: int = 0) -> "_Snapshot":
         with self._lock:
-            files, blocks, pending = list(self._files), list(self._blocks), list(self._pending)
-        for file in files:
-            if file.last_forward_index < first_forward_index or skip_rows >= file.num_rows:
-                skip_rows = max(0, skip_rows - file.num_rows)
+            files = [file for file in self._files if file.last_forward_index >= first_forward_index]
+            blocks, pending, layout = list(self._blocks), list(self._pending), self._layout
+        if pending:
+            packed = pack(pending)
+            blocks.append(packed)
+            layout = layout.join(Layout.of([packed]))
+        num_rows = sum(file.num_rows for file in files) + sum(len(block) for block in blocks)
+        return _Snapshot(files, blocks, layout, num_rows)
+
+    def _later_blocks(self, snapshot: "_Snapshot", skip_rows: int, first_forward_index: int) -> Iterator[RowBlock]:
+        for file in snapshot.files:
+            if skip_rows >= file.num_rows:
+                skip_rows -= file.num_rows
                 continue
             for block in self._read(file):
-                part = _later(block.slice(min(skip_rows, len(block)), len(block)), first_forward_index)
+                part = _later(block.slice(skip_rows, len(block)), first_forward_index)
                 skip_rows = max(0, skip_rows - len(block))
                 if len(part):
                     yield part
-        for block in [*blocks, *([pack(pending)] if pending else [])]:
-            part = _later(block.slice(min(skip_rows, len(block)), len(block)), first_forward_index)
+        for block in snapshot.blocks:
+            part = _later(block.slice(skip_rows, len(block)), first_forward_index)
             skip_rows = max(0, skip_rows - len(block))
             if len(part):
                 yield part
@@ -311,57 +329,9 @@ class RowStore:
             _log.warning("rows_not_kept", reason=text)
 
 
-def regroup(blocks: Iterator[RowBlock], max_rows: int) -> Iterator[list[RowBlock]]:
-    """Yield the rows of `blocks` in groups of whole forwards: at most `max_rows` rows, but at least one forward."""
-    group: list[RowBlock] = []
-    num_rows = 0
-    last_forward: int | None = None
-    for block in blocks:
-        forward_index = block.token_column("forward_index")
-        starts = np.flatnonzero(forward_index[1:] != forward_index[:-1]) + 1
-        if int(forward_index[0]) != last_forward:
-            starts = np.r_[0, starts]
-        last_forward = int(forward_index[-1])
-        taken = 0
-        while True:
-            # The last start of a forward up to which the group is not too large; else the next one there is.
-            fitting = np.searchsorted(starts, taken + max_rows - num_rows, side="right")
-            is_whole = len(block) - taken + num_rows <= max_rows
-            after = starts[:fitting][starts[:fitting] + num_rows > taken]
-            cut = int(after[-1]) if len(after) else int(starts[fitting]) if fitting < len(starts) else None
-            if is_whole or cut is None:
-                break
-            if cut > taken:
-                group.append(block.slice(taken, cut))
-            yield group
-            group, num_rows, taken = [], 0, cut
-        if taken < len(block):
-            group.append(block.slice(taken, len(block)))
-            num_rows += len(block) - taken
-    if group:
-        yield group
-
-
 def _later(block: RowBlock, first_forward_index: int) -> RowBlock:
     """Return the rows of `block` from a forward on; forwards are in order."""
     if not first_forward_index or not len(block):
         return block
     is_later = block.token_column("forward_index") >= first_forward_index
     return block.slice(len(block) if not is_later.any() else int(is_later.argmax()), len(block))
-
-
-def available_bytes() -> int | None:
-    """Return the memory that this process can still take without swapping; None where the system does not say."""
-    limits: list[int] = []
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-        limits += [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
-    except OSError:
-        return None
-    # A container has less than its machine.
-    for limit_name, used_name in _CGROUP_FILES:
-        try:
-            limits.append(int(Path(limit_name).read_text()) - int(Path(used_name).read_text()))
-        except (OSError, ValueError):
-            continue  # no such group, or no limit ("max")
-    return max(0, min(limits)) if limits else None

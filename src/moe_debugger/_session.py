@@ -14,8 +14,9 @@ import structlog
 from moe_debugger._decisions import Decisions
 from moe_debugger._layers import Layers
 from moe_debugger._rank_load import RankLoad, rank_load
-from moe_debugger._row_blocks import RowBlock
-from moe_debugger._rows import RowStatistics, RowStore, available_bytes, regroup
+from moe_debugger._row_blocks import RowBlock, RowSource
+from moe_debugger._row_groups import available_bytes, regroup
+from moe_debugger._rows import RowStatistics, RowStore
 from moe_debugger._stats import ExpertMetrics, ExpertRow, LayerRoutingStats, PerformanceMetrics, RoutingStats
 from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, LayerState, RoutingState, Thresholds, finish
 from moe_debugger.capture import Assembler, Capture, Intake, LayerInfo, RawForward
@@ -159,16 +160,15 @@ class Session:
         if max_rows is not None and max_rows < 0:
             raise InvalidInputError(f"max_rows {max_rows}: expected 0 or more")
         self._settle()
-        num_kept = self._rows.statistics().num_kept
-        num_rows = num_kept if max_rows is None else min(max_rows, num_kept)
-        needed, free = self._rows.result_bytes(num_rows), available_bytes()
+        source, free = self._rows.source(max_rows=max_rows), available_bytes()
+        needed = source.num_rows * source.layout.row_bytes
         if free is not None and needed > free:
             raise InvalidInputError(
-                f"decisions() of {num_rows:,} rows needs about {needed / 1e9:.1f} GB, and the machine has "
+                f"decisions() of {source.num_rows:,} rows needs about {needed / 1e9:.1f} GB, and the machine has "
                 f"{free / 1e9:.1f} GB free; read them part by part with iter_decisions(), or the newest with "
                 "decisions(max_rows=...)"
             )
-        return self._decisions(list(self._rows.blocks(skip_rows=num_kept - num_rows)))
+        return self._decisions(source)
 
     def decisions_since(self, num_forwards: int) -> Decisions:
         """Return the kept rows after the first `num_forwards` forwards of this session.
@@ -177,7 +177,7 @@ class Session:
             SessionClosedError: the session was closed.
         """
         self._settle()
-        return self._decisions(list(self._rows.blocks(first_forward_index=self._base[0] + num_forwards)))
+        return self._decisions(self._rows.source(first_forward_index=self._base[0] + num_forwards))
 
     def iter_decisions(self, batch_rows: int = 65_536) -> Iterator[Decisions]:
         """Yield the kept rows in order, reading files part by part: memory stays flat however many there are.
@@ -202,8 +202,8 @@ class Session:
             self._check_open()
             yield self._decisions(group)
 
-    def _decisions(self, blocks: Sequence[RowBlock]) -> Decisions:
-        return Decisions(blocks, self._layers(), rank=self._options.coordinates.global_rank)
+    def _decisions(self, rows: RowSource | Sequence[RowBlock]) -> Decisions:
+        return Decisions(rows, self._layers(), rank=self._options.coordinates.global_rank)
 
     def row_statistics(self) -> RowStatistics:
         """Return how many rows are kept, where they are, and how many are not kept.
