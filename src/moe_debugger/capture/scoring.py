@@ -119,21 +119,25 @@ def router_statistics(
     """
     peak = logits.max(axis=1, keepdims=True)
     exponentials = np.exp(logits - peak)
-    total = exponentials.sum(axis=1, keepdims=True)
-    logsumexp = (peak + np.log(total))[:, 0]
+    total = np.einsum("te->t", exponentials)
+    logsumexp = peak[:, 0] + np.log(total)
     if scoring == "softmax":
-        probabilities = exponentials / total
+        probabilities = np.multiply(exponentials, (1 / total)[:, None], out=exponentials)
+        # H = -sum p ln p with ln p = x - logsumexp, which needs no logarithm per expert. An expert that is masked out
+        # (x = -inf) has p = 0 and adds nothing.
+        finite = logits if np.isfinite(peak).all() and np.isfinite(logits.min()) else np.maximum(logits, -1e30)
+        entropy = np.maximum(logsumexp - np.einsum("te,te->t", probabilities, finite), 0)
     else:
         scores = _scores(logits, scoring)
         assert scores is not None
         probabilities = scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-20)
+        entropy = -np.einsum("te,te->t", probabilities, np.log(np.maximum(probabilities, 1e-30)))
     if scoring == "probabilities":
         logsumexp = np.full_like(logsumexp, np.nan)
-    entropy = -(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum(axis=1)
     return RouterStatistics(
-        entropy=entropy.astype(np.float32),
-        logsumexp=logsumexp.astype(np.float32),
-        top1_probability=probabilities.max(axis=1).astype(np.float32),
+        entropy=entropy.astype(np.float32, copy=False),
+        logsumexp=logsumexp.astype(np.float32, copy=False),
+        top1_probability=probabilities.max(axis=1).astype(np.float32, copy=False),
         margin=_margin(rule.scores(probabilities, logits, scoring=scoring), expert_ids),
         probabilities=probabilities,
     )
