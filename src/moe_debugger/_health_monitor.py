@@ -5,9 +5,9 @@ out here and reported as dropped, so that one bad row neither spoils the sums no
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,10 @@ from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
 from moe_debugger.wire.slots import SlotClasses
 
-__all__ = ["OVERHEAD_LIMIT", "ForwardSeen", "HealthMonitor", "MonitoredLayer"]
+if TYPE_CHECKING:
+    from moe_debugger.capture.raw import RawForward
+
+__all__ = ["OVERHEAD_LIMIT", "ForwardSeen", "HealthMonitor", "MonitoredLayer", "forward_seen"]
 
 # Hooks that take more than this share of the forwards' time distort what is watched. Capture costs a few per cent on
 # models of real proportions; tiny test models, whose layers take microseconds, come near to this.
@@ -65,6 +68,7 @@ class ForwardSeen:
         layer_tokens: token rows that each layer's hook saw; a layer without a call is missing.
         explained: layers that were right to see fewer rows, with the reason.
         num_left_out: decisions that sampling left out of the columns.
+        unseen: layers that should have been called and were not; None where only the tokens tell.
     """
 
     forward_index: int
@@ -72,6 +76,29 @@ class ForwardSeen:
     layer_tokens: Mapping[int, int]
     explained: Mapping[int, str] = field(default_factory=dict)
     num_left_out: int = 0
+    unseen: Set[int] | None = None
+
+
+def forward_seen(raw: "RawForward", numbers: Mapping[int, int], num_left_out: int) -> ForwardSeen:
+    """Return what the capture saw of a forward.
+
+    Args:
+        raw: the forward as the hooks kept it.
+        numbers: layer index of each of the capture's layers, where that is another one (pipeline stages).
+        num_left_out: decisions that sampling left out.
+    """
+    model_tokens: dict[str, int | None] = {}
+    for frame in raw.frames:
+        model_tokens[frame.stack] = (model_tokens.get(frame.stack) or 0) + frame.num_tokens
+    layer_tokens: dict[int, int] = {}
+    explained: dict[int, str] = {}
+    for layer in raw.layers:
+        index = numbers.get(layer.layer_index, layer.layer_index)
+        layer_tokens[index] = layer_tokens.get(index, 0) + layer.num_rows
+        if layer.num_rows < layer.frame.num_tokens:
+            explained[index] = "the layer is given some of the tokens"
+    unseen = {numbers.get(index, index) for index in raw.unseen}
+    return ForwardSeen(raw.forward_index, model_tokens, layer_tokens, explained, num_left_out, unseen)
 
 
 @dataclass(slots=True)
@@ -208,6 +235,8 @@ class HealthMonitor:
                 continue
             if not model_tokens and not hook_tokens:
                 continue
+            if seen.unseen is not None and not hook_tokens and index not in seen.unseen:
+                continue  # it was right not to be called: its sibling took the tokens
             if model_tokens is not None and hook_tokens < model_tokens and index not in seen.explained:
                 example = (
                     f"{where}its hook saw {hook_tokens} of the {model_tokens} tokens that the {layer.stack} saw "

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import structlog
 
 from moe_debugger._decisions import Decisions
+from moe_debugger._health_monitor import HealthMonitor, forward_seen
 from moe_debugger._layers import Layers
 from moe_debugger._rank_load import RankLoad, rank_load
 from moe_debugger._row_blocks import RowBlock, RowSource
@@ -123,6 +124,7 @@ class Session:
             sampling_rate=options.sampling_rate,
             eos_token_ids=options.eos_token_ids,
         )
+        self._monitor = HealthMonitor(self._layers(), first_forward=capture.next_forward_index)
         self._totals = _Totals()
         self._base = (capture.next_forward_index, capture.forward_ns, capture.hook_ns, capture.num_lost_decisions)
         self._dropped: dict[int, int] = {}
@@ -242,9 +244,7 @@ class Session:
             weights = {index: sums.copy() for index, sums in self._weight_sums.items()}
         rows: list[ExpertRow] = []
         for info in self._layers():
-            layer = state.layers.get(info.layer_index) or LayerState.empty(
-                LayerShape(info.layer_index, info.num_experts, max(1, info.top_k))
-            )
+            layer = state.layers.get(info.layer_index) or LayerState.empty(_shape(info))
             total = layer.num_assignments
             owners = self._options.expert_owners.get(info.layer_index, ())
             probability = layer.mean_probability
@@ -279,7 +279,16 @@ class Session:
     def analyze(self, *, baseline: RoutingState | None = None) -> Analysis:
         """Return metrics and findings of what was captured so far, by the debugger's thresholds."""
         state = self._snapshot()
-        return finish(state, thresholds=self._options.thresholds, baseline=baseline, health=self._capture_health())
+        return finish(state, thresholds=self._options.thresholds, baseline=baseline, health=self._health(is_live=False))
+
+    def capture_health(self) -> CaptureHealth:
+        """Return how far this session's capture can be trusted; docs/metrics.md defines each check.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
+        self._settle()
+        return self._health(is_live=False)
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Wait until all that was captured is counted, and on the broker where there is a fleet.
@@ -353,6 +362,7 @@ class Session:
         self._totals.num_tokens += raw.num_tokens
         self._totals.num_decisions += raw.num_decisions
         if not self._intake.offer(raw):
+            self._monitor.forward_dropped(raw.forward_index)
             self._drop(pb.DROP_REASON_BUFFER_FULL, raw.num_decisions)
 
     def health(self) -> Health:
@@ -361,12 +371,13 @@ class Session:
         before_ns, before_hook_ns = self._status_mark
         self._status_mark = (now_ns, hook_ns)
         self._report_lost()
-        problems = self._problems()
+        health = self._health(is_live=True)
         return Health(
             last_step=self._last_step,
             hook_time_share=min(1.0, (hook_ns - before_hook_ns) / max(1, now_ns - before_ns)),
-            is_healthy=not problems,
-            problems=tuple(f"{text} ({number}x)" for text, number in problems.items()),
+            is_healthy=health.is_healthy,
+            problems=tuple(f"{text} ({number}x)" for text, number in self._problems().items()),
+            checks=health.checks,
         )
 
     def _process(self, raw: RawForward) -> None:
@@ -375,9 +386,15 @@ class Session:
         columns_of_stacks, num_sampled_out = self._assembler.assemble(raw)
         if num_sampled_out:
             self._drop(pb.DROP_REASON_SAMPLED_OUT, num_sampled_out)
+        numbers = self._options.layer_numbers
         for columns in columns_of_stacks:
             for layer in columns.layers:
-                layer.layer_index = self._options.layer_numbers.get(layer.layer_index, layer.layer_index)
+                layer.layer_index = numbers.get(layer.layer_index, layer.layer_index)
+        seen = forward_seen(raw, numbers, num_sampled_out)
+        columns_of_stacks, num_unusable = self._monitor.check_rows(seen, columns_of_stacks)
+        if num_unusable:
+            self._drop(pb.DROP_REASON_CAPTURE_ERROR, num_unusable)
+        for columns in columns_of_stacks:
             with self._lock:
                 self._fold(columns)
             # Not under the lock: rows may go to a file here, and the model's thread takes the lock when it drops.
@@ -391,10 +408,7 @@ class Session:
     def _fold(self, columns: RoutingColumns) -> None:
         if self._state is None:
             # k as the experts were called with it: not every config says it.
-            shapes = {info.layer_index: (info.num_experts, info.top_k) for info in self._layers()}
-            self._state = RoutingState.empty(
-                LayerShape(index, experts, max(1, k)) for index, (experts, k) in shapes.items()
-            )
+            self._state = RoutingState.empty(_shape(info) for info in self._layers())
         self._state.fold(columns)
         for layer in columns.layers:
             sums = self._weight_sums.setdefault(layer.layer_index, np.zeros(layer.num_experts))
@@ -412,6 +426,7 @@ class Session:
 
     def _failed(self, raw: RawForward, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
+        self._monitor.forward_dropped(raw.forward_index)
         with self._lock:
             if text in self._failures or len(self._failures) < 16:
                 self._failures[text] = self._failures.get(text, 0) + 1
@@ -434,14 +449,23 @@ class Session:
         with self._lock:
             return {**dict(self._capture.problems), **self._failures}
 
-    def _capture_health(self) -> CaptureHealth:
+    def _health(self, *, is_live: bool) -> CaptureHealth:
         with self._lock:
-            lost = {
-                reason_name(reason): number
-                for reason, number in self._dropped.items()
-                if reason != pb.DROP_REASON_SAMPLED_OUT
-            }
-        return CaptureHealth(num_produced=self._totals.num_decisions, dropped=lost, problems=tuple(self._problems()))
+            dropped = {reason_name(reason): number for reason, number in self._dropped.items()}
+        if self.publisher is not None:
+            dropped.update(self.publisher.statistics().num_dropped)
+        dropped.pop(reason_name(pb.DROP_REASON_SAMPLED_OUT), None)
+        totals = self._read_totals()
+        checks = self._monitor.checks(
+            num_produced=totals.num_decisions,
+            dropped=dropped,
+            hook_ns=totals.hook_ns,
+            forward_ns=totals.forward_ns,
+            is_live=is_live,
+        )
+        return CaptureHealth(
+            num_produced=totals.num_decisions, dropped=dropped, problems=tuple(self._problems()), checks=checks
+        )
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -503,9 +527,14 @@ class Session:
         )
 
 
+def _shape(info: LayerInfo) -> LayerShape:
+    # k as the experts were called with it: not every config says it.
+    return LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)
+
+
 def _layer_stats(info: LayerInfo, layer: LayerState | None) -> LayerRoutingStats:
     if layer is None:
-        layer = LayerState.empty(LayerShape(info.layer_index, info.num_experts, max(1, info.top_k)))
+        layer = LayerState.empty(_shape(info))
     counts = layer.counts
     total = int(counts.sum())
     shares = counts.astype(np.float64) / total if total else np.zeros(len(counts))

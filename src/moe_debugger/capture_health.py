@@ -7,6 +7,7 @@ Example: a session whose layer 3 lost rows::
     health.check("layers").example   # 'layer 3 (model.layers.3.mlp): its hook saw 20 of the 24 tokens that ...'
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from moe_debugger._tables import html_table, text_table
 from moe_debugger.v1 import routing_pb2 as pb
 
-__all__ = ["CHECK_NAMES", "CaptureHealth", "CheckStatus", "HealthCheck"]
+__all__ = ["CHECK_NAMES", "CaptureHealth", "CheckStatus", "HealthCheck", "merge_checks"]
 
 # In the order in which they are shown; docs/metrics.md defines each.
 CHECK_NAMES = ("conservation", "distinctness", "range", "weights", "layers", "gaps", "drops", "overhead")
@@ -83,6 +84,28 @@ class HealthCheck:
         }
 
 
+def merge_checks(checks: Iterable[HealthCheck]) -> tuple[HealthCheck, ...]:
+    """Return the checks of several sources as one of each name: failed where any failed, unknown where all are."""
+    merged: dict[str, HealthCheck] = {}
+    for check in checks:
+        before = merged.setdefault(check.name, check)
+        if before is check:
+            continue
+        statuses = {before.status, check.status}
+        order = (CheckStatus.FAILED, CheckStatus.OK, CheckStatus.UNKNOWN)
+        status = next(status for status in order if status in statuses)
+        merged[check.name] = HealthCheck(
+            check.name,
+            status,
+            before.num_checked + check.num_checked,
+            before.num_violations + check.num_violations,
+            before.unit,
+            # A text belongs to an outcome: that of a failure, where there is one.
+            next((one.example for one in (before, check) if one.status is status and one.example), ""),
+        )
+    return tuple(merged.values())
+
+
 @dataclass(frozen=True, slots=True)
 class CaptureHealth:
     """What is known of the capture behind the rows.
@@ -103,8 +126,12 @@ class CaptureHealth:
 
     @property
     def is_healthy(self) -> bool:
-        """True where nothing was lost, no check failed and nothing was reported."""
-        return not (self.failed or any((self.dropped or {}).values()) or self.num_missing_messages or self.problems)
+        """True where what is shown is all that was routed: nothing lost, nothing reported, no failed check.
+
+        A failed "overhead" says that watching is dear, not that what is shown is wrong, so it changes nothing here.
+        """
+        failed = any(check.name != "overhead" for check in self.failed)
+        return not (failed or any((self.dropped or {}).values()) or self.num_missing_messages or self.problems)
 
     @property
     def failed(self) -> tuple[HealthCheck, ...]:

@@ -14,6 +14,7 @@ from moe_analyzer.requests import RequestEntry, RowChunk, counts_field, decode_c
 from moe_analyzer.series import INDEX_FIELD, StoredPoint, chunk_fields, read_chunk, series_messages
 from moe_analyzer.store import Store
 from moe_debugger.analysis import CaptureHealth, RoutingState, Thresholds, finish, merge_all
+from moe_debugger.capture_health import HealthCheck, merge_checks
 from moe_debugger.catalogue import Catalogue, SessionRow
 from moe_debugger.errors import InvalidInputError, MoEDebuggerError
 from moe_debugger.v1 import routing_pb2 as routing
@@ -309,9 +310,12 @@ class Queries:
 
     async def _findings(self, tenant: str, session_id: str, merged: MergedSession) -> TrackedFindings:
         tracked = TrackedFindings.decode(await self._store.read_findings(tenant, session_id))
-        if merged.newest_data_ns:
-            analysis = finish(merged.recent, thresholds=self._thresholds, health=_health(merged.sources))
-            if tracked.update(analysis, merged.newest_data_ns):
+        health = _health(merged.sources)
+        # A source whose hooks never fire sends no data, and that is what there is to say about it.
+        newest_ns = merged.newest_data_ns or (0 if health.is_healthy else merged.newest_ns)
+        if newest_ns:
+            analysis = finish(merged.recent, thresholds=self._thresholds, health=health)
+            if tracked.update(analysis, newest_ns):
                 await self._store.write_findings(tenant, session_id, tracked.encode())
         return tracked
 
@@ -328,4 +332,5 @@ def _health(sources: list[SourceState]) -> CaptureHealth:
         dropped=dropped,
         num_missing_messages=sum(source.sequences.num_missing for source in sources),
         problems=tuple(problem for source in sources for problem in source.status.problems),
+        checks=merge_checks(HealthCheck.from_proto(one) for source in sources for one in source.status.checks),
     )

@@ -413,8 +413,8 @@ def _capture_unhealthy(look: Look) -> Iterator[Finding]:
     reasons = [f"{count} decisions dropped ({reason})" for reason, count in sorted(dropped.items())]
     if health.num_missing_messages:
         reasons.append(f"{health.num_missing_messages} messages missing")
-    # Drops have their own words above.
-    failed = [check for check in health.failed if check.name != "drops"]
+    # Drops have their own words above, and overhead loses nothing.
+    failed = [check for check in health.failed if check.name not in ("drops", "overhead")]
     reasons += [f"{check.name}: {check.example}" for check in failed]
     reasons += health.problems
     yield Finding(
