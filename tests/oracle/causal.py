@@ -35,8 +35,7 @@ class SiteCall:
         identity_weights: [T] float64, the sum of the weights by which the hidden state itself was added.
         tolerance: relative rounding of `weights` by the replay itself.
         unexplained: the largest share of a contribution that no multiple of the expert's unit output explains.
-        replay_error: the largest difference between the real output and the replay's, relative to the output; NaN
-            where the real call's output holds more than the experts' part.
+        replay_error: the largest difference between the real output and the replay's, relative to the output.
     """
 
     site: str
@@ -147,7 +146,9 @@ def _replay(name: str, kind: Kind, result: Any) -> SiteCall:
         follows = (silent - share.unsqueeze(-1) * hidden).norm(dim=-1) <= 1e-9 * silent.norm(dim=-1)
         identity = torch.where(follows, share, 0).double().cpu()
     real = kind.output(result).detach().double()
-    error = float((real - total).abs().max() / total.abs().max().clamp_min(1e-300)) if len(real) else 0.0
+    difference = (real - total).abs()
+    is_known = ~difference.isnan()
+    error = float(difference[is_known].max() / total.abs().max().clamp_min(1e-300)) if is_known.any() else 0.0
     return SiteCall(
         site=name,
         used=used.numpy(),

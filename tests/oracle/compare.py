@@ -161,8 +161,7 @@ def _compare_layer(
     result.num_rows_without_expert += int((~used.any(-1)).sum())
     result.num_identity_rows += int((identity != 0).sum())
     result.max_unexplained = max(result.max_unexplained, max(call.unexplained for call in calls))
-    errors = [call.replay_error for call in calls if not np.isnan(call.replay_error)]
-    result.max_replay_error = max([result.max_replay_error, *errors])
+    result.max_replay_error = max(result.max_replay_error, *(call.replay_error for call in calls))
 
 
 def _check_slots(

@@ -28,7 +28,7 @@ def forward_problems(decisions: Decisions, inputs: Mapping[str, Any]) -> Iterato
             continue
         if set(decisions.phase[rows].tolist()) - {pb.PHASE_PREFILL, pb.PHASE_EVAL}:
             yield f"{where}: a forward's phases are {sorted(set(decisions.phase[rows].tolist()))}"
-        if info.stack == "vision" or "input_ids" not in inputs:
+        if info.stack == "vision" or not _TEXT & set(inputs):
             if decisions.is_padding[rows].any():
                 yield f"{where}: {int(decisions.is_padding[rows].sum())} rows of padding where there is none"
             continue
@@ -59,9 +59,11 @@ def generate_problems(
             if len(forwards) != 1:
                 yield f"{where}: the encoder ran once, {len(forwards)} forwards are captured"
             prompt, mask = _texts(inputs, "encoder")
-            steps: list[tuple[torch.Tensor, torch.Tensor, int]] = [(prompt, mask, pb.PHASE_PREFILL)]
+            steps: list[tuple[torch.Tensor | None, torch.Tensor, int]] = [(prompt, mask, pb.PHASE_PREFILL)]
         else:
-            prompt, mask = (output[:, :1], torch.ones_like(output[:, :1])) if is_encoder_decoder else _texts(inputs, "")
+            start = {"input_ids": output[:, :1]} if is_encoder_decoder else inputs
+            prompt, mask = _texts(start, "")
+            assert prompt is not None
             new = output[:, 1:-1] if is_encoder_decoder else output[:, prompt.shape[1] : -1]
             steps = [(prompt, mask, pb.PHASE_PREFILL)]
             for step in range(new.shape[1]):
@@ -89,7 +91,7 @@ def generate_problems(
 def _text_problems(
     decisions: Decisions,
     rows: _Rows,
-    token_ids: torch.Tensor,
+    token_ids: torch.Tensor | None,
     mask: torch.Tensor,
     subset: _Rows | None,
     where: str,
@@ -97,14 +99,15 @@ def _text_problems(
     has_positions: bool,
 ) -> Iterator[str]:
     """Compare rows with the tokens [B, S] of one forward; `mask` [B, >= S] covers what was cached before, too."""
-    width = token_ids.shape[1]
+    num_texts, width = len(mask), mask.shape[1] if token_ids is None else token_ids.shape[1]
     mask = mask.long()
     padding = (mask[:, -width:] == 0).reshape(-1).numpy()
     position = ((mask.cumsum(-1) - 1)[:, -width:] * mask[:, -width:]).reshape(-1).numpy()
-    batch_row = np.repeat(np.arange(len(token_ids)), width)
-    tokens = token_ids.reshape(-1).numpy()
+    batch_row = np.repeat(np.arange(num_texts), width)
+    tokens = None if token_ids is None else token_ids.reshape(-1).numpy()
     if subset is not None:
-        padding, position, batch_row, tokens = padding[subset], position[subset], batch_row[subset], tokens[subset]
+        padding, position, batch_row = padding[subset], position[subset], batch_row[subset]
+        tokens = None if tokens is None else tokens[subset]
     if int(rows.sum()) != len(padding):
         yield f"{where}: {int(rows.sum())} rows for {len(padding)} tokens"
         return
@@ -113,7 +116,9 @@ def _text_problems(
         yield f"{where}: is_padding differs from the attention mask in {num_wrong} rows"
     if has_positions and not np.array_equal(decisions.position[rows], position):
         yield f"{where}: positions {decisions.position[rows].tolist()}, expected {position.tolist()}"
-    if decisions.token_id is None or not np.array_equal(decisions.token_id[rows][~padding], tokens[~padding]):
+    if tokens is not None and (
+        decisions.token_id is None or not np.array_equal(decisions.token_id[rows][~padding], tokens[~padding])
+    ):
         yield f"{where}: token ids are not those of the input"
     # The n-th row of the batch has one request, and no other row has it.
     pairs = set(zip(batch_row.tolist(), decisions.request_index[rows].tolist(), strict=True))
@@ -121,11 +126,15 @@ def _text_problems(
         yield f"{where}: requests are not one for each row of the batch: {sorted(pairs)}"
 
 
-def _texts(inputs: Mapping[str, Any], stack: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _texts(inputs: Mapping[str, Any], stack: str) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the token ids [B, S] of a stack (None for a model that is given embeddings) and its attention mask."""
     prefix = "decoder_" if stack == "decoder" and "decoder_input_ids" in inputs else ""
-    token_ids = inputs[f"{prefix}input_ids"]
+    token_ids = inputs.get(f"{prefix}input_ids")
     mask = inputs.get(f"{prefix}attention_mask")
-    return token_ids, torch.ones_like(token_ids) if mask is None else mask
+    if mask is None:
+        assert token_ids is not None
+        mask = torch.ones_like(token_ids)
+    return token_ids, mask
 
 
 def _subset(inputs: Mapping[str, Any], module_name: str) -> _Rows | None:

@@ -24,8 +24,8 @@ Mode = Callable[[Build], Comparison]
 
 # Every kind of call to the experts, and every scoring function, at least once.
 FAMILIES = (
-    "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "switch_transformers", "nllb_moe", "llama4_text", "jetmoe",
-    "dbrx", "granitemoe", "phimoe", "longcat_flash", "zaya", "gemma4_text", "deepseek_v4", "doge",
+    "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "switch_transformers", "nllb_moe", "llama4_text",
+    "jetmoe", "dbrx", "granitemoe", "phimoe", "longcat_flash", "zaya", "gemma4_text", "deepseek_v4", "doge",
 )  # fmt: skip
 # By the name of the column: what to run, and for which builds (None: for all).
 MODES: dict[str, tuple[Mode, tuple[str, ...] | None]] = {}

@@ -127,8 +127,11 @@ class Results:
         """Append `outcomes`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps({"key": self.key, **asdict(outcome)}) + "\n" for outcome in outcomes)
-        with self.path.open("a") as file:
-            file.write(text)
+        with self.path.open("a+b") as file:
+            # A run that was killed may have left half a line: the next one starts on its own.
+            size = file.seek(0, 2)
+            is_torn = size > 0 and (file.seek(size - 1), file.read(1))[1] != b"\n"
+            file.write(("\n" * is_torn + text).encode())
 
     def once(self, arch: str, column: str, run: Callable[[], Comparison]) -> Outcome:
         """Return the outcome of this cell: the kept one, unless it was wrong; else run it and keep what came out."""
