@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_analyzer.aggregate import SourceState
 from moe_analyzer.requests import MAIN_STACK, RequestEntry, RowChunk
@@ -13,6 +14,8 @@ from moe_debugger.v1 import session_pb2 as pb
 __all__ = ["account_message", "layer_snapshot", "roll_up", "routes_message", "source_message", "summary_message"]
 
 _NO_EXPERT = 0xFFFF
+# A row's key: 8 bits of stack, 32 of position, and these for rows of one position.
+_OCCURRENCE_BITS = 24
 
 
 def layer_snapshot(
@@ -51,10 +54,10 @@ def layer_snapshot(
 
 def _counts_by_rank(counts: np.ndarray[tuple[int, ...], np.dtype[np.uint64]], owners: Sequence[int]) -> list[int]:
     """Return the assignments of the experts of each expert-parallel rank; none where ranks do not own experts."""
-    if len(owners) != len(counts):
+    if not owners or len(owners) != len(counts):
         return []
-    ranks = np.asarray(owners)
-    return [int(counts[ranks == rank].sum()) for rank in range(int(ranks.max(initial=-1)) + 1)]
+    ranks = np.asarray(owners, np.int64)
+    return [int(counts[ranks == rank].sum()) for rank in range(max(owners) + 1)]
 
 
 def source_message(source: SourceState, *, is_live: bool) -> pb.Source:
@@ -132,12 +135,20 @@ def roll_up(start_s: int, duration_s: int, state: RoutingState, layers: list[int
 
 
 def summary_message(entries: list[RequestEntry]) -> pb.RequestSummary:
-    """Return one request, whose parts may lie in several partitions."""
+    """Return one request, whose parts may lie in several partitions.
+
+    Stages of a pipeline route the same tokens at other layers: tokens add up by layer, never over layers.
+    """
+    whole = RequestEntry(entries[0].request_id, 0, 0)
+    for entry in entries:
+        whole.side_layers |= entry.side_layers
+        for index, tokens in entry.tokens.items():
+            whole.tokens[index] = whole.tokens[index] + tokens if index in whole.tokens else tokens
     return pb.RequestSummary(
-        request_id=entries[0].request_id,
-        num_tokens=sum(entry.num_tokens() for entry in entries),
-        num_prefill_tokens=sum(entry.num_tokens(routing.PHASE_PREFILL) for entry in entries),
-        num_decode_tokens=sum(entry.num_tokens(routing.PHASE_DECODE) for entry in entries),
+        request_id=whole.request_id,
+        num_tokens=whole.num_tokens(),
+        num_prefill_tokens=whole.num_tokens(routing.PHASE_PREFILL),
+        num_decode_tokens=whole.num_tokens(routing.PHASE_DECODE),
         first_seen_at_unix_ns=min(entry.first_seen_ns for entry in entries),
         last_seen_at_unix_ns=max(entry.last_seen_ns for entry in entries),
         has_routes=any(entry.num_rows_kept for entry in entries),
@@ -145,63 +156,80 @@ def summary_message(entries: list[RequestEntry]) -> pb.RequestSummary:
 
 
 def routes_message(entries: list[RequestEntry], chunks: list[RowChunk]) -> pb.RequestRoutes:
-    """Return all kept rows of one request, sorted by stack (the decoder first) and position."""
+    """Return all kept rows of one request, sorted by stack (the decoder first) and position.
+
+    Rows of one token that hold other layers (a pipeline's stages) become one row.
+    """
     stacks = sorted({chunk.stack for chunk in chunks}, key=lambda name: (name != MAIN_STACK, name))
-    positions = [chunk.position for chunk in chunks]
-    position = np.concatenate(positions) if positions else np.empty(0, np.uint32)
-    stack = np.repeat(
-        np.array([stacks.index(chunk.stack) for chunk in chunks], np.uint8),
-        np.array([chunk.num_rows for chunk in chunks], np.intp),
-    )
-    order = np.lexsort((position, stack))
+    groups: dict[tuple[str, tuple[int, ...]], list[RowChunk]] = {}
+    for chunk in chunks:
+        groups.setdefault((chunk.stack, tuple(sorted(chunk.expert_ids))), []).append(chunk)
+    keys = [_row_keys(stacks.index(stack), parts) for (stack, _), parts in groups.items()]
+    rows, place = np.unique(np.concatenate(keys) if keys else np.empty(0, np.uint64), return_inverse=True)
+    ordered = [chunk for parts in groups.values() for chunk in parts]
+    ends = np.cumsum([chunk.num_rows for chunk in ordered], dtype=np.intp)
+    places = np.split(place, ends[:-1]) if ordered else []
     routes = pb.RequestRoutes(
         summary=summary_message(entries),
-        num_tokens=len(position),
-        position=position[order].astype("<u4").tobytes(),
+        num_tokens=len(rows),
+        position=((rows >> np.uint64(_OCCURRENCE_BITS)) & np.uint64(0xFFFFFFFF)).astype("<u4").tobytes(),
         num_rows_not_kept=sum(entry.num_rows_not_kept for entry in entries),
         stacks=stacks,
     )
     if len(stacks) > 1:
-        routes.stack_index = stack[order].tobytes()
-    if chunks:
-        routes.phase = np.concatenate([chunk.phase for chunk in chunks])[order].astype("u1").tobytes()
-        tokens = [chunk.token_id for chunk in chunks if chunk.token_id is not None]
-        if len(tokens) == len(chunks):
-            routes.token_id = np.concatenate(tokens)[order].astype("<u4").tobytes()
+        routes.stack_index = (rows >> np.uint64(_OCCURRENCE_BITS + 32)).astype("u1").tobytes()
+    if ordered:
+        phase, token_id = np.zeros(len(rows), np.uint8), np.zeros(len(rows), "<u4")
+        for chunk, at in zip(ordered, places, strict=True):
+            phase[at] = chunk.phase
+            if chunk.token_id is not None:
+                token_id[at] = chunk.token_id
+        routes.phase = phase.tobytes()
+        if all(chunk.token_id is not None for chunk in ordered):
+            routes.token_id = token_id.tobytes()
     for index in sorted({index for entry in entries for index in entry.counts}):
         load = sum((entry.counts[index] for entry in entries if index in entry.counts), np.uint64(0))
-        routes.layers.append(_layer_routes(index, np.asarray(load), chunks, order))
+        parts = [(chunk, at) for chunk, at in zip(ordered, places, strict=True) if index in chunk.expert_ids]
+        routes.layers.append(_layer_routes(index, np.asarray(load), parts, len(rows)))
     return routes
+
+
+def _row_keys(stack: int, chunks: list[RowChunk]) -> npt.NDArray[np.uint64]:
+    """Return a key for each row: stack, position, and how many rows of that position came before (beams have several).
+
+    Chunks that hold other layers of the same rows get the same keys.
+    """
+    position = np.concatenate([chunk.position for chunk in chunks])
+    order = np.argsort(position, kind="stable")
+    in_order = position[order]
+    is_first = np.r_[True, in_order[1:] != in_order[:-1]]
+    starts = np.flatnonzero(is_first)
+    occurrence = np.empty(len(position), np.uint64)
+    occurrence[order] = np.arange(len(position)) - np.repeat(starts, np.diff(np.r_[starts, len(position)]))
+    key = (np.uint64(stack) << np.uint64(32)) | position.astype(np.uint64)
+    return (key << np.uint64(_OCCURRENCE_BITS)) | occurrence
 
 
 def _layer_routes(
     index: int,
-    load: np.ndarray[tuple[int, ...], np.dtype[np.uint64]],
-    chunks: list[RowChunk],
-    order: np.ndarray[tuple[int, ...], np.dtype[np.intp]],
+    load: npt.NDArray[np.uint64],
+    parts: list[tuple[RowChunk, npt.NDArray[np.intp]]],
+    num_rows: int,
 ) -> pb.RequestLayerRoutes:
     message = pb.RequestLayerRoutes(
         layer_index=index, num_experts=len(load), expert_counts=load.astype("<u8").tobytes()
     )
-    top_k = max((chunk.expert_ids[index].shape[1] for chunk in chunks if index in chunk.expert_ids), default=0)
+    top_k = max((chunk.expert_ids[index].shape[1] for chunk, _ in parts), default=0)
     if not top_k:
         return message
-    ids = [
-        chunk.expert_ids[index]
-        if index in chunk.expert_ids
-        else np.full((chunk.num_rows, top_k), _NO_EXPERT, np.uint16)
-        for chunk in chunks
-    ]
+    ids = np.full((num_rows, top_k), _NO_EXPERT, "<u2")
+    weights = np.zeros((num_rows, top_k), "<f2")
+    for chunk, at in parts:
+        ids[at] = chunk.expert_ids[index]
+        if index in chunk.gate_weights:
+            weights[at] = chunk.gate_weights[index]
     message.top_k = top_k
-    message.expert_ids = np.concatenate(ids)[order].astype("<u2").tobytes()
-    if all(index in chunk.gate_weights for chunk in chunks if index in chunk.expert_ids):
-        weights = np.concatenate(
-            [
-                chunk.gate_weights[index]
-                if index in chunk.gate_weights
-                else np.zeros((chunk.num_rows, top_k), np.float16)
-                for chunk in chunks
-            ]
-        )
-        message.gate_weights = weights[order].astype("<f2").tobytes()
+    message.expert_ids = ids.tobytes()
+    if all(index in chunk.gate_weights for chunk, _ in parts):
+        message.gate_weights = weights.tobytes()
     return message
