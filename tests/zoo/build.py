@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -43,7 +44,8 @@ SIZES: dict[str, Any] = {
 # The logits of a router whose input is normalised then spread by about 2: choices differ between tokens, while a
 # sigmoid of them stays off its ends, where bfloat16 would tie.
 _ROUTER_SPREAD = 2.0
-_BIAS_SPREAD = 0.3
+# Enough to change choices among softmax scores of eight experts, too little to make them for every token alike.
+_BIAS_SPREAD = 0.15
 _SELECTION_BIAS = re.compile(r"correction_bias|expert_bias|router_bias|balancing_biases|bias_for_selection")
 _ROUTER = re.compile(r"(^|\.)(gate|router|router_weights|shared_expert_gate)(\.|$)")
 
@@ -135,6 +137,7 @@ def maker(model_class: Any, config: Callable[[], Any]) -> Callable[..., nn.Modul
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             model: nn.Module = found._from_config(config(), dtype=dtype, experts_implementation=experts_implementation)
+        _keep_in_float32(model, dtype)
         redraw(model)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
@@ -144,6 +147,15 @@ def maker(model_class: Any, config: Callable[[], Any]) -> Callable[..., nn.Modul
         return model.eval()
 
     return make
+
+
+def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn the tensors to float32 that the model keeps so when it is loaded; a new model has them all in `dtype`."""
+    found: Any = model
+    kept = [f"*{name}*" for name in found._get_dtype_plan(dtype)]
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and any(fnmatch(path, name) for name in kept):
+            tensor.data = tensor.data.float()
 
 
 def redraw(model: nn.Module, seed: int = SEED) -> None:
