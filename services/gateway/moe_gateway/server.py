@@ -20,6 +20,7 @@ from moe_gateway.components import ComponentMonitor, Probe, ProbeError, probe_an
 from moe_gateway.grpc_web import GrpcWebApp, MethodRegistry
 from moe_gateway.interceptors import ErrorInterceptor, PermissionInterceptor
 from moe_gateway.nats_link import NatsLink
+from moe_gateway.push_door import PushDoor
 from moe_gateway.service import DebuggerService, WorkerClient
 from moe_gateway.settings import GatewaySettings
 from moe_gateway.watch import Listeners, WatchService
@@ -80,12 +81,20 @@ class Gateway:
             max_hz=settings.max_watch_hz,
             max_watches=settings.max_watches,
         )
+        self.push_door = PushDoor(settings)
+        stack.push_async_callback(self.push_door.drain)
         service = DebuggerService(
-            settings, self.analyzer, self.watches, self.monitor, worker, lambda: self.monitor.probe_now("worker")
+            settings,
+            self.analyzer,
+            self.watches,
+            self.monitor,
+            worker,
+            self.push_door,
+            lambda: self.monitor.probe_now("worker"),
         )
         interceptors = (ErrorInterceptor(), PermissionInterceptor())
         await self._start_grpc(service, interceptors)
-        for work in (self.link.run(), self.monitor.run(), self.watches.run()):
+        for work in (self.link.run(), self.monitor.run(), self.watches.run(), self.push_door.run()):
             await stack.enter_async_context(_background(work))
         await self._start_web(service, interceptors, web_socket)
         log.info("gateway_ready", host=settings.host, web_port=self.web_port, grpc_port=self.grpc_port)

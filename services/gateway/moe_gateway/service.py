@@ -16,6 +16,7 @@ from moe_debugger.wire.ids import check_id, new_id
 from moe_gateway.analyzer_client import AnalyzerClient
 from moe_gateway.components import ComponentMonitor
 from moe_gateway.errors import BusyError, upstream_error
+from moe_gateway.push_door import PushDoor
 from moe_gateway.settings import GatewaySettings
 from moe_gateway.watch import WatchService
 
@@ -56,6 +57,7 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
         watches: WatchService,
         monitor: ComponentMonitor,
         worker: WorkerClient | None,
+        push_door: PushDoor,
         probe_worker_now: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
@@ -63,6 +65,7 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
         self._watches = watches
         self._monitor = monitor
         self._worker = worker
+        self._push_door = push_door
         self._probe_worker_now = probe_worker_now
         self._num_generations = 0
 
@@ -171,6 +174,18 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
             raise upstream_error(error, f"the worker at {self._worker.target}", advice) from error
         finally:
             self._num_generations -= 1
+
+    async def OpenSource(self, request: pb.OpenSourceRequest, context: Context) -> pb.OpenSourceResponse:
+        """Open a source that routes are pushed into."""
+        return await self._push_door.open(request, context.time_remaining())
+
+    async def PublishRoutes(self, request: pb.PublishRoutesRequest, context: Context) -> pb.PublishRoutesResponse:
+        """Take routes of some tokens of one request."""
+        return await self._push_door.publish(request)
+
+    async def CloseSource(self, request: pb.CloseSourceRequest, context: Context) -> pb.CloseSourceResponse:
+        """Close a source that was opened here."""
+        return await self._push_door.close(request)
 
     async def _from_worker(
         self, worker: WorkerClient, request: collector_pb2.GenerateRequest, context: Context

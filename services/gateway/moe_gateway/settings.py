@@ -49,6 +49,11 @@ class GatewaySettings(BaseSettings):
     max_watch_hz: int = Field(30, ge=1, le=60, description="Most frames a second of one Watch stream.")
     max_watches: int = Field(256, ge=1, le=10_000, description="Most Watch streams at a time.")
     max_concurrent_generations: int = Field(16, ge=1, le=1024, description="Most Generate calls at a time.")
+    max_sources: int = Field(32, ge=1, le=1024, description="Most sources at a time that clients opened (OpenSource).")
+    source_idle_s: float = Field(300.0, gt=0, le=86_400, description="A source without a call for this long is closed.")
+    source_buffer_bytes: int = Field(
+        1 << 23, ge=1 << 16, le=1 << 30, description="Most bytes of one source that wait for NATS."
+    )
     analyzer_timeout_s: float = Field(5.0, gt=0, le=60, description="Deadline of one call to an analyzer.")
     generate_timeout_s: float = Field(600.0, gt=0, le=3600, description="Deadline of one Generate call.")
     probe_interval_s: float = Field(1.0, ge=0.05, le=60, description="Time between two health probes.")
