@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from routing_ledger import LedgerSource
 
+from moe_analyzer._wire import routes_message, source_message
 from moe_analyzer.aggregate import Limits, SessionPart
 from moe_analyzer.requests import RequestEntry, RowChunk, decode_counts
+from moe_debugger.capture_health import CheckStatus, HealthCheck
 from moe_debugger.errors import WireFormatError
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import format_version
+from moe_debugger.v1 import session_pb2
+from moe_debugger.wire.codec import LayerColumns, RoutingColumns, encode_batch, format_version
 from moe_debugger.wire.ids import new_id
 
 SECOND = 1_000_000_000
@@ -153,6 +156,104 @@ def test_the_counts_level_is_folded_without_rows() -> None:
     assert part.totals.layers[1].counts.tolist() == list(range(8))
     assert part.totals.last_step == 5
     assert part.sources[source.source_id].num_counted == 14
+
+
+def test_a_layer_without_router_statistics_is_counted_like_any_other() -> None:
+    """`unavailable_reason` says why a router's statistics are missing, not that the layer has no routes."""
+    source = LedgerSource(new_id())
+    part = SessionPart(source.session_id, Limits())
+    message = pb.SourceMessage.FromString(source.manifest()[1])
+    message.manifest.layers[1].unavailable_reason = "the layer has no module named gate or router"
+    part.apply(message, SECOND)
+    apply(part, source.batch(), SECOND)
+    part.take_writes()
+    assert counts(part) == source.expected_counts()
+
+
+def _stack_batch(stack_layers: list[int], positions: list[int], *, name: str = "r") -> RoutingColumns:
+    n = len(positions)
+    return RoutingColumns(
+        step=np.ones(n, np.uint64),
+        forward_index=np.ones(n, np.uint64),
+        request_ids=[name],
+        request_index=np.zeros(n, np.uint32),
+        position=np.array(positions, np.uint32),
+        phase=np.full(n, pb.PHASE_PREFILL, np.uint8),
+        is_padding=np.zeros(n, bool),
+        layers=[
+            LayerColumns(
+                index, 8, np.array([[index, one % 8] for one in positions], np.int32), np.full((n, 2), 0.5, np.float32)
+            )
+            for index in stack_layers
+        ],
+    )
+
+
+def _part_with_stacks(stacks: list[str]) -> tuple[LedgerSource, SessionPart]:
+    source = LedgerSource(new_id(), layers=len(stacks))
+    part = SessionPart(source.session_id, Limits())
+    message = pb.SourceMessage.FromString(source.manifest()[1])
+    for layer, stack in zip(message.manifest.layers, stacks, strict=True):
+        layer.stack = stack
+    part.apply(message, SECOND)
+    return source, part
+
+
+def _request(part: SessionPart, stored: Stored, name: str = "r") -> session_pb2.RequestRoutes:
+    stored.flush(part)
+    entry = RequestEntry.decode_summary(name, stored.hashes["requests"][name])
+    rows = stored.hashes["rows"]
+    entry.counts = decode_counts(rows[f"{name}:counts"])
+    return routes_message([entry], [RowChunk.decode(rows[f"{name}:{one}"]) for one in range(entry.num_chunks)])
+
+
+def test_an_encoders_tokens_are_rows_of_their_own_and_no_part_of_a_requests_tokens() -> None:
+    source, part = _part_with_stacks(["encoder", "decoder"])
+    apply(part, source.message(batch=encode_batch(_stack_batch([0], [0, 1, 2, 3, 4]))), SECOND)
+    apply(part, source.message(batch=encode_batch(_stack_batch([1], [0, 1]))), SECOND)
+    apply(part, source.message(batch=encode_batch(_stack_batch([1], [2]))), SECOND)
+    routes = _request(part, Stored())
+    assert part.totals.layers[0].num_tokens == 5
+    assert (routes.summary.num_tokens, routes.summary.num_prefill_tokens) == (3, 3)
+    assert list(routes.stacks) == ["decoder", "encoder"]
+    assert routes.stack_index == bytes([0, 0, 0, 1, 1, 1, 1, 1])
+    assert np.frombuffer(routes.position, "<u4").tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    encoder, decoder = (np.frombuffer(layer.expert_ids, "<u2").reshape(8, 2).tolist() for layer in routes.layers)
+    none = [0xFFFF, 0xFFFF]
+    assert decoder == [[1, 0], [1, 1], [1, 2]] + [none] * 5
+    assert encoder == [none] * 3 + [[0, 0], [0, 1], [0, 2], [0, 3], [0, 4]]
+    assert np.frombuffer(routes.layers[1].gate_weights, "<f2").reshape(8, 2)[:, 0].tolist() == [0.5] * 3 + [0.0] * 5
+
+
+def test_a_request_that_only_an_encoder_saw_has_the_encoders_tokens() -> None:
+    source, part = _part_with_stacks(["encoder", "decoder"])
+    apply(part, source.message(batch=encode_batch(_stack_batch([0], [0, 1, 2]))), SECOND)
+    routes = _request(part, Stored())
+    assert (routes.summary.num_tokens, list(routes.stacks), routes.stack_index) == (3, ["encoder"], b"")
+
+
+def test_stages_of_a_pipeline_make_one_row_a_token_and_beams_several() -> None:
+    source, part = _part_with_stacks(["decoder", "decoder"])
+    # Two beams at position 2; the second stage's rows come later, in batches of their own.
+    for stage in (0, 1):
+        apply(part, source.message(batch=encode_batch(_stack_batch([stage], [0, 1]))), SECOND)
+        apply(part, source.message(batch=encode_batch(_stack_batch([stage], [2, 2]))), SECOND)
+    routes = _request(part, Stored())
+    assert routes.summary.num_tokens == routes.num_tokens == 4
+    assert np.frombuffer(routes.position, "<u4").tolist() == [0, 1, 2, 2]
+    for layer in routes.layers:
+        ids = np.frombuffer(layer.expert_ids, "<u2").reshape(4, 2)
+        assert ids.tolist() == [[layer.layer_index, position] for position in (0, 1, 2, 2)]
+
+
+def test_a_sources_checks_are_kept_and_told() -> None:
+    source, stored = LedgerSource(new_id()), Stored()
+    part = SessionPart(source.session_id, Limits())
+    check = HealthCheck("layers", CheckStatus.FAILED, 12, 3, "layer forwards", "layer 2: lost").to_proto()
+    apply(part, source.message(status=pb.SourceStatus(is_healthy=False, checks=[check])), SECOND)
+    stored.flush(part)
+    again = stored.load(source.session_id, Limits()).sources[source.source_id]
+    assert list(source_message(again, is_live=True).checks) == [check]
 
 
 def test_rows_keep_to_their_budget_and_the_oldest_requests_go_first() -> None:
