@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moe_debugger.capture_health import CHECK_NAMES, CheckStatus, HealthCheck
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
+from moe_debugger.wire.codec import NO_EXPERT, CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
 from moe_debugger.wire.slots import SlotClasses
 
 if TYPE_CHECKING:
@@ -283,10 +283,10 @@ class HealthMonitor:
         ids, status = layer.expert_ids, layer.slot_status
         slots = SlotClasses.of(ids, status, layer.num_experts)
         if status is None:
-            unaccounted = ids < 0
+            unaccounted = ids == NO_EXPERT
         else:
             is_routed = (status == pb.SLOT_STATUS_ROUTED) | (status == pb.SLOT_STATUS_UNSPECIFIED)
-            unaccounted = (is_routed & (ids < 0)) | (status > pb.SLOT_STATUS_UNUSED)
+            unaccounted = (is_routed & (ids == NO_EXPERT)) | (status > pb.SLOT_STATUS_UNUSED)
         missing = int(np.count_nonzero(unaccounted))
         text = f"{where}{missing} of {ids.size} slots reached no expert, and no status says why" if missing else ""
         self._tallies["conservation"].add(ids.size, missing, text)
