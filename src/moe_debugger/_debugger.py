@@ -4,9 +4,9 @@ import dataclasses
 import importlib.metadata
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, get_args
 from urllib.parse import urlsplit
 
 from moe_debugger._layers import Layers
@@ -17,6 +17,7 @@ from moe_debugger.capture import PHASES, Capture, LayerInfo, RawForward, Request
 from moe_debugger.errors import FleetError, InvalidInputError, SessionClosedError
 from moe_debugger.parallel import ParallelCoordinates, detect_coordinates, expert_owners, layer_numbers
 from moe_debugger.publish import Publisher, SourceDescription, redact_url
+from moe_debugger.training.step import StepScope
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.ids import DEFAULT_TENANT, check_id, check_tenant
 
@@ -68,6 +69,7 @@ class MoEDebugger:
         step_domain: "source": each forward is a step of this process; "global": `step` gives the training step,
             which other ranks share.
         kind: what this process is, shown in the fleet ("library", "worker", "training"...).
+        gradients: read the norms of gradients and weights of routers and experts when a `step` block ends, as series.
         coordinates: this rank's place in a sharded model; default: told from torch.distributed and the model's device
             meshes. A replica of a lower rank captures as any other, but sends no decisions to the fleet.
 
@@ -94,6 +96,7 @@ class MoEDebugger:
         tenant: str = DEFAULT_TENANT,
         step_domain: Literal["source", "global"] = "source",
         kind: str = "library",
+        gradients: bool = False,
         coordinates: ParallelCoordinates | None = None,
     ) -> None:
         _check_rows(max_disk_bytes, rows_dir)
@@ -103,6 +106,7 @@ class MoEDebugger:
         self._fleet = fleet
         self._step_domain = step_domain
         self._kind = kind
+        self._reads_gradients = gradients
         self._session: Session | None = None
         self._is_closed = False
         self._session_name = session_name or type(model).__name__
@@ -220,28 +224,84 @@ class MoEDebugger:
                 raise InvalidInputError(f"positions has {len(starts)} values, expected {len(ids)} that are 0 or more")
         return self._capture.scope(RequestScope(ids, phases, starts))
 
-    def step(self, n: int, **series: float) -> None:
-        """Say which training step the next forwards belong to, and the newest values of its series.
+    def step(
+        self,
+        n: int,
+        *,
+        loss: SupportsFloat | None = None,
+        balance_loss: SupportsFloat | None = None,
+        balance_coef: SupportsFloat | None = None,
+        lr: SupportsFloat | None = None,
+        grad_norm: SupportsFloat | None = None,
+        **series: SupportsFloat,
+    ) -> StepScope:
+        """Say which training step the next forwards belong to, and values of its series.
 
-        Call it before the step's forwards, and again with the same `n` once loss and others are known.
+        Call it before the step's forwards, and again with the same `n` once loss and others are known; or as a block::
+
+            with debugger.step(n) as step:
+                loss = model(**batch).loss
+                loss.backward()
+                step.record(loss=loss, lr=scheduler.get_last_lr()[0])
+
+        Leaving the block reads the gradients where the debugger was made with ``gradients=True``: after backward, and
+        before `zero_grad`. All forwards up to the next call belong to the step, so those of gradient accumulation
+        (several blocks of the same `n`, or one around all) and of an evaluation after it. A value that is given again
+        for the same step replaces the one before.
 
         Args:
             n: the global step.
-            series: values by name, such as loss, balance_loss, balance_coef, lr, grad_norm.
+            loss, balance_loss, balance_coef, lr, grad_norm: as defined in docs/training.md. Numbers, or tensors of one
+                element, which are read later without waiting for the device.
+            series: others by name.
 
         Raises:
             InvalidInputError: `n` is not in 0..2^63, or a value is no number.
         """
         if not 0 <= n < _MAX_STEP:
             raise InvalidInputError(f"step {n}: expected 0 or more")
-        try:
-            values = {name: float(value) for name, value in series.items()}
-        except (TypeError, ValueError) as error:
-            raise InvalidInputError(f"step {n}: a series has no number ({error})") from error
-        self._capture.step = int(n)
+        self._enter_step(int(n))
+        known = {
+            "loss": loss,
+            "balance_loss": balance_loss,
+            "balance_coef": balance_coef,
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
+        self._record_series(int(n), {**{name: value for name, value in known.items() if value is not None}, **series})
+        return StepScope(int(n), enter=self._enter_step, record=self._record_series, leave=self._leave_step)
+
+    def record_gradients(self) -> None:
+        """Read the gradients as they are now, for the current step: for loops that cannot use a `step` block.
+
+        Raises:
+            InvalidInputError: the debugger was made without ``gradients=True``, or no step was named.
+            SessionClosedError: no session is open.
+        """
+        step = self._capture.step
+        if not self._reads_gradients or step is None:
+            raise InvalidInputError(
+                "record_gradients() needs MoEDebugger(model, gradients=True), and debugger.step(n) before it"
+            )
+        self._open_session().record_gradients(step)
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether it was made with ``gradients=True``."""
+        return self._reads_gradients
+
+    def _enter_step(self, n: int) -> None:
+        self._capture.step = n
+
+    def _record_series(self, n: int, series: Mapping[str, Any]) -> None:
         session = self.session
-        if session is not None and values:
-            session.set_series(values)
+        if session is not None and series:
+            session.record_series(n, series)
+
+    def _leave_step(self, n: int) -> None:
+        session = self.session
+        if session is not None and self._reads_gradients:
+            session.record_gradients(n)
 
     def get_routing_stats(self) -> RoutingStats:
         """Return load and confidence per layer of the open session.

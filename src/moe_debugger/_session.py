@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from moe_debugger.errors import InvalidInputError, SessionClosedError
 from moe_debugger.parallel import ParallelCoordinates
 from moe_debugger.publish import Health, Publisher, PublisherStatistics
 from moe_debugger.publish.account import reason_name
+from moe_debugger.training.gradients import GradientProbe
+from moe_debugger.training.recorder import SeriesRecorder
+from moe_debugger.training.series import NO_INDEX, SeriesPoint, SeriesTable
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import RoutingColumns
 from moe_debugger.wire.ids import new_id
@@ -105,6 +109,7 @@ class Session:
         self._local_id = new_id()
         self._lock = threading.Lock()
         self._is_closed = False
+        self._is_stopped = False
         self._state: RoutingState | None = None
         self._weight_sums: dict[int, npt.NDArray[np.float64]] = {}
         self._rows = RowStore(
@@ -132,6 +137,7 @@ class Session:
         self._last_step = 0
         self._status_mark = (time.monotonic_ns(), capture.hook_ns)
         self._lost_reported = 0
+        self._series = SeriesRecorder(self._make_probe, self._send_series)
         self._intake = Intake(self._process, self._failed, options.buffer_bytes)
 
     @property
@@ -316,12 +322,9 @@ class Session:
         """
         if self._is_closed:
             return
-        self._capture.detach()
+        self.stop(timeout_s=timeout_s, ends_session=ends_session, reason=reason)
         self._intake.close(timeout_s)
         self._is_closed = True
-        if self.publisher is not None:
-            self._report_lost()
-            self.publisher.stop(timeout_s, closes_session=ends_session, reason=reason)
         self._rows.close()
 
     @contextmanager
@@ -338,11 +341,42 @@ class Session:
                 self._settle()
                 profile.performance = self._performance(before)
 
-    def set_series(self, series: Mapping[str, float]) -> None:
-        """Send training series with the next status."""
+    def series(self) -> SeriesTable:
+        """Return the training series recorded so far, waiting for values that are still on a device.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
         self._check_open()
+        return self._series.table()
+
+    def record_series(self, step: int, series: Mapping[str, Any]) -> None:
+        """Record values of series of the whole model at a step; see `MoEDebugger.step`."""
+        self._check_open()
+        self._series.record(step, series)
+
+    def record_gradients(self, step: int) -> None:
+        """Read the norms of gradients and weights as they are now; see `MoEDebugger.record_gradients`."""
+        self._check_open()
+        self._series.record_gradients(step)
+
+    def stop(self, *, timeout_s: float = 3.0, ends_session: bool = True, reason: str = "stopped") -> None:
+        """Remove the hooks and say goodbye to the fleet; results can be read until `close`. Again does nothing.
+
+        Args:
+            timeout_s: bound on the wait for the broker.
+            ends_session: False where another process goes on under the same name.
+            reason: shown in the fleet.
+        """
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        self._capture.detach()
+        self._intake.flush(timeout_s)
         if self.publisher is not None:
-            self.publisher.set_series(series)
+            self._series.poll(waits=True)
+            self._report_lost()
+            self.publisher.stop(timeout_s, closes_session=ends_session, reason=reason)
 
     def __enter__(self) -> "Session":
         self._check_open()
@@ -371,6 +405,7 @@ class Session:
         before_ns, before_hook_ns = self._status_mark
         self._status_mark = (now_ns, hook_ns)
         self._report_lost()
+        self._series.poll()
         health = self._health(is_live=True)
         return Health(
             last_step=self._last_step,
@@ -379,6 +414,14 @@ class Session:
             problems=tuple(f"{text} ({number}x)" for text, number in self._problems().items()),
             checks=health.checks,
         )
+
+    def _make_probe(self) -> GradientProbe:
+        return GradientProbe(self._capture.discovery.sites, self._capture.model, self._options.layer_numbers)
+
+    def _send_series(self, points: Sequence[SeriesPoint]) -> None:
+        if self.publisher is not None:
+            self.publisher.set_series({p.name: float(p.values[0]) for p in points if p.layer_index == NO_INDEX})
+            self.publisher.add_series_points([point.to_message() for point in points])
 
     def _process(self, raw: RawForward) -> None:
         started_ns = time.perf_counter_ns()

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -40,6 +40,7 @@ from .batching import (
     reduce_to_counts,
     split_counts,
 )
+from .series import SeriesQueue
 
 __all__ = ["Health", "Publisher", "SourceDescription", "redact_url"]
 
@@ -111,6 +112,7 @@ class Publisher:
         self._buffer = Buffer(buffer_bytes)
         self._is_counts = description.level == pb.CAPTURE_LEVEL_COUNTS
         self._series: dict[str, float] = {}
+        self._points = SeriesQueue()
         self._state: Literal["connecting", "opening_session", "publishing", "refused", "stopped"] = "connecting"
         self._last_error = ""
         self._session_id: str | None = None
@@ -197,6 +199,10 @@ class Publisher:
         """Send the newest values of training series with the next status."""
         with self._lock:
             self._series.update(series)
+
+    def add_series_points(self, points: Iterable[pb.SeriesPoint]) -> None:
+        """Send points of training series with the next statuses, as far as they fit."""
+        self._points.put(points)
 
     def statistics(self) -> PublisherStatistics:
         """Return the account."""
@@ -288,6 +294,8 @@ class Publisher:
             await asyncio.wait(self._unacked)
         # What the capture says at its end: a source that lived a second or less has sent no other.
         await self._publish(self._message(status=self._status()))
+        while not self._points.is_empty:
+            await self._publish(self._message(status=self._status()))
         goodbye = pb.SourceGoodbye(
             counters=self._buffer.counters(), closes_session=self._closes_session, reason=self._reason
         )
@@ -447,6 +455,8 @@ class Publisher:
             is_healthy=health.is_healthy,
             problems=health.problems,
             series=series,
+            series_points=self._points.take(),
+            num_series_points_dropped=self._points.num_dropped,
             checks=[check.to_proto() for check in health.checks],
         )
 
