@@ -15,6 +15,7 @@ Files are read as tensors and plain values alone (``weights_only``): nothing in 
 """
 
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +206,10 @@ def _load(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise InvalidInputError(f"{file} is no file")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch wonders aloud about files that were not written by torch.save; what they hold is judged below.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidInputError(
