@@ -81,7 +81,7 @@ FAULTS = {
 }
 
 
-def plant(session: Session, forward: int, fault: Callable[[RoutingColumns], None]) -> None:
+def plant(session: Session, forward: int, fault: Callable[[RoutingColumns], object]) -> None:
     """Corrupt what the capture makes of one forward, as a broken hook or adapter would."""
     whole = session._assembler.assemble
 
@@ -95,7 +95,7 @@ def plant(session: Session, forward: int, fault: Callable[[RoutingColumns], None
     session._assembler.assemble = assemble  # type: ignore[method-assign]
 
 
-def _run(model: Any, fault: Callable[[RoutingColumns], None] | None) -> tuple[CaptureHealth, Any, Any]:
+def _run(model: Any, fault: Callable[[RoutingColumns], object] | None) -> tuple[CaptureHealth, Any, Any]:
     """Run three forwards, the second one corrupted; return health, statistics and findings."""
     with torch.no_grad(), MoEDebugger(model) as debugger:
         session = debugger.session
