@@ -228,12 +228,14 @@ def flatten(
 
 
 def _join_names(names: dict[str, int], more: Sequence[str], index: Array) -> npt.NDArray[np.uint32]:
-    """Return what each of `more` is called in `names`, to which those that `index` uses are added."""
-    is_used = np.zeros(len(more), bool)
-    is_used[index] = True
+    """Return the numbers of `more` in `names`, to which those in `index` are added by their first row."""
+    first_row = np.full(len(more), len(index))
+    # Of several values for one place the last is kept, so from the end on it is that of the first row.
+    first_row[index[::-1]] = np.arange(len(index))[::-1]
     mapping = np.zeros(len(more), np.uint32)
-    for place in np.flatnonzero(is_used).tolist():
-        mapping[place] = names.setdefault(more[place], len(names))
+    for place in np.argsort(first_row, kind="stable").tolist():
+        if first_row[place] < len(index):
+            mapping[place] = names.setdefault(more[place], len(names))
     return mapping
 
 

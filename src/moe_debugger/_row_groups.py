@@ -1,6 +1,6 @@
 """Reading rows in parts that fit the memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,11 @@ _CGROUP_FILES = (
 )
 
 
-def regroup(blocks: Iterator[RowBlock], max_rows: int) -> Iterator[list[RowBlock]]:
+def regroup(blocks: Iterable[RowBlock], max_rows: int) -> Iterator[list[RowBlock]]:
     """Yield the rows of `blocks` in groups of whole forwards: at most `max_rows` rows, but at least one forward."""
-    group: list[RowBlock] = []
-    num_rows = 0
+    whole = _Parts()
+    # The newest forward, of which the next block may hold more.
+    newest = _Parts()
     last_forward: int | None = None
     for block in blocks:
         forward_index = block.token_column("forward_index")
@@ -26,24 +27,54 @@ def regroup(blocks: Iterator[RowBlock], max_rows: int) -> Iterator[list[RowBlock
         if int(forward_index[0]) != last_forward:
             starts = np.r_[0, starts]
         last_forward = int(forward_index[-1])
-        taken = 0
-        while True:
-            # The last start of a forward up to which the group is not too large; else the next one there is.
-            fitting = np.searchsorted(starts, taken + max_rows - num_rows, side="right")
-            is_whole = len(block) - taken + num_rows <= max_rows
-            after = starts[:fitting][starts[:fitting] + num_rows > taken]
-            cut = int(after[-1]) if len(after) else int(starts[fitting]) if fitting < len(starts) else None
-            if is_whole or cut is None:
-                break
-            if cut > taken:
-                group.append(block.slice(taken, cut))
-            yield group
-            group, num_rows, taken = [], 0, cut
-        if taken < len(block):
-            group.append(block.slice(taken, len(block)))
-            num_rows += len(block) - taken
-    if group:
-        yield group
+        if not len(starts):
+            newest.add(block)
+            continue
+        first, last = int(starts[0]), int(starts[-1])
+        if first:
+            newest.add(block.slice(0, first))
+        if whole.num_rows and whole.num_rows + newest.num_rows > max_rows:
+            yield whole.take()
+        whole.extend(newest)
+        done = first
+        while done < last:
+            # As many forwards as fit; where not even one does, it has a group of its own.
+            place = int(np.searchsorted(starts, done + max_rows - whole.num_rows, side="right"))
+            cut = int(starts[place - 1]) if place else done
+            if cut <= done:
+                if whole.num_rows:
+                    yield whole.take()
+                    continue
+                cut = int(starts[np.searchsorted(starts, done, side="right")])
+            whole.add(block.slice(done, cut))
+            done = cut
+        newest.add(block.slice(last, len(block)))
+    if whole.num_rows and whole.num_rows + newest.num_rows > max_rows:
+        yield whole.take()
+    whole.extend(newest)
+    if whole.num_rows:
+        yield whole.take()
+
+
+class _Parts:
+    """Blocks that are collected, and their rows."""
+
+    def __init__(self) -> None:
+        self.blocks: list[RowBlock] = []
+        self.num_rows = 0
+
+    def add(self, block: RowBlock) -> None:
+        self.blocks.append(block)
+        self.num_rows += len(block)
+
+    def extend(self, other: "_Parts") -> None:
+        """Add the blocks of `other`, which is empty afterwards."""
+        self.num_rows += other.num_rows
+        self.blocks += other.take()
+
+    def take(self) -> list[RowBlock]:
+        blocks, self.blocks, self.num_rows = self.blocks, [], 0
+        return blocks
 
 
 def available_bytes() -> int | None:
