@@ -52,6 +52,8 @@ def double(value: Any) -> Any:
     """Return a copy of a tensor (or of the tensors in a list, tuple or dict), in float64 where it is floating point."""
     if isinstance(value, torch.Tensor):
         return _own(value, torch.float64)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(double(item) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(double(item) for item in value)
     if isinstance(value, Mapping):

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from oracle.kinds import Kind, ScaledInput, Site, find_sites
+from oracle.custom import CUSTOM_KINDS
+from oracle.kinds import KINDS, Kind, ScaledInput, Site, find_sites
 from torch import nn
 
 __all__ = ["Oracle", "SiteCall"]
@@ -56,7 +57,7 @@ class Oracle:
 
     Args:
         model: runs as always; its experts' modules get a `forward` of their own until the oracle is closed.
-        more_kinds: for experts that are built as none of the library's are.
+        more_kinds: for experts that are built as none of those known here are.
 
     Attributes:
         calls: by site, in the order of the calls. A call inside a backward pass (a recomputation of gradient
@@ -65,7 +66,7 @@ class Oracle:
     """
 
     def __init__(self, model: nn.Module, more_kinds: Sequence[type[Kind]] = ()) -> None:
-        self.sites: tuple[Site, ...] = tuple(find_sites(model, more_kinds))
+        self.sites: tuple[Site, ...] = tuple(find_sites(model, (*more_kinds, *CUSTOM_KINDS, *KINDS)))
         self.calls: dict[str, list[SiteCall]] = {site.name: [] for site in self.sites}
         self.num_recomputed: dict[str, int] = defaultdict(int)
         self._modules = dict(model.named_modules())

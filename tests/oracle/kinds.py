@@ -14,7 +14,7 @@ import torch
 from oracle.bare import bare_copy, double, only
 from torch import nn
 
-__all__ = ["Kind", "Site", "find_sites"]
+__all__ = ["KINDS", "Kind", "ScaledInput", "Site", "Stacked", "find_sites", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Kind:
     def output(self, result: Any) -> torch.Tensor:
         """Return the experts' part of what the real call returned, as `run` gives it; NaN where it cannot be told."""
         tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return _rows(tensor)
+        return rows_of(tensor)
 
     def weight(self, expert_id: int, contribution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights [T] by which the expert's output was multiplied, and how far that is from the whole truth.
@@ -110,10 +110,10 @@ class Stacked(Kind):
         return self._call(hidden, torch.full_like(ids, expert_id), alone, *rest, **self._kwargs)
 
     def hidden(self) -> torch.Tensor:
-        return _rows(self._args[0])
+        return rows_of(self._args[0])
 
     def _call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return _rows(type(self._clone).forward(self._clone, *args, **kwargs))
+        return rows_of(type(self._clone).forward(self._clone, *args, **kwargs))
 
 
 class StackedInRows(Stacked):
@@ -193,7 +193,7 @@ class ExpertModules(Kind):
     def run(self, expert_id: int | None) -> torch.Tensor:
         for index in range(self.num_experts):
             self._set(index, index == expert_id)
-        return _rows(type(self._clone).forward(self._clone, *self._args, **self._kwargs))
+        return rows_of(type(self._clone).forward(self._clone, *self._args, **self._kwargs))
 
     def unit(self, expert_id: int) -> torch.Tensor:
         self._set(expert_id, True)
@@ -201,7 +201,7 @@ class ExpertModules(Kind):
         return output
 
     def hidden(self) -> torch.Tensor:
-        return _rows(self._args[0])
+        return rows_of(self._args[0])
 
     def _set(self, index: int, speaks: bool) -> None:
         for parameter, full in zip(self._outputs[index], self._full[index], strict=True):
@@ -260,10 +260,10 @@ class SortedRows(Kind):
         return self._call() - silent
 
     def hidden(self) -> torch.Tensor:
-        return _rows(_hidden(self._args, self._kwargs))
+        return rows_of(_hidden(self._args, self._kwargs))
 
     def _call(self) -> torch.Tensor:
-        return _rows(type(self._clone).forward(self._clone, *self._args, **self._kwargs))
+        return rows_of(type(self._clone).forward(self._clone, *self._args, **self._kwargs))
 
 
 class SortedAttention(Kind):
@@ -308,7 +308,7 @@ class SortedAttention(Kind):
     def _call(self, gates: torch.Tensor) -> torch.Tensor:
         # The class's method: the instance's own is the oracle's wrapper.
         reduce: Any = type(self._clone).reduce  # type: ignore[attr-defined]
-        return _rows(reduce(self._clone, self._attended, (*self._order, gates, self._sizes)))
+        return rows_of(reduce(self._clone, self._attended, (*self._order, gates, self._sizes)))
 
 
 class Embeddings(Kind):
@@ -336,7 +336,7 @@ class Embeddings(Kind):
 
     def run(self, expert_id: int | None) -> torch.Tensor:
         only(self._up, self._full, expert_id)
-        return _rows(type(self._clone).forward(self._clone, *self._args)[0]).double()
+        return rows_of(type(self._clone).forward(self._clone, *self._args)[0]).double()
 
     def unit(self, expert_id: int) -> torch.Tensor:
         key = self._down[expert_id].double()
@@ -344,7 +344,7 @@ class Embeddings(Kind):
         return strength.unsqueeze(-1) * self._full[expert_id].double()
 
     def hidden(self) -> torch.Tensor:
-        return _rows(self._args[0]).double()
+        return rows_of(self._args[0]).double()
 
     def output(self, result: Any) -> torch.Tensor:
         # The dense MLP's part is not the experts'.
@@ -366,15 +366,15 @@ class _NativeRouter(nn.Module):
         return order, rows, torch.ones_like(gates) if self.gates_are_one else gates, sizes, logits
 
 
-_KINDS: tuple[type[Kind], ...] = (
+KINDS: tuple[type[Kind], ...] = (
     ScaledInput, Stacked, StackedInRows, ExpertModules, HardChoice, SortedRows, SortedAttention, Embeddings,
 )  # fmt: skip
 
 
-def find_sites(model: nn.Module, more_kinds: Sequence[type[Kind]] = ()) -> Iterator[Site]:
+def find_sites(model: nn.Module, kinds: Sequence[type[Kind]]) -> Iterator[Site]:
     """Yield every place of `model` where experts compute, in the order of its modules."""
     for name, module in model.named_modules():
-        for kind in (*more_kinds, *_KINDS):
+        for kind in kinds:
             if kind.fits(name, module):
                 yield Site(name, module, kind, "reduce" if kind is SortedAttention else "forward")
                 break
@@ -392,7 +392,8 @@ def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     return value
 
 
-def _rows(value: torch.Tensor) -> torch.Tensor:
+def rows_of(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as rows of its last dimension, [T, H]."""
     return value.reshape(-1, value.shape[-1])
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from oracle.builds import EVERY_BUILD
 from oracle.compare import Comparison, compare
 from oracle.matrix import NEW_TOKENS, check_forward, check_generate, forward_of, merge
 from oracle.observe import WEIGHT_ROUNDING, bare, is_same, observed, state_of, tensors_of, watch
 from oracle.outcome import Impossible, NotAccepted
 from torch import nn
-from zoo.build import ALL, Build
+from zoo.build import Build
 
 from moe_debugger.v1 import routing_pb2 as pb
 
@@ -44,7 +45,7 @@ def register_mode(name: str, families: tuple[str, ...] | None = FAMILIES) -> Cal
 def builds_of(name: str) -> tuple[str, ...]:
     """Return the builds that a mode is run for."""
     families = MODES[name][1]
-    return tuple(ALL) if families is None else families
+    return tuple(EVERY_BUILD) if families is None else families
 
 
 def mode_cell(arch: str, name: str) -> Comparison:
@@ -54,7 +55,7 @@ def mode_cell(arch: str, name: str) -> Comparison:
         Impossible: the bare model cannot run so.
         NotAccepted: the architecture has nothing to run so.
     """
-    return MODES[name][0](ALL[arch])
+    return MODES[name][0](EVERY_BUILD[arch])
 
 
 @register_mode("right padding", families=None)

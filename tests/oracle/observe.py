@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from oracle.builds import adapter_for
 from oracle.causal import Oracle
 from oracle.compare import Comparison, compare
 from oracle.outcome import Impossible
@@ -73,6 +74,7 @@ def watch(model: nn.Module, **options: Any) -> Iterator[tuple[Oracle, MoEDebugge
     """Open an oracle and a debugger on `model`, with a session."""
     with (
         torch.random.fork_rng(devices=[]),
+        adapter_for(model),
         Oracle(model) as oracle,
         MoEDebugger(model, level="routes+tokens", **options) as debugger,
     ):
