@@ -126,7 +126,7 @@ def _qwen3_omni_thinker() -> Any:
 
 def _talker() -> Any:
     return Qwen3OmniMoeTalkerConfig(
-        text_config={**SIZES, **_SHARED, "mlp_only_layers": [0]},
+        text_config={**SIZES, **_SHARED},
         code_predictor_config={**_HEADS, "num_hidden_layers": 1, "num_code_groups": 4},
         num_code_groups=4,
         thinker_hidden_size=SIZES["hidden_size"],
