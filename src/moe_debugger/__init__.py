@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_debugger._debugger import MoEDebugger
     from moe_debugger._decisions import Decisions
+    from moe_debugger._layers import Layers
     from moe_debugger._rank_load import RankLoad
+    from moe_debugger._rows import RowStatistics
     from moe_debugger._session import Profile, Session
     from moe_debugger._stats import ExpertMetrics, LayerRoutingStats, PerformanceMetrics, RoutingStats
     from moe_debugger.analysis import Analysis, Finding, Thresholds, analyze
@@ -61,6 +63,7 @@ __all__ = [
     "LayerInfo",
     "LayerRoutingStats",
     "LayerShape",
+    "Layers",
     "LoadedModel",
     "MoEDebugger",
     "MoEDebuggerError",
@@ -72,6 +75,7 @@ __all__ = [
     "RankLoad",
     "Routing",
     "RoutingStats",
+    "RowStatistics",
     "Session",
     "SessionClosedError",
     "Source",
@@ -92,6 +96,8 @@ _MODULES = {
     "moe_debugger._debugger": ("MoEDebugger",),
     "moe_debugger._decisions": ("Decisions",),
     "moe_debugger._rank_load": ("RankLoad",),
+    "moe_debugger._layers": ("Layers",),
+    "moe_debugger._rows": ("RowStatistics",),
     "moe_debugger._session": ("Profile", "Session"),
     "moe_debugger._stats": ("ExpertMetrics", "LayerRoutingStats", "PerformanceMetrics", "RoutingStats"),
     "moe_debugger.analysis": ("Analysis", "Finding", "Thresholds", "analyze"),
