@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from moe_debugger.analysis import Thresholds
 from moe_debugger.errors import ConfigError
 
 __all__ = [
@@ -44,12 +45,6 @@ def _to_bytes(value: object) -> object:
 def _to_device(value: str) -> str:
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
         raise ValueError("expected auto, cpu, cuda or cuda:N")
-    return value
-
-
-def _refuse_gradients(value: bool) -> bool:
-    if value:
-        raise ValueError("gradients cannot be captured yet; set it to false or remove the line")
     return value
 
 
@@ -94,8 +89,8 @@ class CaptureConfig(_Section):
     buffer_size: Annotated[int, BeforeValidator(_to_bytes), Field(ge=1 << 20, le=1 << 34)] | None = Field(
         default=None, description="Most bytes that wait to be sent: a number, or a size such as 64 MiB."
     )
-    gradients: Annotated[bool, AfterValidator(_refuse_gradients)] = Field(
-        default=False, description="Not there yet: true is refused."
+    gradients: bool | None = Field(
+        default=None, description="In training, also norms of gradients and weights of routers and experts."
     )
 
 
@@ -138,6 +133,22 @@ class Config(_Section):
     capture: CaptureConfig = CaptureConfig()
     thresholds: ThresholdsConfig = ThresholdsConfig()
     performance: PerformanceConfig = PerformanceConfig()
+
+    def debugger_options(self) -> dict[str, Any]:
+        """Return the arguments of `MoEDebugger` and `MoEDebuggerCallback` that this configuration sets.
+
+        For training: ``MoEDebuggerCallback(**load_config("config.yaml").debugger_options())``.
+        """
+        values: dict[str, Any] = {
+            "level": self.capture.level,
+            "sampling_rate": self.capture.sampling_rate,
+            "buffer_bytes": self.capture.buffer_size,
+            "gradients": self.capture.gradients,
+        }
+        thresholds = {name: value for name, value in self.thresholds.model_dump().items() if value is not None}
+        if thresholds:
+            values["thresholds"] = Thresholds(**thresholds)
+        return {name: value for name, value in values.items() if value is not None}
 
     def service_env(self) -> dict[str, str]:
         """Return the settings of the fleet's services that this configuration sets, by environment variable."""

@@ -53,7 +53,7 @@ def test_version_is_the_packages(run: Run) -> None:
 
 def test_a_wrong_configuration_ends_with_code_2_and_all_its_lines(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("model:\n  devise: cpu\ncapture:\n  gradients: true\n")
+    path.write_text("model:\n  devise: cpu\ncapture:\n  gradients: maybe\n")
     text = run("up", "--config", str(path), code=2)
     assert "line 2: model.devise" in text
     assert "line 4: capture.gradients" in text

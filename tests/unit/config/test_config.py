@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_debugger.analysis import Thresholds
 from moe_debugger.config import Config, load_config
 from moe_debugger.errors import ConfigError
 
@@ -49,6 +50,21 @@ def test_every_setting_reaches_the_environment_of_its_service(write, tmp_path: P
     }
 
 
+def test_what_concerns_a_training_reaches_the_debugger(write) -> None:  # type: ignore[no-untyped-def]
+    text = (
+        "capture:\n  level: counts\n  sampling_rate: 0.5\n  buffer_size: 8 MiB\n  gradients: true\n"
+        "thresholds:\n  load_balance: 0.5\n"
+    )
+    assert load_config(write(text)).debugger_options() == {
+        "level": "counts",
+        "sampling_rate": 0.5,
+        "buffer_bytes": 8 << 20,
+        "gradients": True,
+        "thresholds": Thresholds(load_balance=0.5),
+    }
+    assert Config().debugger_options() == {}
+
+
 def test_all_problems_come_at_once_each_with_its_line(write) -> None:  # type: ignore[no-untyped-def]
     path = write(
         "model:\n"  # 1
@@ -56,7 +72,7 @@ def test_all_problems_come_at_once_each_with_its_line(write) -> None:  # type: i
         "  precision: int8\n"  # 3
         "capture:\n"  # 4
         "  sampling_rate: 2\n"  # 5
-        "  gradients: true\n"  # 6
+        "  gradients: maybe\n"  # 6
         "  dead_expert: 0.1\n"  # 7
         "threshold:\n"  # 8
         "  load_balance: 2\n"  # 9
@@ -75,7 +91,7 @@ def test_all_problems_come_at_once_each_with_its_line(write) -> None:  # type: i
     assert "did you mean model.device?" in text
     assert "did you mean thresholds.dead_expert?" in text
     assert "did you mean thresholds?" in text
-    assert "gradients cannot be captured yet" in text
+    assert "capture.gradients" in text
     assert "no profiling" in text
     assert "memory cannot be limited yet" in text
 
