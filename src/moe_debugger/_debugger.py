@@ -14,8 +14,14 @@ from moe_debugger._session import Profile, Session, SessionOptions
 from moe_debugger._stats import ExpertMetrics, PerformanceMetrics, RoutingStats
 from moe_debugger.analysis import Analysis, Thresholds
 from moe_debugger.capture import PHASES, Capture, LayerInfo, RawForward, RequestScope
-from moe_debugger.errors import FleetError, InvalidInputError, SessionClosedError
-from moe_debugger.parallel import ParallelCoordinates, detect_coordinates, expert_owners, layer_numbers
+from moe_debugger.errors import FleetError, InvalidInputError, ModelNotSupportedError, SessionClosedError
+from moe_debugger.parallel import (
+    ParallelCoordinates,
+    detect_coordinates,
+    expert_owners,
+    is_pipeline_stage,
+    layer_numbers,
+)
 from moe_debugger.publish import Publisher, SourceDescription, redact_url
 from moe_debugger.training.step import StepScope
 from moe_debugger.v1 import routing_pb2 as pb
@@ -110,7 +116,15 @@ class MoEDebugger:
         self._session: Session | None = None
         self._is_closed = False
         self._session_name = session_name or type(model).__name__
-        self._capture = Capture(model, self._take)
+        try:
+            self._capture = Capture(model, self._take)
+        except ModelNotSupportedError as error:
+            if not is_pipeline_stage(model):
+                raise
+            raise ModelNotSupportedError(
+                "this pipeline stage holds no MoE layer that can be read, so there is nothing to watch; attach on the "
+                f"other stages only. What was looked at: {error}"
+            ) from error
         self._coordinates = detect_coordinates(model) if coordinates is None else coordinates
         self._numbers, owners = self._place(model)
         config = getattr(model, "config", None)

@@ -24,7 +24,7 @@ from moe_debugger.v1 import routing_pb2 as pb
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ParallelCoordinates", "detect_coordinates", "expert_owners", "layer_numbers"]
+__all__ = ["ParallelCoordinates", "detect_coordinates", "expert_owners", "is_pipeline_stage", "layer_numbers"]
 
 # Names of mesh dimensions: transformers ("pp", "dp_replicate", "fsdp", "tp", "ep"), FSDP2 and torchtitan recipes.
 _TENSOR_AXES = ("tp", "tensor_parallel")
@@ -173,6 +173,11 @@ def expert_owners(
     return tuple(expert // (num_experts // size) for expert in range(num_experts))
 
 
+def is_pipeline_stage(model: "nn.Module") -> bool:
+    """Return whether transformers made `model` one stage of a pipeline."""
+    return getattr(model, "_pp_stage", None) is not None
+
+
 def layer_numbers(
     model: "nn.Module", module_names: "tuple[str, ...]", coordinates: ParallelCoordinates
 ) -> tuple[int, ...]:
@@ -189,7 +194,7 @@ def layer_numbers(
     """
     if coordinates.first_layer_index is not None:
         return tuple(range(coordinates.first_layer_index, coordinates.first_layer_index + len(module_names)))
-    if getattr(model, "_pp_stage", None) is None:
+    if not is_pipeline_stage(model):
         if coordinates.pipeline_parallel_rank > 0:
             raise InvalidInputError(
                 f"rank {coordinates.global_rank} is stage {coordinates.pipeline_parallel_rank} of a pipeline that "

@@ -8,7 +8,7 @@ import torch
 from tiny_moe import build
 from torch import nn
 
-from moe_debugger import InvalidInputError, MoEDebugger, ParallelCoordinates
+from moe_debugger import InvalidInputError, ModelNotSupportedError, MoEDebugger, ParallelCoordinates
 from moe_debugger._rank_load import rank_load
 from moe_debugger.parallel import detect_coordinates, expert_owners, layer_numbers
 
@@ -78,6 +78,14 @@ def test_a_stage_of_transformers_counts_the_layers_of_the_whole_model() -> None:
     # Layer 0 of 6 is dense, so layers 4 and 5 are MoE layers 3 and 4.
     assert layer_numbers(stage, ("model.layers.4.mlp", "model.layers.5.mlp"), place) == (3, 4)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_stage_without_moe_layers_says_so() -> None:
+    stage = build("deepseek_v3", num_hidden_layers=2)
+    stage.model.layers[1] = nn.Identity()
+    stage._pp_stage = object()
+    with pytest.raises(ModelNotSupportedError, match="this pipeline stage holds no MoE layer"):
+        MoEDebugger(stage)
 
 
 def test_a_session_numbers_layers_and_rows_by_the_whole_model() -> None:
