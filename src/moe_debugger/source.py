@@ -74,7 +74,8 @@ class SourceAccount:
         num_tokens: rows taken from the caller, padded ones included.
         num_decisions: decisions of those rows; counts that were pushed included.
         num_not_routed_tokens: tokens left out as not routed here.
-        num_dropped: decisions dropped, by reason ("buffer_full", "capture_error" for refused arrays...).
+        num_dropped: decisions dropped, by reason ("buffer_full", "capture_error" for refused arrays...). With a fleet it
+            is the way there; what this process did not keep beside it is "local_buffer_full".
         problems: what was suspicious, with how many tokens showed it.
     """
 
@@ -391,7 +392,9 @@ class Source:
         with self._lock:
             dropped = {reason_name(reason): number for reason, number in sorted(self._dropped.items())}
             if self.publisher is not None:
+                num_local = self._dropped.get(pb.DROP_REASON_BUFFER_FULL, 0)
                 dropped = dict(self.publisher.statistics().num_dropped)
+                dropped |= {"local_buffer_full": num_local} if num_local else {}
             return SourceAccount(
                 num_calls=self._num_calls,
                 num_refused_calls=self._num_refused,
