@@ -7,7 +7,7 @@ import {
   type WatchResponse,
   WatchResponseSchema,
 } from "../src/gen/moe_debugger/v1/gateway_pb";
-import { CaptureLevel } from "../src/gen/moe_debugger/v1/routing_pb";
+import { CaptureLevel, CheckStatus } from "../src/gen/moe_debugger/v1/routing_pb";
 import {
   FindingKind,
   type RequestRoutes,
@@ -17,6 +17,13 @@ import {
   SessionState,
   Severity,
 } from "../src/gen/moe_debugger/v1/session_pb";
+
+const CHECKS: [string, string][] = [
+  ["conservation", "slots"],
+  ["distinctness", "rows"],
+  ["range", "slots"],
+  ["layers", "layer forwards"],
+];
 
 export const SESSION_ID = "01k0000000000000000000fake";
 
@@ -66,6 +73,8 @@ export interface FakeOptions {
   numExperts?: number;
   topK?: number;
   isCollapsed?: boolean;
+  /** Name of a check of the capture's health that fails. */
+  failedCheck?: string;
   hasSession?: boolean;
 }
 
@@ -180,6 +189,17 @@ export class FakeGateway {
           samplingRate: 1,
           hookTimeShare: 0.018,
           lastSequence: this.sequence,
+          checks: CHECKS.map(([name, unit]) => {
+            const isBroken = name === this.options.failedCheck;
+            return {
+              name,
+              unit,
+              status: isBroken ? CheckStatus.FAILED : CheckStatus.OK,
+              numChecked: 1200n,
+              numViolations: isBroken ? 3n : 0n,
+              example: isBroken ? "layer 1, forward 7: expert 9 of a layer whose ids are 0 to 7" : "",
+            };
+          }),
         },
       ],
       findings: this.options.isCollapsed

@@ -7,7 +7,7 @@ import { beforeEach, describe, expect, it } from "vitest";
 import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
 import { ServicesContext } from "../src/context";
 import { ComponentState, DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
-import { ParallelCoordinatesSchema } from "../src/gen/moe_debugger/v1/routing_pb";
+import { CaptureLevel, ParallelCoordinatesSchema } from "../src/gen/moe_debugger/v1/routing_pb";
 import { SessionState } from "../src/gen/moe_debugger/v1/session_pb";
 import { i18n } from "../src/i18n";
 import { recentWindow, wholeSession } from "../src/model/load";
@@ -253,5 +253,71 @@ describe("ranks", () => {
     useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
     show(fake, <Capture />);
     expect(screen.queryByTestId("rank")).toBeNull();
+  });
+});
+
+describe("capture health", () => {
+  const state = (name: string) =>
+    screen.getAllByTestId("health-check").find((item) => item.dataset.check === name)?.dataset.state;
+
+  it("is green where every check passes", () => {
+    const fake = new FakeGateway();
+    useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
+    show(fake, <Capture />);
+    expect(screen.getByTestId("health-summary").textContent).toContain("Every check passes");
+    expect(screen.getAllByTestId("health-check").map((item) => item.dataset.state)).toEqual(Array(4).fill("ok"));
+  });
+
+  it("is red where one fails, and gives the first fault as text", () => {
+    const fake = new FakeGateway({ failedCheck: "range" });
+    useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
+    show(fake, <Capture />);
+    expect(screen.getByTestId("health-summary").textContent).toBe("1 check fails.");
+    expect(state("range")).toBe("failed");
+    expect(state("layers")).toBe("ok");
+    expect(screen.getByText(/expert 9 of a layer whose ids are 0 to 7/)).toBeTruthy();
+    expect(screen.getByText(/3 of 1,200 slots/)).toBeTruthy();
+  });
+
+  it("says where a source reports no checks", () => {
+    const fake = new FakeGateway();
+    const shown = picture(fake);
+    for (const source of shown.snapshot.sources) source.checks = [];
+    useApp.setState({ sessionId: SESSION_ID, picture: shown });
+    show(fake, <Capture />);
+    expect(screen.getByText("This source reports no checks.")).toBeTruthy();
+  });
+});
+
+describe("slots", () => {
+  it("names zero and shared experts, and gives the share of slots that are no load", () => {
+    const fake = new FakeGateway({ numExperts: 8, topK: 2 });
+    for (let i = 0; i < 10; i++) fake.route(i, i);
+    const shown = picture(fake);
+    const layer = shown.snapshot.layers[0];
+    if (!layer?.description) throw new Error("the fake describes its layers");
+    layer.description.numIdentityExperts = 4;
+    layer.description.numSharedExperts = 1;
+    layer.numIdentitySlots = 5n;
+    layer.numSkippedSlots = 1n;
+    useApp.setState({ sessionId: SESSION_ID, picture: shown });
+    show(fake, <LayerDetails />);
+    const facts = screen.getByTestId("layer-facts").textContent;
+    expect(facts).toMatch(/Slots to zero experts5 25\.0\s%\sof all slots/);
+    expect(facts).toMatch(/Skipped slots1 5\.0\s%\sof all slots/);
+    expect(facts).toContain("Zero experts4 compute nothing, are no load");
+    expect(facts).toContain("Shared experts1 run for every token, are no load");
+    expect(facts).not.toContain("Unused slots");
+  });
+});
+
+describe("the counts level", () => {
+  it("says that there are no rows, and not that there were no requests", () => {
+    const fake = new FakeGateway();
+    const shown = picture(fake);
+    for (const source of shown.snapshot.sources) source.level = CaptureLevel.COUNTS;
+    useApp.setState({ sessionId: SESSION_ID, picture: shown });
+    show(fake, <TokensPanel isFull />);
+    expect(screen.getByText(/captured at level “counts”: sums only/)).toBeTruthy();
   });
 });

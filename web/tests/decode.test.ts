@@ -2,12 +2,13 @@ import { create } from "@bufbuild/protobuf";
 import { describe, expect, it } from "vitest";
 import { encodeF32, encodeU64, FakeGateway, SESSION_ID } from "../dev/fake-gateway";
 import { WatchFrameSchema, WatchResponseSchema } from "../src/gen/moe_debugger/v1/gateway_pb";
+import { RequestRoutesSchema } from "../src/gen/moe_debugger/v1/session_pb";
 import { decodeRollUps, linePath } from "../src/history";
 import { LiveModel } from "../src/live";
 import { decodeF16, decodeU16, decodeU32, decodeU64 } from "../src/model/columns";
 import { newId } from "../src/model/ids";
 import { applyFrame, loadRatio, rowOf, rowStats, wholeSession } from "../src/model/load";
-import { colourExperts, decodeRoutes, NO_EXPERT, slotsOf, topExpert } from "../src/model/routes";
+import { colourExperts, decodeRoutes, expertName, NO_EXPERT, slotsOf, topExpert } from "../src/model/routes";
 
 describe("columns", () => {
   it("reads u64 little-endian exactly, at any offset of the buffer", () => {
@@ -166,5 +167,28 @@ describe("ids", () => {
     expect(newId()).toMatch(pattern);
     expect(newId(1_000) < newId(2_000_000)).toBe(true);
     expect(newId(0).slice(0, 10)).toBe("0000000000");
+  });
+});
+
+describe("stacks", () => {
+  it("takes the decoder's rows for the text, and leaves an encoder's out", () => {
+    const u16 = (values: number[]) => new Uint8Array(Uint16Array.from(values).buffer);
+    const routes = decodeRoutes(
+      create(RequestRoutesSchema, {
+        numTokens: 5,
+        position: new Uint8Array(Uint32Array.of(0, 1, 0, 1, 2).buffer),
+        phase: Uint8Array.of(1, 1, 1, 1, 1),
+        stacks: ["decoder", "encoder"],
+        stackIndex: Uint8Array.of(0, 0, 1, 1, 1),
+        layers: [{ layerIndex: 3, numExperts: 4, topK: 1, expertIds: u16([2, 5, 65535, 65535, 65535]) }],
+      }),
+    );
+    expect(routes.numTokens).toBe(2);
+    expect(routes.rowOfPosition.get(1)).toBe(1);
+    expect([...routes.position]).toEqual([0, 1]);
+    const [layer] = routes.layers;
+    if (!layer) throw new Error("there is one layer");
+    expect(expertName(layer, topExpert(layer, 0) ?? -1)).toBe("E2");
+    expect(expertName(layer, topExpert(layer, 1) ?? -1)).toBe("Z1");
   });
 });

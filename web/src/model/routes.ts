@@ -31,11 +31,20 @@ export interface Slot {
   weight: number;
 }
 
+/** "E3", and "Z0" for the first of the experts that compute nothing, whose ids follow those of the routed ones. */
+export function expertName(layer: { numExperts: number }, expert: number): string {
+  return expert < layer.numExperts ? `E${expert}` : `Z${expert - layer.numExperts}`;
+}
+
 export function decodeRoutes(message: RequestRoutes): Routes {
-  const position = decodeU32(message.position, "position");
+  const all = decodeU32(message.position, "position");
+  // The text is the decoder's: an encoder's tokens are rows of their own behind them.
+  const numOthers = message.stackIndex.findIndex((stack) => stack !== 0);
+  const numTokens = numOthers < 0 ? message.numTokens : numOthers;
+  const position = all.subarray(0, numTokens);
   return {
     requestId: message.summary?.requestId ?? "",
-    numTokens: message.numTokens,
+    numTokens,
     rowOfPosition: new Map(Array.from(position, (value, row) => [value, row])),
     position,
     phase: message.phase,

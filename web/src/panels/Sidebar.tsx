@@ -21,6 +21,7 @@ import { ErrorBoundary } from "../ui/ErrorBoundary";
 import { SeverityGlyph } from "../ui/icons";
 import { Tabs } from "../ui/Tabs";
 import { EvidenceTable, Remedy, showFinding, useFindings } from "./Console";
+import { HealthList } from "./Health";
 import { recentSeconds, useShownLoad } from "./Heatmap";
 import { Sparkline } from "./History";
 
@@ -145,6 +146,10 @@ export function LayerDetails() {
     mode === "whole"
       ? t("heatmap.wholeHint")
       : t("toolbar.recent", { seconds: recentSeconds(picture?.snapshot.recentWindowS) });
+  const description = snapshot.description;
+  const numSlots = Number(snapshot.numTokens) * layer.topK;
+  const shareOfSlots = (slots: bigint) =>
+    numSlots > 0 ? t("layer.ofSlots", { share: formatPercent(Number(slots) / numSlots, 1) }) : "";
   const optional = (value: number, digits: number) =>
     Number.isNaN(value) ? t("layer.notCaptured") : formatFixed(value, digits);
   const facts: [string, string, string?][] = [
@@ -165,8 +170,22 @@ export function LayerDetails() {
     [t("layer.tokens"), formatInteger(load.numTokens[row] ?? 0)],
     [t("layer.assignments"), formatInteger(stats.total)],
     [t("layer.padding"), formatInteger(snapshot.numPaddingTokens)],
-    [t("layer.dropped"), formatInteger(snapshot.numDroppedSlots)],
+    [t("layer.dropped"), formatInteger(snapshot.numDroppedSlots), shareOfSlots(snapshot.numDroppedSlots)],
   ];
+  const optionalSlots: [string, bigint, boolean][] = [
+    [t("layer.skipped"), snapshot.numSkippedSlots, snapshot.numSkippedSlots > 0n],
+    [t("layer.unusedSlots"), snapshot.numUnusedSlots, snapshot.numUnusedSlots > 0n],
+    [t("layer.identity"), snapshot.numIdentitySlots, (description?.numIdentityExperts ?? 0) > 0],
+  ];
+  for (const [name, slots, isShown] of optionalSlots) {
+    if (isShown) facts.push([name, formatInteger(slots), shareOfSlots(slots)]);
+  }
+  if (description && description.numIdentityExperts > 0) {
+    facts.push([t("layer.identityExperts"), String(description.numIdentityExperts), t("layer.identityNote")]);
+  }
+  if (description && description.numSharedExperts > 0) {
+    facts.push([t("layer.shared"), String(description.numSharedExperts), t("layer.sharedNote")]);
+  }
   return (
     <div className="layer-details">
       <h3>{t("layer.title", { layer: layer.layerIndex })}</h3>
@@ -339,6 +358,8 @@ export function Capture() {
               {t("capture.tailUnknown", { bytes: formatBytes(Number(source.tailUnknownBytes)) })}
             </p>
           )}
+          <h4>{t("health.title")}</h4>
+          <HealthList checks={source.checks} />
           {source.problems.map((problem) => (
             <p className="warning small" key={problem}>
               {problem}

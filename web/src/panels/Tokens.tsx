@@ -2,8 +2,9 @@ import { type FormEvent, type KeyboardEvent, memo, useEffect, useMemo, useRef } 
 import { useTranslation } from "react-i18next";
 import { useServices } from "../context";
 import { formatClock, formatFixed, formatInteger, formatPercent } from "../format";
+import { CaptureLevel } from "../gen/moe_debugger/v1/routing_pb";
 import { decodePieces, type TokenText, visibleText } from "../model/pieces";
-import { type Colouring, colourExperts, type Routes, slotsOf, topExpert } from "../model/routes";
+import { type Colouring, colourExperts, expertName, type Routes, slotsOf, topExpert } from "../model/routes";
 import { useApp } from "../store";
 import { expectedRows, type OpenRequest, piecesOf, useTokens } from "../tokens";
 
@@ -312,7 +313,8 @@ function TokenRun({ request }: { request: OpenRequest | undefined }) {
         {colouring.top.map(({ expert, share, colour }) => (
           <li key={expert}>
             <span className={`swatch token-colour-${colour}`} />
-            <b className="num">E{expert}</b> <span className="muted num">{formatPercent(share)}</span>
+            <b className="num">{layer ? expertName(layer, expert) : `E${expert}`}</b>{" "}
+            <span className="muted num">{formatPercent(share)}</span>
           </li>
         ))}
         {colouring.numOthers > 0 && (
@@ -418,7 +420,7 @@ function RoutePanel({ request, isFull }: { request: OpenRequest | undefined; isF
                     <td>
                       {slotsOf(layer, routeRow).map(({ expert, weight }) => (
                         <span className="slot num" key={expert}>
-                          <b>E{expert}</b> {formatFixed(weight)}
+                          <b>{expertName(layer, expert)}</b> {formatFixed(weight)}
                           <span className="weight" aria-hidden="true">
                             <span style={{ inlineSize: `${Number.isNaN(weight) ? 0 : Math.min(1, weight) * 100}%` }} />
                           </span>
@@ -442,16 +444,21 @@ function RoutePlot({ routes, row }: { routes: Routes; row: number }) {
   const width = 380;
   const height = 96;
   const left = 30;
-  const maxExperts = Math.max(...routes.layers.map((layer) => layer.numExperts));
+  const slots = routes.layers.map((layer) => slotsOf(layer, row));
+  // Zero experts come after the routed ones.
+  const maxExperts = Math.max(
+    ...routes.layers.map((layer) => layer.numExperts),
+    ...slots.flatMap((own) => own.map(({ expert }) => expert + 1)),
+  );
   const x = (i: number) => left + ((i + 0.5) / routes.layers.length) * (width - left - 6);
   const y = (expert: number) => 8 + (expert / Math.max(1, maxExperts - 1)) * (height - 28);
-  const slots = routes.layers.map((layer) => slotsOf(layer, row));
   const line = slots
     .flatMap((own, i) => (own[0] ? [`${x(i).toFixed(1)} ${y(own[0].expert).toFixed(1)}`] : []))
     .join("L");
+  const nameOf = (i: number, expert: number) => expertName(routes.layers[i] ?? { numExperts: maxExperts }, expert);
   const each = Math.ceil(routes.layers.length / 8);
   const summary = slots
-    .map((own, i) => `L${routes.layers[i]?.layerIndex}: ${own.map(({ expert }) => `E${expert}`).join(" ")}`)
+    .map((own, i) => `L${routes.layers[i]?.layerIndex}: ${own.map(({ expert }) => nameOf(i, expert)).join(" ")}`)
     .join(", ");
   return (
     <svg
@@ -497,6 +504,10 @@ function RequestList() {
   const { generator } = useServices();
   const { list, listError, currentId } = useTokens();
   const known = useTokens((state) => state.requests);
+  const isCountsOnly = useApp((state) => {
+    const sources = state.picture?.snapshot.sources ?? [];
+    return sources.length > 0 && sources.every(({ level }) => level === CaptureLevel.COUNTS);
+  });
   const textOf = (requestId: string) => {
     const request = known[requestId];
     if (!request || request.prompt.length === 0) return "";
@@ -509,7 +520,9 @@ function RequestList() {
         <span className="muted num">{list.length || ""}</span>
       </header>
       {listError && <p className="warning small">{listError}</p>}
-      {list.length === 0 && !listError && <p className="empty-line muted">{t("tokens.requestsEmpty")}</p>}
+      {list.length === 0 && !listError && (
+        <p className="empty-line muted">{t(isCountsOnly ? "tokens.noRowsAtCounts" : "tokens.requestsEmpty")}</p>
+      )}
       <ul>
         {list.map((item) => (
           <li key={item.requestId}>
