@@ -61,7 +61,8 @@ class Build:
         name: The model_type, as in the census of MoE architectures; a suffix tells a variant.
         kind: What the model is.
         make: `make(dtype=torch.float32, experts_implementation=None)` returns a new model in eval mode, always with the
-            same weights.
+            same weights. The implementation is a name, or names by part of the configuration, as transformers takes
+            it; where the model offers no choice, transformers raises ValueError for "grouped_mm".
         inputs: Arguments of one forward; where the model takes text, a left-padded batch with its attention_mask.
         generate_inputs: Arguments of `model.generate`, without those of the decoding (max_new_tokens, do_sample); None
             where the model does not generate.
@@ -130,7 +131,9 @@ def maker(model_class: Any, config: Callable[[], Any]) -> Callable[..., nn.Modul
     The class is one of transformers or the name of one.
     """
 
-    def make(dtype: torch.dtype = torch.float32, experts_implementation: str | None = None) -> nn.Module:
+    def make(
+        dtype: torch.dtype = torch.float32, experts_implementation: str | dict[str, str] | None = None
+    ) -> nn.Module:
         import transformers
 
         found = getattr(transformers, model_class) if isinstance(model_class, str) else model_class
