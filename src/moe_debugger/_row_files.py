@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from moe_debugger._row_blocks import COLUMNS, ROUTER_COLUMNS, Layout, RowBlock, flatten
 
-__all__ = ["FILE_ROWS", "PrivateFolder", "arrow_column", "arrow_texts", "read_rows", "write_rows"]
+__all__ = ["PrivateFolder", "arrow_column", "arrow_texts", "read_rows", "write_rows"]
 
-# Rows of one record batch: what is in memory at once while a file is written or read.
-FILE_ROWS = 65_536
+# Bounds of one record batch: what is in memory at once while a file is written or read.
+_BATCH_ROWS = 65_536
+_BATCH_BYTES = 8 * 1024 * 1024
 _ROW_COLUMNS = (
     "layer_index", "expert_ids", "gate_weights", "slot_status", "intended_expert_ids", *ROUTER_COLUMNS, "logits",
 )  # fmt: skip
@@ -91,6 +92,7 @@ def write_rows(path: Path, blocks: Sequence[RowBlock], module_names: Mapping[int
     import pyarrow as pa
 
     layout = Layout.of(blocks)
+    batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // layout.row_bytes))
     # The file's dictionaries are written once, so they hold all names before the first batch.
     names: dict[str, int] = {}
     for block in blocks:
@@ -104,7 +106,7 @@ def write_rows(path: Path, blocks: Sequence[RowBlock], module_names: Mapping[int
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             for block in blocks:
-                for part in block.slices(FILE_ROWS):
+                for part in block.slices(batch_rows):
                     columns, _ = flatten([part], layout, len(part), names)
                     arrays = _arrow_arrays(columns, tuple(names), modules, rank)
                     batch = pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))

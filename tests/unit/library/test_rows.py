@@ -305,11 +305,16 @@ def test_reading_goes_on_while_rows_are_added_spilled_and_dropped(make: Any) -> 
     assert store.problems == {}, "a file that made room is no loss to report"
 
 
-def test_the_written_file_is_read_back_in_parts_of_bounded_size(tmp_path: Path) -> None:
-    blocks = [pack([forward(index, num_tokens=30_000, num_requests=3)]) for index in range(3)]
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(60_000, 8), (3000, 2048)])
+def test_the_written_file_is_read_back_in_parts_of_bounded_size(
+    tmp_path: Path, num_tokens: int, num_experts: int
+) -> None:
+    options: dict[str, Any] = {"shapes": ((num_experts, 2),) * 2, "has_logits": num_experts > 8}
+    blocks = [pack([forward(index, num_tokens=num_tokens, **options)]) for index in range(2)]
     write_rows(tmp_path / "rows.arrow", blocks, _NAMES, 0)
     parts = list(read_rows(tmp_path / "rows.arrow"))
     assert max(len(part) for part in parts) <= 65_536
+    assert max(part.size_bytes for part in parts) <= 9 * 1024 * 1024
     _assert_equal(Decisions(parts, _INFOS), Decisions(blocks, _INFOS))
 
 
