@@ -596,4 +596,9 @@ def _layer_stats(info: LayerInfo, layer: LayerState | None) -> LayerRoutingStats
         mean_router_entropy=layer.router_entropy.mean,
         mean_top1_probability=layer.top1_probability.mean,
         mean_margin=layer.margin.mean,
+        num_dropped_slots=layer.num_dropped_slots,
+        num_skipped_slots=layer.num_skipped_slots,
+        num_identity_slots=layer.num_identity_slots,
+        num_unused_slots=layer.num_unused_slots,
+        mean_probability=layer.mean_probability,
     )

@@ -27,6 +27,9 @@ class LayerRoutingStats:
         unused_experts: experts without an assignment so far, which is not yet "dead".
         mean_router_entropy: mean per-token entropy of the router's probabilities, in nats; NaN where not known.
         mean_top1_probability: mean per-token probability of the first choice; NaN where not known.
+        num_dropped_slots, num_skipped_slots, num_identity_slots, num_unused_slots: slots that are no load, by what
+            became of them. The counts and these add up to ``num_tokens * top_k``.
+        mean_probability: [E] float64, mean router probability of each expert; NaN where not known.
     """
 
     info: LayerInfo
@@ -41,6 +44,16 @@ class LayerRoutingStats:
     mean_router_entropy: float
     mean_top1_probability: float
     mean_margin: float
+    num_dropped_slots: int = 0
+    num_skipped_slots: int = 0
+    num_identity_slots: int = 0
+    num_unused_slots: int = 0
+    mean_probability: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def share_of_slots(self, num_slots: int) -> float:
+        """Return the share of all slots of valid tokens; NaN before the first token."""
+        total = self.num_tokens * max(1, self.info.top_k)
+        return num_slots / total if total else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON but for NaN."""
@@ -60,6 +73,13 @@ class LayerRoutingStats:
             "mean_router_entropy": self.mean_router_entropy,
             "mean_top1_probability": self.mean_top1_probability,
             "mean_margin": self.mean_margin,
+            "num_dropped_slots": self.num_dropped_slots,
+            "num_skipped_slots": self.num_skipped_slots,
+            "num_identity_slots": self.num_identity_slots,
+            "num_unused_slots": self.num_unused_slots,
+            "num_shared_experts": self.info.num_shared_experts,
+            "num_identity_experts": self.info.num_identity_experts,
+            "mean_probability": [float(value) for value in self.mean_probability],
         }
 
 
@@ -67,6 +87,13 @@ _ROUTING_HEADERS = (
     "layer", "module", "experts", "top-k", "tokens", "effective experts", "hottest", "hottest / fair", "unused",
     "router entropy", "top-1 probability",
 )  # fmt: skip
+# Shown only where a layer of the model has such a thing; none of them is load.
+_SLOT_HEADERS = {
+    "num_dropped_slots": "dropped",
+    "num_skipped_slots": "skipped",
+    "num_unused_slots": "unused slots",
+    "num_identity_slots": "zero experts",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +133,25 @@ class RoutingStats:
         rows = [layer.to_dict() for layer in self.layers]
         return to_data_frame({name: [row[name] for row in rows] for name in rows[0]} if rows else {})
 
+    @property
+    def _slot_names(self) -> list[str]:
+        return [name for name in _SLOT_HEADERS if any(getattr(layer, name) for layer in self.layers)]
+
+    @property
+    def _headers(self) -> tuple[str, ...]:
+        shared = ("shared experts",) if any(layer.info.num_shared_experts for layer in self.layers) else ()
+        return (*_ROUTING_HEADERS, *shared, *(_SLOT_HEADERS[name] for name in self._slot_names))
+
+    def _extra(self, layer: LayerRoutingStats) -> list[object]:
+        values: list[object] = []
+        if any(one.info.num_shared_experts for one in self.layers):
+            # They run for every token: there is nothing to be hot or cold about.
+            values.append(layer.info.num_shared_experts)
+        for name in self._slot_names:
+            share = layer.share_of_slots(getattr(layer, name))
+            values.append(f"{share:.1%}" if share == share else "–")
+        return values
+
     def _rows(self) -> list[list[object]]:
         return [
             [
@@ -120,6 +166,7 @@ class RoutingStats:
                 len(layer.unused_experts),
                 layer.mean_router_entropy,
                 layer.mean_top1_probability,
+                *self._extra(layer),
             ]
             for layer in self.layers
         ]
@@ -133,12 +180,12 @@ class RoutingStats:
         )
 
     def __str__(self) -> str:
-        return f"{self._title}\n{text_table(_ROUTING_HEADERS, self._rows())}"
+        return f"{self._title}\n{text_table(self._headers, self._rows())}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(self._title, _ROUTING_HEADERS, self._rows())
+        return html_table(self._title, self._headers, self._rows())
 
 
 @dataclass(frozen=True, slots=True)
