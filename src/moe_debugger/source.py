@@ -74,8 +74,8 @@ class SourceAccount:
         num_tokens: rows taken from the caller, padded ones included.
         num_decisions: decisions of those rows; counts that were pushed included.
         num_not_routed_tokens: tokens left out as not routed here.
-        num_dropped: decisions dropped, by reason ("buffer_full", "capture_error" for refused arrays...). With a fleet it
-            is the way there; what this process did not keep beside it is "local_buffer_full".
+        num_dropped: decisions dropped, by reason ("buffer_full", "capture_error" for refused arrays...). With a fleet
+            it is the way there; what this process did not keep beside it is "local_buffer_full".
         problems: what was suspicious, with how many tokens showed it.
     """
 

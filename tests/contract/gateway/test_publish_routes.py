@@ -1,7 +1,9 @@
 """The push door as an RPC, over every transport: what reaches the stream, limits, refusals, retries, idleness."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -257,6 +259,17 @@ async def test_too_many_sources_are_refused_and_free_again_when_one_is_closed(
     assert (caught.value.code, caught.value.reasons) == (8, ["BUSY"])
     await caller.unary("CloseSource", pb.CloseSourceRequest(source_id=first.source_id))
     await caller.unary("OpenSource", _open())
+
+
+async def test_the_documented_example_runs_as_written(bench: Bench, broker: Broker) -> None:
+    document = (Path(__file__).parents[3] / "docs" / "engines.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n# needs a running fleet\n(.*?)```", document, re.DOTALL)
+    address = f"127.0.0.1:{bench.gateway.grpc_port}"
+    code = compile(snippet.replace("127.0.0.1:50051", address), "docs/engines.md", "exec")
+    names: dict[str, Any] = {}
+    await asyncio.to_thread(exec, code, names)
+    assert (names["published"].num_tokens, names["published"].num_not_routed_tokens) == (16, 4)
+    assert _stored(broker, names["source"].source_id)[-1].goodbye.counters.num_published == 16 * 2
 
 
 class TestIdle:
