@@ -113,23 +113,17 @@ def reference(saved: Callable[[str], Path]) -> Callable[..., Reference]:
 
 
 @pytest.fixture
-def torchrun(saved: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., dict[str, list[Rank]]]]:
-    """Run jobs of `rank_program` on `num_ranks` processes, one after the other; return what each rank wrote, by job."""
+def launch(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Run a program by torchrun on `num_ranks` processes; return what they printed."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def run(num_ranks: int, jobs: list[dict[str, Any]], *, timeout_s: float = 90) -> dict[str, list[Rank]]:
-        for job in jobs:
-            job["folder"] = str(saved(job.pop("model")))
-            # transformers 5.23 leaves padding on the left unmasked at a pipeline's later stages, whose cache of layer 0
-            # is empty: their tokens are others than those of one process, with and without a debugger.
-            job["inputs"] = prompts(is_padded="pp_size" not in job["config"])
+    def run(num_ranks: int, program: Path, *arguments: str, timeout_s: float = 90) -> str:
         log_path = tmp_path / "torchrun.log"
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                    *("--nproc-per-node", str(num_ranks), str(PROGRAM)),
-                    json.dumps({"out": str(tmp_path), "jobs": jobs}),
+                    *("--nproc-per-node", str(num_ranks), str(program), *arguments),
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -141,13 +135,31 @@ def torchrun(saved: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[
         except subprocess.TimeoutExpired:
             pytest.fail(f"the ranks did not end within {timeout_s:g} s:\n{log_path.read_text()[-4000:]}")
         assert code == 0, log_path.read_text()[-6000:]
-        return {job["name"]: [_read(tmp_path, job["name"], rank) for rank in range(num_ranks)] for job in jobs}
+        return log_path.read_text()
 
     yield run
     for process in started:
         if process.poll() is None:
             _kill(process.pid)
             process.wait(10)
+
+
+@pytest.fixture
+def torchrun(
+    launch: Callable[..., str], saved: Callable[[str], Path], tmp_path: Path
+) -> Callable[..., dict[str, list[Rank]]]:
+    """Run jobs of `rank_program` on `num_ranks` processes, one after the other; return what each rank wrote, by job."""
+
+    def run(num_ranks: int, jobs: list[dict[str, Any]], *, timeout_s: float = 90) -> dict[str, list[Rank]]:
+        for job in jobs:
+            job["folder"] = str(saved(job.pop("model")))
+            # transformers 5.23 leaves padding on the left unmasked at a pipeline's later stages, whose cache of layer 0
+            # is empty: their tokens are others than those of one process, with and without a debugger.
+            job["inputs"] = prompts(is_padded="pp_size" not in job["config"])
+        launch(num_ranks, PROGRAM, json.dumps({"out": str(tmp_path), "jobs": jobs}), timeout_s=timeout_s)
+        return {job["name"]: [_read(tmp_path, job["name"], rank) for rank in range(num_ranks)] for job in jobs}
+
+    return run
 
 
 def _read(out: Path, name: str, rank: int) -> Rank:
