@@ -19,7 +19,7 @@ from moe_debugger._rank_load import RankLoad, rank_load
 from moe_debugger._row_blocks import RowBlock, RowSource
 from moe_debugger._row_groups import available_bytes, regroup
 from moe_debugger._rows import RowStatistics, RowStore
-from moe_debugger._stats import ExpertMetrics, ExpertRow, LayerRoutingStats, PerformanceMetrics, RoutingStats
+from moe_debugger._stats import ExpertMetrics, ExpertRow, PerformanceMetrics, RoutingStats, layer_routing_stats
 from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, LayerState, RoutingState, Thresholds, finish
 from moe_debugger.capture import Assembler, Capture, Intake, LayerInfo, RawForward
 from moe_debugger.errors import InvalidInputError, SessionClosedError
@@ -240,7 +240,10 @@ class Session:
             num_tokens=state.num_tokens,
             num_requests=state.num_requests,
             sampling_rate=self._options.sampling_rate,
-            layers=tuple(_layer_stats(info, state.layers.get(info.layer_index)) for info in self._layers()),
+            layers=tuple(
+                layer_routing_stats(info, state.layers.get(info.layer_index) or LayerState.empty(_shape(info)))
+                for info in self._layers()
+            ),
         )
 
     def get_expert_metrics(self) -> ExpertMetrics:
@@ -573,32 +576,3 @@ class Session:
 def _shape(info: LayerInfo) -> LayerShape:
     # k as the experts were called with it: not every config says it.
     return LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)
-
-
-def _layer_stats(info: LayerInfo, layer: LayerState | None) -> LayerRoutingStats:
-    if layer is None:
-        layer = LayerState.empty(_shape(info))
-    counts = layer.counts
-    total = int(counts.sum())
-    shares = counts.astype(np.float64) / total if total else np.zeros(len(counts))
-    used = shares[shares > 0]
-    entropy = float(-(used * np.log(used)).sum()) if total else float("nan")
-    return LayerRoutingStats(
-        info=info,
-        num_tokens=layer.num_tokens,
-        num_padding_tokens=layer.num_padding,
-        expert_counts=counts.copy(),
-        load_entropy=entropy,
-        effective_experts=float(np.exp(entropy)),
-        hottest_expert=int(counts.argmax()),
-        hottest_load_ratio=float(shares.max()) * len(counts) if total else float("nan"),
-        unused_experts=tuple(int(expert) for expert in np.flatnonzero(counts == 0)),
-        mean_router_entropy=layer.router_entropy.mean,
-        mean_top1_probability=layer.top1_probability.mean,
-        mean_margin=layer.margin.mean,
-        num_dropped_slots=layer.num_dropped_slots,
-        num_skipped_slots=layer.num_skipped_slots,
-        num_identity_slots=layer.num_identity_slots,
-        num_unused_slots=layer.num_unused_slots,
-        mean_probability=layer.mean_probability,
-    )

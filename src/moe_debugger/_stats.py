@@ -7,12 +7,20 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_debugger._tables import bar, html_table, text_table, to_data_frame
+from moe_debugger.analysis import LayerState
 from moe_debugger.capture.discovery import LayerInfo
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ExpertMetrics", "ExpertRow", "LayerRoutingStats", "PerformanceMetrics", "RoutingStats"]
+__all__ = [
+    "ExpertMetrics",
+    "ExpertRow",
+    "LayerRoutingStats",
+    "PerformanceMetrics",
+    "RoutingStats",
+    "layer_routing_stats",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -345,3 +353,31 @@ class PerformanceMetrics:
 
     def _repr_html_(self) -> str:
         return html_table("Performance", ("measure", "value"), self._rows())
+
+
+def layer_routing_stats(info: LayerInfo, layer: LayerState) -> LayerRoutingStats:
+    """Return load and confidence of one layer."""
+    counts = layer.counts
+    total = int(counts.sum())
+    shares = counts.astype(np.float64) / total if total else np.zeros(len(counts))
+    used = shares[shares > 0]
+    entropy = float(-(used * np.log(used)).sum()) if total else float("nan")
+    return LayerRoutingStats(
+        info=info,
+        num_tokens=layer.num_tokens,
+        num_padding_tokens=layer.num_padding,
+        expert_counts=counts.copy(),
+        load_entropy=entropy,
+        effective_experts=float(np.exp(entropy)),
+        hottest_expert=int(counts.argmax()),
+        hottest_load_ratio=float(shares.max()) * len(counts) if total else float("nan"),
+        unused_experts=tuple(int(expert) for expert in np.flatnonzero(counts == 0)),
+        mean_router_entropy=layer.router_entropy.mean,
+        mean_top1_probability=layer.top1_probability.mean,
+        mean_margin=layer.margin.mean,
+        num_dropped_slots=layer.num_dropped_slots,
+        num_skipped_slots=layer.num_skipped_slots,
+        num_identity_slots=layer.num_identity_slots,
+        num_unused_slots=layer.num_unused_slots,
+        mean_probability=layer.mean_probability,
+    )

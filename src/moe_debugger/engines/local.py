@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from moe_debugger._decisions import Decisions
 from moe_debugger._rows import RowStore
-from moe_debugger._session import _layer_stats as layer_routing_stats
-from moe_debugger._stats import ExpertMetrics, ExpertRow, RoutingStats
+from moe_debugger._stats import ExpertMetrics, ExpertRow, RoutingStats, layer_routing_stats
 from moe_debugger.analysis import LayerShape, RoutingState
 from moe_debugger.capture import LayerInfo
 from moe_debugger.publish.batching import columns_size_bytes
