@@ -169,7 +169,7 @@ class LayerMetrics:
         mean_confidence: mean top-1 probability, over `num_confidence` tokens.
         mean_margin: K-th minus (K+1)-th selection score, over `num_margin` tokens.
         router_z_loss: mean squared logsumexp of the logits, over `num_z` tokens (ST-MoE, eq. 5).
-        dropped_share: dropped slots / all slots of valid tokens.
+        dropped_share, identity_share, skipped_share: slots of that class / all slots of valid tokens.
     """
 
     layer_index: int
@@ -205,6 +205,8 @@ class LayerMetrics:
     mean_margin: float
     num_margin: int
     dropped_share: float
+    identity_share: float
+    skipped_share: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics as plain values."""
@@ -251,4 +253,6 @@ def layer_metrics(state: LayerState) -> LayerMetrics:
         mean_margin=state.margin.mean,
         num_margin=state.margin.num_values,
         dropped_share=state.num_dropped_slots / num_slots if num_slots else _NAN,
+        identity_share=state.num_identity_slots / num_slots if num_slots else _NAN,
+        skipped_share=state.num_skipped_slots / num_slots if num_slots else _NAN,
     )

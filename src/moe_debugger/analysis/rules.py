@@ -338,7 +338,8 @@ def _skewed(look: Look, index: int, expert: int, kind: FindingKind, p_value: flo
 
 
 def _low_confidence(look: Look, layer: LayerState, metrics: LayerMetrics) -> Iterator[Finding]:
-    limits, experts = look.thresholds, layer.shape.num_experts
+    # The router's probabilities are over identity experts, too.
+    limits, experts = look.thresholds, layer.shape.num_ids
     if experts < 2 or metrics.num_token_entropy < limits.min_tokens or look.shortage(layer, metrics):
         return
     confidence = 1 - metrics.mean_token_entropy / math.log(experts)

@@ -236,3 +236,98 @@ def test_sampling_takes_whole_requests_and_nothing_of_the_others(
         ).routes
         assert np.frombuffer(routes.position, "<u4").tolist() == list(range(8))
         assert [sum(np.frombuffer(layer.expert_counts, "<u8")) for layer in routes.layers] == [16, 16, 16]
+
+
+def _switch() -> Any:
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(
+        vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
+        expert_capacity=3, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    return SwitchTransformersForConditionalGeneration(config).eval()
+
+
+def _longcat() -> Any:
+    from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+    torch.manual_seed(0)
+    config = LongcatFlashConfig(
+        vocab_size=96, hidden_size=32, ffn_hidden_size=32, expert_ffn_hidden_size=16, num_layers=2, head_dim=8,
+        num_attention_heads=4, n_routed_experts=8, zero_expert_num=4, moe_topk=3, q_lora_rank=16, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    return LongcatFlashForCausalLM(config).eval()
+
+
+def _slots(layer: session_pb2.LayerSnapshot) -> int:
+    return (
+        int(np.frombuffer(layer.expert_counts, "<u8").sum())
+        + layer.num_dropped_slots
+        + layer.num_identity_slots
+        + layer.num_skipped_slots
+        + layer.num_unused_slots
+    )
+
+
+@pytest.mark.parametrize("level", ["counts", "routes"])
+def test_zero_experts_are_counted_apart_and_are_no_load(nats: NatsServer, analyzer: Analyzer, level: Any) -> None:
+    model = _longcat()
+    chosen: list[list[int]] = [[], []]
+
+    def run(debugger: MoEDebugger) -> None:
+        handles = [
+            layer.mlp.router.register_forward_hook(
+                lambda module, args, output, own=own: own.extend(output[-1].reshape(-1).tolist())
+            )
+            for layer, own in zip(model.model.layers, chosen, strict=True)
+        ]
+        model(_ids(3, 9))
+        for handle in handles:
+            handle.remove()
+
+    _, view_of = watch(nats, model, run, level=level)
+    view = view_of(analyzer)
+    assert view.sources[0].is_healthy, view.sources[0].problems
+    for layer, ids in zip(view.layers, chosen, strict=True):
+        assert (layer.description.num_experts, layer.description.num_identity_experts) == (8, 4)
+        truth = np.bincount(ids, minlength=12)
+        assert np.frombuffer(layer.expert_counts, "<u8").tolist() == truth[:8].tolist()
+        assert layer.num_identity_slots == truth[8:].sum() > 0
+        assert _slots(layer) == layer.num_tokens * 3 == 27 * 3
+
+
+@pytest.mark.parametrize("level", ["counts", "routes"])
+def test_an_encoders_and_a_decoders_rows_are_counted_apart(nats: NatsServer, analyzer: Analyzer, level: Any) -> None:
+    model = _switch()
+    names = [new_id(), new_id()]
+    masks: list[torch.Tensor] = []
+
+    def run(debugger: MoEDebugger) -> None:
+        router = model.encoder.block[1].layer[1].mlp.router
+        handle = router.register_forward_hook(lambda module, args, output: masks.append(output[0]))
+        with debugger.requests(names):
+            model.generate(_ids(2, 9), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        handle.remove()
+
+    session_id, view_of = watch(nats, model, run, level=level)
+    view = view_of(analyzer)
+    assert view.sources[0].is_healthy, view.sources[0].problems
+    encoder, decoder = view.layers
+    assert (encoder.description.stack, decoder.description.stack) == ("encoder", "decoder")
+    assert (encoder.num_tokens, decoder.num_tokens) == (18, 8)
+    # A token whose one-hot row of experts is empty found its expert full.
+    (mask,) = masks
+    assert encoder.num_dropped_slots == int((mask.reshape(18, -1).sum(dim=1) == 0).sum()) > 0
+    for layer in view.layers:
+        assert _slots(layer) == layer.num_tokens
+    if level == "counts":
+        return
+    routes = analyzer.stub.GetRequestRoutes(
+        pb.AnalyzerServiceGetRequestRoutesRequest(tenant="default", session_id=session_id, request_id=names[0]),
+        timeout=5,
+    ).routes
+    assert routes.summary.num_tokens == 4
+    assert list(routes.stacks) == ["decoder", "encoder"]
+    assert np.frombuffer(routes.position, "<u4").tolist() == [*range(4), *range(9)]
