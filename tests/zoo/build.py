@@ -176,9 +176,10 @@ def redraw(model: nn.Module, seed: int = SEED) -> None:
         for name, tensor in tensors:
             if name == "tid2eid":
                 # A table of experts by token id, all zeros in a new model: draw distinct experts for every token.
-                tensor.copy_(
-                    torch.rand(len(tensor), module.num_experts, generator=generator).argsort()[:, : tensor.shape[1]]
+                order = torch.rand(len(tensor), len(module.get_parameter("weight")), generator=generator).argsort(
+                    dim=-1
                 )
+                tensor.copy_(order[:, : tensor.shape[1]])
             if id(tensor) in tied or not tensor.is_floating_point():
                 continue
             tied.add(id(tensor))
