@@ -24,6 +24,8 @@ from torch import nn
 
 __all__ = ["Oracle", "SiteCall"]
 
+_REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
 
 @dataclass(frozen=True)
 class SiteCall:
@@ -36,7 +38,8 @@ class SiteCall:
         identity_weights: [T] float64, the sum of the weights by which the hidden state itself was added.
         tolerance: relative rounding of `weights` by the replay itself.
         unexplained: the largest share of a contribution that no multiple of the expert's unit output explains.
-        replay_error: the largest difference between the real output and the replay's, relative to the output.
+        replay_error: the largest difference between the real output and the replay's, relative to the largest output.
+        replay_tolerance: what rounding in the model's dtype may make of it.
     """
 
     site: str
@@ -46,6 +49,7 @@ class SiteCall:
     tolerance: float
     unexplained: float
     replay_error: float
+    replay_tolerance: float
 
 
 class Oracle:
@@ -146,6 +150,7 @@ def _replay(name: str, kind: Kind, result: Any) -> SiteCall:
         share = (silent * hidden).sum(-1) / (hidden * hidden).sum(-1).clamp_min(1e-300)
         follows = (silent - share.unsqueeze(-1) * hidden).norm(dim=-1) <= 1e-9 * silent.norm(dim=-1)
         identity = torch.where(follows, share, 0).double().cpu()
+    dtype = (result[0] if isinstance(result, tuple) else result).dtype
     real = kind.output(result).detach().double()
     difference = (real - total).abs()
     is_known = ~difference.isnan()
@@ -158,6 +163,7 @@ def _replay(name: str, kind: Kind, result: Any) -> SiteCall:
         tolerance=kind.tolerance,
         unexplained=unexplained,
         replay_error=error,
+        replay_tolerance=_REPLAY_TOLERANCE[dtype],
     )
 
 

@@ -31,7 +31,8 @@ class Comparison:
         num_unseen_slots: slots with a weight of exactly 0, which no oracle that looks at outputs can see.
         num_rows_without_expert: rows for which no expert computed.
         num_identity_rows: rows to which identity experts gave something.
-        max_unexplained, max_replay_error: see `SiteCall`; they say whether the oracle itself may be believed.
+        max_unexplained: see `SiteCall`; above rounding, the oracle itself is not to be believed.
+        max_replay_excess: the replay's error as a multiple of what rounding allows; above 1 likewise.
         problems: what is wrong, in words: at most a few.
     """
 
@@ -44,7 +45,7 @@ class Comparison:
     num_rows_without_expert: int = 0
     num_identity_rows: int = 0
     max_unexplained: float = 0.0
-    max_replay_error: float = 0.0
+    max_replay_excess: float = 0.0
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -161,7 +162,8 @@ def _compare_layer(
     result.num_rows_without_expert += int((~used.any(-1)).sum())
     result.num_identity_rows += int((identity != 0).sum())
     result.max_unexplained = max(result.max_unexplained, max(call.unexplained for call in calls))
-    result.max_replay_error = max(result.max_replay_error, *(call.replay_error for call in calls))
+    excess = [call.replay_error / call.replay_tolerance for call in calls]
+    result.max_replay_excess = max(result.max_replay_excess, *excess)
 
 
 def _check_slots(

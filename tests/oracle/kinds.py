@@ -314,7 +314,8 @@ class SortedAttention(Kind):
 class Embeddings(Kind):
     """Doge: an expert is one row of `down_embed` and one of `up_embed`; a dense MLP runs beside, which is silenced too.
 
-    The replay runs in the model's dtype: in another one, sums of scores that tie could choose otherwise.
+    The replay runs in the model's dtype: in another one, sums of scores that tie could choose otherwise. So that this
+    dtype rounds nothing but the weight itself, an expert that speaks is replaced by one that gives ones to every token.
     """
 
     def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -322,33 +323,35 @@ class Embeddings(Kind):
         self._args = [value.detach().clone() for value in args]
         for parameter in self._clone.get_submodule("down_proj").parameters():
             parameter.zero_()
+        self._clone._modules["act_fn"] = _Ones()
         self._up = self._clone.get_parameter("up_embed.weight")
-        self._down = self._clone.get_parameter("down_embed.weight")
-        self._act: Any = self._clone.act_fn
-        self._full = self._up.clone()
-        self.num_experts = len(self._full)
-        # In float32 the product of key and hidden state, whose terms may cancel, loses some bits of its own.
-        self.tolerance = max(8 * float(torch.finfo(self._full.dtype).eps), 3e-5)
+        self._ones = torch.ones_like(self._up)
+        self.num_experts = len(self._up)
+        # The softmax over the slots is the model's own, in its dtype.
+        self.tolerance = max(2 * float(torch.finfo(self._up.dtype).eps), 1e-6)
 
     @classmethod
     def fits(cls, name: str, module: nn.Module) -> bool:
         return all(isinstance(getattr(module, part, None), nn.Embedding) for part in ("up_embed", "down_embed"))
 
     def run(self, expert_id: int | None) -> torch.Tensor:
-        only(self._up, self._full, expert_id)
+        only(self._up, self._ones, expert_id)
         return rows_of(type(self._clone).forward(self._clone, *self._args)[0]).double()
 
     def unit(self, expert_id: int) -> torch.Tensor:
-        key = self._down[expert_id].double()
-        strength: torch.Tensor = self._act(self.hidden() @ key)
-        return strength.unsqueeze(-1) * self._full[expert_id].double()
+        return torch.ones_like(self.hidden())
 
     def hidden(self) -> torch.Tensor:
         return rows_of(self._args[0]).double()
 
     def output(self, result: Any) -> torch.Tensor:
-        # The dense MLP's part is not the experts'.
+        # The dense MLP's part is not the experts', and the experts are not the model's.
         return torch.full_like(self.hidden(), torch.nan)
+
+
+class _Ones(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(values)
 
 
 class _NativeRouter(nn.Module):
