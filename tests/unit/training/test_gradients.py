@@ -206,17 +206,17 @@ def test_the_trajectory_is_bit_identical_with_and_without() -> None:
         if debugger is not None:
             debugger.close()
         results.append((torch.stack(losses), [one.detach().clone() for one in model.parameters()], torch.rand(4)))
-    for losses, parameters, noise in results[1:]:
-        assert torch.equal(losses, results[0][0])
+    for trajectory, parameters, noise in results[1:]:
+        assert torch.equal(trajectory, results[0][0])
         assert all(torch.equal(one, other) for one, other in zip(parameters, results[0][1], strict=True))
         assert torch.equal(noise, results[0][2])
 
 
-class Operations(TorchDispatchMode):
-    """Notes the operations that run, and which of them write to a tensor that was there before."""
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -260,9 +260,13 @@ def test_a_failed_step_and_a_failing_probe_disturb_nothing(monkeypatch: pytest.M
     with MoEDebugger(model, gradients=True) as debugger:
         session = debugger.session
         assert session is not None
-        with pytest.raises(RuntimeError, match="the loss is gone"), debugger.step(1):
+
+        def fail_after_backward() -> None:
             run(model, 0)
             raise RuntimeError("the loss is gone")
+
+        with pytest.raises(RuntimeError, match="the loss is gone"), debugger.step(1):
+            fail_after_backward()
         assert len(session.series()) == 0
 
         def fail(*args: Any) -> None:

@@ -1,4 +1,4 @@
-"""`MoEDebuggerCallback` in a real `transformers.Trainer`: a tiny Mixtral, accumulation of 2, an evaluation in the middle."""
+"""`MoEDebuggerCallback` in a real `transformers.Trainer`: a tiny Mixtral, accumulation of 2, evaluations in between."""
 
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def test_the_training_is_bit_identical_with_and_without(tmp_path: Path) -> None:
     assert torch.equal(results[0][2], results[1][2])
 
 
-class Failing(Trainer):
+class Failing(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Fails in the third micro-batch's loss."""
 
     calls = 0
