@@ -104,6 +104,7 @@ def analyze(
     *,
     num_experts: int | Sequence[int],
     top_k: int | Sequence[int],
+    num_identity_experts: int | Sequence[int] = 0,
     thresholds: Thresholds | None = None,
     baseline: Mapping[str, Any] | RoutingState | None = None,
     health: CaptureHealth | None = None,
@@ -118,6 +119,7 @@ def analyze(
             of the kind of text. Rows without `request_id` are taken in blocks of 64 neighbours.
         num_experts: E, or one per layer index.
         top_k: k, or one per layer index.
+        num_identity_experts: Z, experts that compute nothing, with the ids from E on; or one per layer index.
         thresholds: None = the defaults.
         baseline: healthy rows of the same model and workload, as columns or as a state.
         health: what is known of the capture.
@@ -125,16 +127,21 @@ def analyze(
     Raises:
         InvalidInputError: a column is missing, or of another length, or holds ids out of range.
     """
-    state = fold_decisions(decisions, num_experts=num_experts, top_k=top_k)
+    sizes: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "num_identity_experts": num_identity_experts}
+    state = fold_decisions(decisions, **sizes)
     if baseline is not None and not isinstance(baseline, RoutingState):
-        baseline = fold_decisions(baseline, num_experts=num_experts, top_k=top_k)
+        baseline = fold_decisions(baseline, **sizes)
     workload = decisions.get("workload")
     num_workloads = 1 if workload is None else len(np.unique(np.asarray(workload)))
     return finish(state, thresholds=thresholds, baseline=baseline, num_workloads=num_workloads, health=health)
 
 
 def fold_decisions(
-    decisions: Mapping[str, Any], *, num_experts: int | Sequence[int], top_k: int | Sequence[int]
+    decisions: Mapping[str, Any],
+    *,
+    num_experts: int | Sequence[int],
+    top_k: int | Sequence[int],
+    num_identity_experts: int | Sequence[int] = 0,
 ) -> RoutingState:
     """Return the state of captured decisions; see `analyze` for the columns."""
     layer_index, columns = _checked(decisions)
@@ -142,7 +149,15 @@ def fold_decisions(
     ids = np.asarray(columns.pop("expert_ids"))
     ids = ids.reshape(n, -1).astype(np.int32) if n else np.empty((0, 1), np.int32)
     present = np.unique(layer_index).tolist()
-    shapes = [LayerShape(i, _of_layer(num_experts, i, "num_experts"), _of_layer(top_k, i, "top_k")) for i in present]
+    shapes = [
+        LayerShape(
+            i,
+            _of_layer(num_experts, i, "num_experts"),
+            _of_layer(top_k, i, "top_k"),
+            _of_layer(num_identity_experts, i, "num_identity_experts"),
+        )
+        for i in present
+    ]
     state = RoutingState.empty(shapes)
     requests, request_index = _requests(columns.pop("request_id", None), n)
     phase_tokens, token_classes = state.phase_tokens, state.token_classes
@@ -177,7 +192,7 @@ _ROW_COLUMNS: dict[str, tuple[str, int]] = {
     "is_padding": ("?", 0),
 }
 _LAYER_COLUMNS = {
-    "gate_weights": "<f2",
+    "gate_weights": "<f4",
     "slot_status": "u1",
     "margin": "<f4",
     "router_entropy": "<f4",
@@ -200,12 +215,18 @@ def _requests(request_id: Any, num_rows: int) -> tuple[list[str] | None, npt.NDA
     if request_id is None:
         return None, np.zeros(num_rows, np.uint32)
     column = np.asarray(request_id)
-    if column.dtype.kind == "O":
-        # Texts, with None where a row has no request.
-        column = np.asarray(["" if name is None else str(name) for name in request_id], dtype=np.str_)
     # Neighbours mostly share their request: sorting one row of each run is much less than sorting all.
     is_first = np.r_[True, column[1:] != column[:-1]][:num_rows]
-    names, run_index = np.unique(column[is_first], return_inverse=True)
+    firsts = column[is_first]
+    if firsts.dtype.kind == "O":
+        # Texts, with None where a row has no request: a look-up for each run is much less than sorting texts.
+        listed = firsts.tolist()
+        texts = {name: "" if name is None else str(name) for name in dict.fromkeys(listed)}
+        names = np.unique(np.asarray(list(texts.values()), dtype=np.str_))
+        places = {name: int(np.searchsorted(names, text)) for name, text in texts.items()}
+        run_index = np.fromiter(map(places.__getitem__, listed), np.int64, len(listed))
+    else:
+        names, run_index = np.unique(firsts, return_inverse=True)
     index = np.repeat(run_index, np.diff(np.r_[np.flatnonzero(is_first), num_rows]))
     return [str(name) for name in names], index.astype(np.uint32)
 
@@ -233,7 +254,12 @@ def _layer_columns(
         name: np.asarray(columns[name])[rows].astype(dtype) if name in columns else np.full(n, default, dtype)
         for name, (dtype, default) in _ROW_COLUMNS.items()
     }
-    layer = LayerColumns(shape.layer_index, shape.num_experts, np.ascontiguousarray(ids[:, :k]))
+    layer = LayerColumns(
+        shape.layer_index,
+        shape.num_experts,
+        np.ascontiguousarray(ids[:, :k]),
+        num_identity_experts=shape.num_identity_experts,
+    )
     for name, dtype in _LAYER_COLUMNS.items():
         if name in columns:
             values = np.asarray(columns[name])[rows].astype(dtype)
