@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import SecretStr
 from servers import free_port
 from unit.engines.stand_ins import Completion, Output, sglang_response
 
@@ -154,8 +153,12 @@ def main() -> None:
     if TEMP_DIR_VARIABLE not in os.environ:
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         raise SystemExit(run_guarded([sys.executable, "-m", "engine_deployment", *sys.argv[1:]], make_temp_dir()))
-    settings = CollectorSettings(
-        nats_url=SecretStr(sys.argv[1]), ingress_port=free_port(), fleet_token=SecretStr("of-this-test-0123456789")
+    settings = CollectorSettings.from_environment(
+        {
+            "MOE_COLLECTOR_NATS_URL": sys.argv[1],
+            "MOE_COLLECTOR_INGRESS_PORT": str(free_port()),
+            "MOE_COLLECTOR_FLEET_TOKEN": "of-this-test-0123456789",
+        }
     )
     cluster = _EngineServe(settings, Path(os.environ[TEMP_DIR_VARIABLE]))
     cluster.start()

@@ -590,6 +590,7 @@ def _description(info: LayerInfo) -> pb.LayerDescription:
         num_experts=info.num_experts,
         top_k=info.top_k,
         num_shared_experts=info.num_shared_experts,
+        num_identity_experts=info.num_identity_experts,
         scoring_function=info.scoring_function,
         weight_meaning=info.weight_meaning,
         unavailable_reason=info.unavailable_reason,

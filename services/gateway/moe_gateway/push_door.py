@@ -284,6 +284,7 @@ def _layer_info(layer: routing_pb2.LayerDescription) -> LayerInfo:
         num_experts=layer.num_experts,
         top_k=layer.top_k,
         num_shared_experts=layer.num_shared_experts,
+        num_identity_experts=layer.num_identity_experts,
         scoring_function=layer.scoring_function or "unknown",
         weight_meaning=layer.weight_meaning or "as the engine reports it",
         unavailable_reason=layer.unavailable_reason

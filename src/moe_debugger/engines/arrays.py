@@ -50,12 +50,14 @@ def engine_layers(
     *,
     model_layer_indices: Sequence[int] | None = None,
     num_shared_experts: int = 0,
+    num_identity_experts: int = 0,
     stack: str = "decoder",
 ) -> tuple[LayerInfo, ...]:
     """Return descriptions of `num_layers` MoE layers of one size.
 
     Args:
         model_layer_indices: of each MoE layer, its index among all layers of the model; default 0, 1, 2...
+        num_identity_experts: "zero" experts that compute nothing; their ids follow those of the `num_experts`.
 
     Raises:
         InvalidInputError: a size is out of range, or the indices are not rising.
@@ -76,6 +78,7 @@ def engine_layers(
             num_experts=num_experts,
             top_k=top_k,
             num_shared_experts=num_shared_experts,
+            num_identity_experts=num_identity_experts,
             weight_meaning="as the engine reports it",
             unavailable_reason="the engine returns the selected experts, not the router's scores",
         )
@@ -98,10 +101,14 @@ def check_layers(layers: Sequence[LayerInfo]) -> None:
             raise InvalidInputError(
                 f"layer {place} of the list has layer_index {info.layer_index}; expected 0, 1, 2... in their order"
             )
-        if not 1 <= info.num_experts <= _MAX_EXPERTS:
-            raise InvalidInputError(f"layer {place}: {info.num_experts} experts; expected 1 to {_MAX_EXPERTS}")
+        if info.num_experts < 1 or info.num_identity_experts < 0 or _num_ids(info) > _MAX_EXPERTS:
+            raise InvalidInputError(f"layer {place}: {_num_ids(info)} experts; expected 1 to {_MAX_EXPERTS}")
         if not 1 <= info.top_k <= info.num_experts:
             raise InvalidInputError(f"layer {place}: top_k is {info.top_k}; expected 1 to {info.num_experts}")
+
+
+def _num_ids(info: LayerInfo) -> int:
+    return info.num_experts + info.num_identity_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,7 @@ class _Group:
     """Layers of one size, which are checked together."""
 
     places: npt.NDArray[np.intp]
-    num_experts: int
+    num_ids: int
     top_k: int
 
 
@@ -146,9 +153,9 @@ class RouteChecker:
         check_layers(layers)
         self.layers = tuple(layers)
         self.top_k = max(info.top_k for info in layers)
-        sizes = sorted({(info.num_experts, info.top_k) for info in layers})
+        sizes = sorted({(_num_ids(info), info.top_k) for info in layers})
         self._groups = [
-            _Group(np.flatnonzero([(x.num_experts, x.top_k) == size for x in layers]), *size) for size in sizes
+            _Group(np.flatnonzero([(_num_ids(x), x.top_k) == size for x in layers]), *size) for size in sizes
         ]
         self._map = None if physical_to_logical is None else self.checked_map(physical_to_logical)
 
@@ -163,6 +170,11 @@ class RouteChecker:
             InvalidInputError: its shape or an id is wrong, or a logical expert has no replica.
         """
         array = _integers("physical_to_logical", physical_to_logical)
+        if any(info.num_identity_experts for info in self.layers):
+            raise InvalidInputError(
+                "physical_to_logical is given for layers with identity experts, whose ids among replicas are not "
+                "known; map the ids before, and pass logical ones"
+            )
         if array.ndim != 2 or len(array) != len(self.layers) or not array.shape[1]:
             raise InvalidInputError(
                 f"physical_to_logical has shape {array.shape}; expected ({len(self.layers)} layers, number of replicas)"
@@ -266,7 +278,7 @@ class RouteChecker:
             token, layer, slot = (int(axis[0]) for axis in np.nonzero(bad))
             raise InvalidInputError(
                 f"expert_ids[{token}, {layer}, {slot}] is {array[token, layer, slot]}; expected 0 to "
-                f"{self.layers[layer].num_experts - 1}, or -1 for not routed"
+                f"{_num_ids(self.layers[layer]) - 1}, or -1 for not routed"
             )
         return np.array(array.transpose(1, 0, 2), np.int32, order="C")
 
@@ -330,7 +342,7 @@ class RouteChecker:
     def _map_and_check(self, ids: _I32, group: _Group) -> None:
         """Map replicas to logical experts in place, and refuse ids out of range and repeated experts."""
         part = ids[group.places, :, : group.top_k]
-        limit = group.num_experts if self._map is None else self._map.shape[1]
+        limit = group.num_ids if self._map is None else self._map.shape[1]
         if part.size and int(part.max()) >= limit:
             layer, token, slot = (int(axis[0]) for axis in np.nonzero(part >= limit))
             what = "experts" if self._map is None else "physical replicas"
@@ -395,14 +407,17 @@ class RouteChecker:
                 )
             gate_weights[is_empty] = np.nan
         status = None
-        if is_empty.any():
+        is_identity = kept >= info.num_experts
+        if is_empty.any() or is_identity.any():
             status = np.where(is_empty, pb.SLOT_STATUS_SKIPPED, pb.SLOT_STATUS_ROUTED).astype(np.uint8)
+            status[is_identity] = pb.SLOT_STATUS_IDENTITY
         return LayerColumns(
             layer_index=place,
             num_experts=info.num_experts,
             expert_ids=kept,
-            gate_weights=gate_weights,  # type: ignore[arg-type, unused-ignore]  # the wire narrows it
+            gate_weights=gate_weights,
             slot_status=status,
+            num_identity_experts=info.num_identity_experts,
         )
 
 

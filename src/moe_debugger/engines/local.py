@@ -38,7 +38,9 @@ class LocalRoutes:
         self._layers = tuple(layers)
         self._buffer_bytes = buffer_bytes
         self._keeps_rows = keeps_rows
-        self._state = RoutingState.empty(LayerShape(x.layer_index, x.num_experts, x.top_k) for x in layers)
+        self._state = RoutingState.empty(
+            LayerShape(x.layer_index, x.num_experts, x.top_k, x.num_identity_experts) for x in layers
+        )
         self._weight_sums = {info.layer_index: np.zeros(info.num_experts) for info in layers}
         self._rows = RowStore(max_rows_bytes)
         self._num_calls = 0
@@ -149,7 +151,7 @@ class LocalRoutes:
         for layer in columns.layers:
             if layer.gate_weights is not None:
                 ids: npt.NDArray[np.int32] = layer.expert_ids
-                is_load = (ids >= 0) & ~columns.is_padding[:, None]
+                is_load = (ids >= 0) & (ids < layer.num_experts) & ~columns.is_padding[:, None]
                 weights = layer.gate_weights[is_load].astype(np.float64)
                 self._weight_sums[layer.layer_index] += np.bincount(ids[is_load], weights, minlength=layer.num_experts)
         if self._keeps_rows:

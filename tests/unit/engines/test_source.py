@@ -10,6 +10,7 @@ from unit.engines.conftest import EXPERTS, LAYERS, TOP_K, Truth
 
 import moe_debugger
 from moe_debugger import InvalidInputError, LayerInfo, SessionClosedError, Source
+from moe_debugger.engines import engine_layers
 from moe_debugger.v1 import routing_pb2 as pb
 
 
@@ -317,6 +318,21 @@ def test_layers_may_differ_in_experts_and_k() -> None:
         ids[0, 1] = [4, -1]
         with pytest.raises(InvalidInputError, match=r"expert_ids\[0, 1, 0\] is 4, and the layer has 4 experts"):
             source.publish_routes(None, ids, [0, 1, 2])
+
+
+def test_identity_experts_are_named_so_and_are_no_load() -> None:
+    layers = engine_layers(1, 4, 2, num_identity_experts=2)
+    with moe_debugger.open_source(layers) as source:
+        source.publish_routes(None, [[[0, 4]], [[5, 1]], [[4, 5]]], [0, 1, 2], np.ones((3, 1, 2)))
+        assert load(source) == [[1, 1, 0, 0]]
+        decisions = source.decisions()
+        identity, routed = pb.SLOT_STATUS_IDENTITY, pb.SLOT_STATUS_ROUTED
+        assert decisions.slot_status.tolist() == [[routed, identity], [identity, routed], [identity, identity]]
+        assert [row.mean_gate_weight for row in source.get_expert_metrics().experts[:2]] == [1.0, 1.0]
+        with pytest.raises(InvalidInputError, match="is 6, and the layer has 6 experts"):
+            source.publish_routes(None, [[[0, 6]]], [0])
+        with pytest.raises(InvalidInputError, match="identity experts"):
+            source.place_replicas([[0, 1, 2, 3]])
 
 
 def test_torch_tensors_are_arrays(source: Source, truth: Truth) -> None:
