@@ -1,12 +1,17 @@
 """A rank's place in a sharded model, without ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_moe import build
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_debugger import InvalidInputError, ModelNotSupportedError, MoEDebugger, ParallelCoordinates
 from moe_debugger._rank_load import rank_load
@@ -23,6 +28,62 @@ def test_a_process_on_its_own_has_the_first_place(model: Any) -> None:
     assert place == ParallelCoordinates()
     assert not place.is_replica
     assert str(place) == "single process"
+
+
+@contextmanager
+def ranks(rank: int, world_size: int) -> Iterator[None]:
+    """Make this process one of `world_size` ranks; the others are not there, and nothing may be sent to them."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_ranks_without_a_mesh_have_batches_of_their_own(model: Any) -> None:
+    with ranks(3, 4):
+        assert detect_coordinates(model) == ParallelCoordinates(
+            global_rank=3, world_size=4, data_parallel_rank=3, replica_of_rank=3
+        )
+
+
+def test_a_mesh_of_the_model_gives_the_place() -> None:
+    class Sharded(nn.Module):
+        device_mesh: Any
+
+    with ranks(5, 8):
+        sharded = Sharded()
+        sharded.device_mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
+        assert detect_coordinates(sharded) == ParallelCoordinates(
+            global_rank=5, world_size=8, data_parallel_rank=2, tensor_parallel_rank=1, replica_of_rank=4
+        )
+
+
+def test_the_mesh_of_a_parameter_gives_the_place_and_the_experts_owners() -> None:
+    with ranks(7, 8):
+        mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "ep"))
+        block = nn.Module()
+        block.w = nn.Parameter(DTensor.from_local(torch.zeros(2, 4, 4), mesh["ep"], [Shard(0)], run_check=False))
+        place = detect_coordinates(block)
+        assert place == ParallelCoordinates(
+            global_rank=7,
+            world_size=8,
+            data_parallel_rank=7,
+            expert_parallel_rank=3,
+            expert_parallel_size=4,
+            replica_of_rank=7,
+        )
+        assert expert_owners(block, "", 8, place) == (0, 0, 1, 1, 2, 2, 3, 3)
+
+
+def test_a_layer_whose_experts_are_whole_has_no_owners() -> None:
+    with ranks(1, 2):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        block = nn.Module()
+        block.w = nn.Parameter(DTensor.from_local(torch.zeros(8, 2, 4), mesh, [Shard(1)], run_check=False))
+        place = detect_coordinates(block)
+        assert (place.tensor_parallel_rank, place.recording_rank) == (1, 0)
+        assert expert_owners(block, "", 8, place) == ()
 
 
 def test_a_tensor_parallel_rank_is_a_replica_of_the_first_of_its_group() -> None:
