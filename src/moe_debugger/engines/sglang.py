@@ -63,7 +63,8 @@ def publish_response(
     except (KeyError, TypeError, ValueError) as error:
         _refuse(source, 0, f"the response is none of SGLang's /generate ({type(error).__name__}: {error})")
     cached = meta.get("cached_tokens")
-    num_cached = None if cached is None else int(cached)
+    # A request that was retracted finds its own generated tokens cached: those were routed by nobody else.
+    num_cached = None if cached is None else min(int(cached), num_prompt)
     start_len = int(meta.get("routed_experts_start_len", start_len) or 0)
     expected = num_prompt + num_generated - 1 - start_len
     num_routed = max(0, num_prompt + num_generated - 1 - max(start_len, num_cached or 0))

@@ -95,7 +95,7 @@ def publish_output(
         num_prompt=len(prompt),
         prompt_token_ids=prompt,
         prompt_routes=getattr(output, "prompt_routed_experts", None),
-        num_cached=getattr(output, "num_cached_tokens", None),
+        num_cached=_of_prompt(getattr(output, "num_cached_tokens", None), len(prompt)),
         completions=[_Completion(one.routed_experts, len(one.token_ids), one.token_ids) for one in output.outputs],
         is_split=hasattr(output, "prompt_routed_experts"),
     )
@@ -139,7 +139,7 @@ def publish_response(
             num_prompt=int(usage["prompt_tokens"]),
             prompt_token_ids=response.get("prompt_token_ids"),
             prompt_routes=response.get("prompt_routed_experts"),
-            num_cached=details.get("cached_tokens"),
+            num_cached=_of_prompt(details.get("cached_tokens"), int(usage["prompt_tokens"])),
             completions=completions,
             is_split="prompt_routed_experts" in response,
         )
@@ -251,6 +251,11 @@ def _rows(
             "too long, and which tokens the rows belong to cannot be known",
         )
     return (prompt_start, routes) if place == 0 else (num_prompt, routes[num_prompt - prompt_start :])
+
+
+def _of_prompt(num_cached: int | None, num_prompt: int) -> int | None:
+    # A request that was preempted finds its own generated tokens cached: those were routed by nobody else.
+    return None if num_cached is None else min(int(num_cached), num_prompt)
 
 
 def _token_ids(request: _Request, completion: _Completion, start: int, num_rows: int) -> list[int] | None:

@@ -58,6 +58,16 @@ def test_rows_of_cached_tokens_belong_to_the_request_that_filled_the_cache(sourc
     assert load(source) == truth.expected()
 
 
+def test_generated_tokens_are_no_part_of_a_cached_prefix(source: Source, truth: Truth) -> None:
+    routes = whole(truth.routes(9, not_routed=7))
+    published = sglang.publish_response(
+        source, sglang_response(routes, num_prompt=7, output_ids=[1, 2, 3], cached_tokens=8)
+    )
+    assert published is not None
+    assert (published.num_tokens, published.num_not_routed_tokens) == (2, 7)
+    assert load(source) == truth.expected()
+
+
 @pytest.mark.parametrize("is_in_meta", [True, False])
 def test_rows_may_begin_later(source: Source, truth: Truth, is_in_meta: bool) -> None:
     meta: dict[str, Any] = {"routed_experts_start_len": 4} if is_in_meta else {}

@@ -48,6 +48,14 @@ def test_cached_tokens_are_left_out(source: Source, truth: Truth) -> None:
     assert load(source) == truth.expected()
 
 
+def test_generated_tokens_are_no_part_of_a_cached_prefix(source: Source, truth: Truth) -> None:
+    # As after a preemption: the request's own tokens are in the cache when it goes on.
+    routes = truth.routes(9, not_routed=7)
+    (published,) = vllm.publish_output(source, Output(PROMPT, [Completion([7, 8, 9], routes)], num_cached_tokens=8))
+    assert (published.num_tokens, published.num_not_routed_tokens) == (2, 7)
+    assert load(source) == truth.expected()
+
+
 @pytest.mark.parametrize("extra", [0, 1], ids=["one row fewer than generated", "one row for each generated"])
 def test_routes_split_into_prompt_and_generated(source: Source, truth: Truth, extra: int) -> None:
     prompt = truth.routes(7, not_routed=4).astype(np.int16)
