@@ -138,6 +138,17 @@ class HealthMonitor:
         with self._lock:
             self._arrive(forward_index)
 
+    def check(
+        self, seen: ForwardSeen, parts: Sequence[RoutingColumns | CountsColumns]
+    ) -> tuple[list[RoutingColumns | CountsColumns], int]:
+        """Check one forward, whose columns are all rows or all sums; see `check_rows` and `check_counts`."""
+        sums = [part for part in parts if isinstance(part, CountsColumns)]
+        if sums:
+            clean_sums, num_dropped = self.check_counts(seen, sums)
+            return list(clean_sums), num_dropped
+        clean_rows, num_dropped = self.check_rows(seen, [part for part in parts if isinstance(part, RoutingColumns)])
+        return list(clean_rows), num_dropped
+
     def check_rows(self, seen: ForwardSeen, parts: Sequence[RoutingColumns]) -> tuple[list[RoutingColumns], int]:
         """Check one forward at a level with rows.
 

@@ -30,7 +30,7 @@ from moe_debugger.training.gradients import GradientProbe
 from moe_debugger.training.recorder import SeriesRecorder
 from moe_debugger.training.series import NO_INDEX, SeriesPoint, SeriesTable
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import RoutingColumns
+from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 from moe_debugger.wire.ids import new_id
 
 __all__ = ["Profile", "Session", "SessionOptions"]
@@ -433,28 +433,34 @@ class Session:
         if num_sampled_out:
             self._drop(pb.DROP_REASON_SAMPLED_OUT, num_sampled_out)
         numbers = self._options.layer_numbers
-        for columns in columns_of_stacks:
-            for layer in columns.layers:
+        for each in columns_of_stacks:
+            for layer in each.layers:
                 layer.layer_index = numbers.get(layer.layer_index, layer.layer_index)
         seen = forward_seen(raw, numbers, num_sampled_out)
-        columns_of_stacks, num_unusable = self._monitor.check_rows(seen, columns_of_stacks)
+        parts, num_unusable = self._monitor.check(seen, columns_of_stacks)
         if num_unusable:
             self._drop(pb.DROP_REASON_CAPTURE_ERROR, num_unusable)
-        for columns in columns_of_stacks:
+        for columns in parts:
             with self._lock:
                 self._fold(columns)
             # Not under the lock: rows may go to a file here, and the model's thread takes the lock when it drops.
-            if self._options.level > pb.CAPTURE_LEVEL_COUNTS:
+            if self._options.level > pb.CAPTURE_LEVEL_COUNTS and isinstance(columns, RoutingColumns):
                 self._rows.add(columns)
             if self.publisher is not None and not self._options.coordinates.is_replica:
                 self.publisher.submit(columns)
         self._last_step = max(self._last_step, raw.step)
         self._totals.capture_ns += time.perf_counter_ns() - started_ns
 
-    def _fold(self, columns: RoutingColumns) -> None:
+    def _fold(self, columns: RoutingColumns | CountsColumns) -> None:
         if self._state is None:
             # k as the experts were called with it: not every config says it.
             self._state = RoutingState.empty(_shape(info) for info in self._layers())
+        if isinstance(columns, CountsColumns):
+            self._state.fold_counts(columns)
+            for counted in columns.layers:
+                # Sums hold no weights.
+                self._weight_sums.setdefault(counted.layer_index, np.full(counted.num_experts, np.nan))
+            return
         self._state.fold(columns)
         for layer in columns.layers:
             sums = self._weight_sums.setdefault(layer.layer_index, np.zeros(layer.num_experts))

@@ -185,6 +185,31 @@ def test_a_forward_that_cannot_be_read_is_dropped_alone(model: Any) -> None:
     assert [layer.num_tokens for layer in stats.layers] == [24, 24, 24]
 
 
+def test_sums_that_a_capture_reduced_itself_are_counted_and_checked(model: Any) -> None:
+    """At level "counts" the capture may hand over sums, with no row behind them."""
+    results = []
+    for is_reduced in (False, True):
+        with torch.no_grad(), MoEDebugger(model, level="counts") as debugger:
+            session = debugger.session
+            assert session is not None
+            if is_reduced:
+                whole = session._assembler.assemble
+
+                def assemble(raw: Any, whole: Any = whole) -> Any:
+                    columns, left_out = whole(raw)
+                    return [sums for part in columns for sums in reduce_to_counts(part)], left_out
+
+                session._assembler.assemble = assemble  # type: ignore[method-assign]
+            model(_ids())
+            assert session.capture_health().is_healthy
+            results.append((debugger.get_routing_stats(), debugger.get_expert_metrics()))
+    (rows, _), (sums, experts) = results
+    for by_rows, by_sums in zip(rows.layers, sums.layers, strict=True):
+        assert by_sums.expert_counts.tolist() == by_rows.expert_counts.tolist()
+        assert by_sums.mean_probability.tolist() == pytest.approx(by_rows.mean_probability.tolist(), abs=1e-6)
+    assert all(np.isnan(row.mean_gate_weight) for row in experts.experts)
+
+
 # -- the monitor alone -------------------------------------------------------------------------------------------------
 
 
