@@ -200,7 +200,11 @@ def _expert_norms(builder: _Builder, layer: LayerParameters) -> "torch.Tensor | 
         gradient = _slot_gradient(slot)
         if isinstance(gradient, str):
             return gradient
-        parts.append(_norm(gradient, rows=layer.num_experts))
+        rows = layer.num_experts
+        if gradient.shape[0] == rows + layer.num_identity_experts:
+            # Identity experts may have rows, which nothing computes with.
+            gradient = gradient[:rows]
+        parts.append(_norm(gradient, rows=rows))
     if layer.separate:
         norms = [_joint_norm([_slot_gradient(slot) for slot in slots]) for slots in layer.separate]
         found = [norm for norm in norms if not isinstance(norm, str)]

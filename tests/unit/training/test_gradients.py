@@ -108,11 +108,8 @@ class Separate(nn.Module):
     def __init__(self, container: str) -> None:
         super().__init__()
         experts = [nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)) for _ in range(3)]
-        self.experts: Any = (
-            nn.ModuleList(experts)
-            if container == "list"
-            else nn.ModuleDict({f"expert_{number}": expert for number, expert in enumerate(experts)})
-        )
+        by_name: dict[str, nn.Module] = {f"expert_{number}": expert for number, expert in enumerate(experts)}
+        self.experts = nn.ModuleList(experts) if container == "list" else nn.ModuleDict({**by_name, "act": nn.ReLU()})
         self.router = nn.Linear(4, 3)
 
 
@@ -120,7 +117,7 @@ class Separate(nn.Module):
 def test_experts_of_their_own_are_summed_over_their_parameters(container: str) -> None:
     torch.manual_seed(0)
     model = Separate(container)
-    experts = list(model.experts.children())
+    experts = list(model.experts.children())[:3]
     x = torch.randn(5, 4)
     # The last expert gets no token, so it has no gradient.
     (experts[0](x).sum() + 3 * experts[1](x).sum() + model.router(x).sum()).backward()
@@ -153,6 +150,16 @@ def test_experts_below_one_another_in_one_matrix() -> None:
     found = values(SeriesTable(reading.points()), "expert_gradient_norm", 0)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert any("router" in note for note in reading.notes)
+
+
+def test_rows_of_identity_experts_are_left_out() -> None:
+    experts = nn.Module()
+    experts.up = nn.Parameter(torch.zeros(5, 2, 2))
+    experts.up.grad = torch.arange(20.0).reshape(5, 2, 2)
+    info = SimpleNamespace(layer_index=0, module_name="x", num_experts=3, num_identity_experts=2)
+    site = SimpleNamespace(info=info, experts=experts, router=None)
+    found = values(SeriesTable(GradientProbe([site], nn.Module()).measure(1).points()), "expert_gradient_norm", 0)
+    np.testing.assert_allclose(found, np.sqrt((np.arange(12.0).reshape(3, 4) ** 2).sum(1)), rtol=1e-6)
 
 
 def test_without_a_gradient_values_are_nan_and_the_reason_is_said() -> None:
