@@ -27,6 +27,7 @@ __all__ = ["OVERHEAD_LIMIT", "ForwardSeen", "HealthMonitor", "MonitoredLayer", "
 OVERHEAD_LIMIT = 0.5
 # Forwards of several threads end out of order: while the model runs, a hole is one only behind this many newer ones.
 _LIVE_SLACK = 64
+_MAX_PAIRED_SLOTS = 16
 # Beyond this many early ones the oldest hole is a gap for good, and the set stays small.
 _MAX_EARLY = 1024
 _UNITS = {
@@ -292,38 +293,49 @@ class HealthMonitor:
 
     def _check_slots(self, layer: LayerColumns, valid: npt.NDArray[np.bool_], where: str) -> None:
         ids, status = layer.expert_ids, layer.slot_status
-        slots = SlotClasses.of(ids, status, layer.num_experts)
-        if status is None:
+        num_valid = int(np.count_nonzero(valid))
+        routed = ids
+        is_load: npt.NDArray[np.bool_] | None = None
+        missing = 0
+        # Nearly always every slot was routed, and then nothing has to be told apart.
+        if status is not None or not _is_in_range(ids, 0, layer.num_experts - 1):
+            is_load = SlotClasses.of(ids, status, layer.num_experts).is_load
+            routed = np.where(is_load, ids, NO_EXPERT)
             unaccounted = ids == NO_EXPERT
-        else:
-            is_routed = (status == pb.SLOT_STATUS_ROUTED) | (status == pb.SLOT_STATUS_UNSPECIFIED)
-            unaccounted = (is_routed & (ids == NO_EXPERT)) | (status > pb.SLOT_STATUS_UNUSED)
-        missing = int(np.count_nonzero(unaccounted))
+            if status is not None:
+                is_routed = (status == pb.SLOT_STATUS_ROUTED) | (status == pb.SLOT_STATUS_UNSPECIFIED)
+                unaccounted = (is_routed & unaccounted) | (status > pb.SLOT_STATUS_UNUSED)
+            missing = int(np.count_nonzero(unaccounted))
         text = f"{where}{missing} of {ids.size} slots reached no expert, and no status says why" if missing else ""
         self._tallies["conservation"].add(ids.size, missing, text)
-        chosen = np.sort(np.where(slots.is_load, ids, -1)[valid], axis=1)
-        twice = ((chosen[:, 1:] == chosen[:, :-1]) & (chosen[:, 1:] >= 0)).any(axis=1)
+        twice = _has_equals(routed) & valid
         num_twice = int(np.count_nonzero(twice))
-        text = f"{where}a row has the experts {chosen[int(twice.argmax())].tolist()}" if num_twice else ""
-        self._tallies["distinctness"].add(len(chosen), num_twice, text)
+        text = f"{where}a row has the experts {sorted(routed[int(twice.argmax())].tolist())}" if num_twice else ""
+        self._tallies["distinctness"].add(num_valid, num_twice, text)
         if layer.gate_weights is not None:
-            weights = layer.gate_weights[valid][slots.is_load[valid]]
-            wrong = ~np.isfinite(weights)
-            num_wrong = int(np.count_nonzero(wrong))
-            text = f"{where}a gate weight is {weights[int(wrong.argmax())]}" if num_wrong else ""
-            self._tallies["weights"].add(weights.size, num_wrong, text)
+            wrong = ~np.isfinite(layer.gate_weights)
+            num_wrong, text = 0, ""
+            if wrong.any():
+                wrong &= valid[:, None] if is_load is None else is_load & valid[:, None]
+                num_wrong = int(np.count_nonzero(wrong))
+                text = f"{where}a gate weight is {layer.gate_weights[wrong][0]}" if num_wrong else ""
+            num_weights = num_valid * ids.shape[1] if is_load is None else int(np.count_nonzero(is_load[valid]))
+            self._tallies["weights"].add(num_weights, num_wrong, text)
 
     def _without_bad_ids(self, layer: LayerColumns, where: str) -> tuple[LayerColumns, int]:
         last = layer.num_experts + layer.num_identity_experts - 1
-        bad = (layer.expert_ids < -1) | (layer.expert_ids > last)
-        if layer.intended_expert_ids is not None:
-            bad = bad | (layer.intended_expert_ids < -1) | (layer.intended_expert_ids > last)
-        num_bad = int(np.count_nonzero(bad))
-        if not num_bad:
-            self._tallies["range"].add(bad.size)
+        columns = [ids for ids in (layer.expert_ids, layer.intended_expert_ids) if ids is not None]
+        if all(_is_in_range(ids, NO_EXPERT, last) for ids in columns):
+            self._tallies["range"].add(layer.expert_ids.size)
             return layer, 0
-        example = f"{where}expert {layer.expert_ids[bad][0]} of a layer whose ids are 0 to {last}"
-        self._tallies["range"].add(bad.size, num_bad, example)
+        bad = np.zeros(layer.expert_ids.shape, np.bool_)
+        examples: list[int] = []
+        for ids in columns:
+            wrong = (ids < NO_EXPERT) | (ids > last)
+            examples += ids[wrong][:1].tolist()
+            bad |= wrong
+        example = f"{where}expert {examples[0]} of a layer whose ids are 0 to {last}"
+        self._tallies["range"].add(bad.size, int(np.count_nonzero(bad)), example)
         keep = np.logical_not(bad.any(axis=1))
         rows = np.arange(len(keep), dtype=np.uint32) if layer.row_index is None else layer.row_index
         kept = replace(
@@ -387,6 +399,30 @@ def _overhead(hook_ns: int, forward_ns: int) -> HealthCheck:
     example = f"hooks took {share:.1%} of the forwards' time (limit {OVERHEAD_LIMIT:.0%})"
     violations = hook_ms if status is CheckStatus.FAILED else 0
     return HealthCheck("overhead", status, forward_ms, violations, _UNITS["overhead"], example)
+
+
+def _is_in_range(ids: npt.NDArray[np.int32], first: int, last: int) -> bool:
+    return not ids.size or (int(ids.min()) >= first and int(ids.max()) <= last)
+
+
+def _has_equals(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Return for each row whether two of its entries are the same expert; -1 is none.
+
+    For few slots comparing all pairs of columns is several times faster than sorting the rows.
+    """
+    k = ids.shape[1]
+    if k > _MAX_PAIRED_SLOTS:
+        in_order = np.sort(ids, axis=1)
+        pairs = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != NO_EXPERT)
+        found: npt.NDArray[np.bool_] = np.logical_or.reduce(pairs, axis=1)
+        return found
+    columns = np.ascontiguousarray(ids.T)
+    found = np.zeros(len(ids), np.bool_)
+    for slot in range(1, k):
+        equal = (columns[:slot] == columns[slot]).any(axis=0)
+        if equal.any():
+            found |= equal & (columns[slot] != NO_EXPERT)
+    return found
 
 
 def _fits(column: npt.NDArray[np.generic], name: str, shape: tuple[int, ...]) -> bool:

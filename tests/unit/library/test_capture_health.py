@@ -10,7 +10,7 @@ import torch
 from tiny_moe import build
 
 from moe_debugger import MoEDebugger, Session
-from moe_debugger._health_monitor import ForwardSeen, HealthMonitor
+from moe_debugger._health_monitor import ForwardSeen, HealthMonitor, _has_equals
 from moe_debugger.analysis import FindingKind
 from moe_debugger.capture_health import CHECK_NAMES, CaptureHealth, CheckStatus, HealthCheck, merge_checks
 from moe_debugger.publish.batching import reduce_to_counts
@@ -325,6 +325,14 @@ def test_a_row_with_a_bad_id_leaves_its_layer_and_no_other() -> None:
     assert clean.layers[1].row_index.tolist() == [0, 2]
     columns.layers[1].num_identity_experts = 1
     assert monitor.check_rows(_seen(1), [columns])[1] == 0, "with an identity expert, 4 is its id"
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8, 16, 17, 24])
+def test_repeated_experts_are_found_whatever_k(top_k: int) -> None:
+    random = np.random.default_rng(top_k)
+    ids = random.integers(-1, 3 * top_k, (200, top_k)).astype(np.int32)
+    expected = [len({x for x in row if x >= 0}) < sum(x >= 0 for x in row) for row in ids.tolist()]
+    assert _has_equals(ids).tolist() == expected
 
 
 def test_sums_are_checked_for_what_sums_can_tell() -> None:
