@@ -140,14 +140,33 @@ class Adapter:
 
     def router(self, module: "nn.Module") -> "nn.Module | None":
         """Return the layer's router, for its gradients; None where there is none."""
-        return getattr(module, "router", None) or getattr(module, "gate", None)
+        return _submodule(module, "router") or _submodule(module, "gate")
 
     def experts(self, module: "nn.Module") -> "nn.Module":
         """Return the module that holds the experts' parameters; the layer itself by default."""
-        return getattr(module, "experts", None) or module
+        return _submodule(module, "experts") or module
 
     def expert_output_weights(self, module: "nn.Module", expert_id: int) -> "Sequence[torch.Tensor]":
-        """Return the parameters (or views of them) that, set to zero, silence one expert: for `check-adapter`."""
+        """Return the parameters (or views of them) that, set to zero, silence one expert: for `check-adapter`.
+
+        Those of its last map, so that twice the parameters give twice the output: `[module.experts.w_out[expert_id]]`.
+        """
+        raise NotImplementedError
+
+    def expert_output(self, module: "nn.Module", expert_id: int, hidden: "torch.Tensor") -> "torch.Tensor":
+        """Return what one expert gives at weight 1, for `check-adapter`; needed only where the weights are computed.
+
+        Where `read` returns the very tensor of weights that the layer uses, the check proves it by changing it. By
+        default, and where there is one, the expert's own module of a ModuleList is called.
+
+        Args:
+            module: the layer.
+            expert_id: 0 to num_experts - 1.
+            hidden: [n, H], the rows of the first floating tensor that the layer was called with.
+
+        Returns:
+            [n, H] that the layer multiplies by the gate weight and adds.
+        """
         raise NotImplementedError
 
 
@@ -185,18 +204,35 @@ def registered_adapters() -> tuple[Adapter, ...]:
     """Return the registered adapters, those of installed packages last.
 
     Raises:
-        InvalidInputError: an entry point names something that is no adapter.
+        InvalidInputError: an entry point cannot be loaded, or names something that is no adapter.
     """
     with _registry.lock:
         if not _registry.has_entry_points:
             for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-                loaded = entry.load()
-                adapter = loaded() if isinstance(loaded, type) else loaded
-                _check(adapter, where=f"entry point {entry.name} = {entry.value}: ")
+                adapter = _load(entry)
                 if adapter.name not in {known.name for known in _registry.adapters}:
                     _registry.adapters.append(adapter)
             _registry.has_entry_points = True
         return tuple(_registry.adapters)
+
+
+def _submodule(module: "nn.Module", name: str) -> "nn.Module | None":
+    # An attribute of that name may also be a parameter: a gate without a module of its own.
+    return module._modules.get(name)
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> Adapter:
+    where = f"entry point {entry.name} = {entry.value}: "
+    try:
+        loaded = entry.load()
+        adapter = loaded() if isinstance(loaded, type) else loaded
+    except Exception as error:
+        # Code of another package: it may fail in any way, and must not pass for an error of the model.
+        raise InvalidInputError(
+            f"{where}{type(error).__name__}: {error}; repair or uninstall the package that offers this adapter"
+        ) from error
+    _check(adapter, where=where)
+    return adapter  # type: ignore[no-any-return]
 
 
 def _check(adapter: Any, where: str = "") -> None:

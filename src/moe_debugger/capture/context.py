@@ -14,8 +14,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["RequestScope", "RequestTracker", "fallback_frame", "input_names", "read_frame"]
+__all__ = [
+    "CacheLength",
+    "RequestScope",
+    "RequestTracker",
+    "fallback_frame",
+    "input_names",
+    "read_frame",
+    "traced_inputs",
+]
 
+_TRACED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _MAIN_INPUTS = ("input_ids", "inputs_embeds")
 _DECODER = "decoder_"
 
@@ -73,6 +82,33 @@ class RequestTracker:
         except TypeError:  # neither hashable nor weakly referenced
             past = length if isinstance(length, int) else 0
         return past
+
+
+@dataclass(frozen=True)
+class CacheLength:
+    """Stands for a cache that compiled code did not hand over: its length is known, its requests are not."""
+
+    length: int
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens the cache holds."""
+        return self.length
+
+
+def traced_inputs(inputs: Mapping[str, Any], *, is_training: bool) -> dict[str, Any]:
+    """Return what may leave compiled code of a forward's inputs: tensors, and plain numbers."""
+    kept: dict[str, Any] = {}
+    for name in (*_TRACED, *(_DECODER + each for each in _TRACED)):
+        value: Any = inputs.get(name)
+        if hasattr(value, "detach"):
+            kept[name] = value.detach()
+    cache = inputs.get("past_key_values")
+    kept["past_length"] = -1 if cache is None else cache.get_seq_length()
+    kept["is_training"] = int(is_training)
+    keep = inputs.get("logits_to_keep")
+    if isinstance(keep, int):
+        kept["logits_to_keep"] = keep
+    return kept
 
 
 def input_names(module: "nn.Module") -> tuple[str, ...]:
@@ -231,6 +267,9 @@ def _phase(
     if is_training:
         return PHASES["train"]
     if stack == "encoder":
+        return PHASES["prefill"]
+    if cache is None and outer.get("use_cache") is True:
+        # The model will make the cache itself, for the tokens that follow.
         return PHASES["prefill"]
     if cache is None:
         return PHASES["eval"]

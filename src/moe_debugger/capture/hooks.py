@@ -8,12 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moe_debugger.errors import AlreadyAttachedError, InvalidInputError
+from moe_debugger.errors import AlreadyAttachedError
 
-from .context import RequestScope, RequestTracker, fallback_frame, input_names, read_frame
+from .compiled import Receivers, is_compiling, reset_compiled_code
+from .context import (
+    CacheLength,
+    RequestScope,
+    RequestTracker,
+    fallback_frame,
+    input_names,
+    read_frame,
+    traced_inputs,
+)
 from .discovery import Discovery, find_sites
 from .raw import RawForward, RawLayer, TokenFrame
-from .sites import Site, Tap
+from .sites import Kept, Site, Tap
 from .transfer import HostTransfer
 
 if TYPE_CHECKING:
@@ -66,12 +75,9 @@ class Capture:
     """
 
     def __init__(self, model: "nn.Module", sink: Callable[[RawForward], None]) -> None:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is not None:
-            raise InvalidInputError(
-                f"{type(model).__name__} is a compiled model, whose hooks never fire; "
-                "attach to the model before torch.compile, or pass the original one"
-            )
+        # A compiled model wraps the one whose layers are watched; its own call, which is not traced, opens the forward.
+        self._wrapper = model if getattr(model, "_orig_mod", None) is not None else None
+        model = getattr(model, "_orig_mod", None) or model
         self.discovery: Discovery = find_sites(model)
         self._model = model
         self._sink = sink
@@ -83,6 +89,7 @@ class Capture:
         for site in self.discovery.sites:
             self._layers_of.setdefault(site.root, []).append(site.info.layer_index)
         self._handles: list[Any] = []
+        self._receivers = Receivers()
         self._local = _ThreadState()
         self._tracker = RequestTracker()
         self._transfer = HostTransfer()
@@ -117,9 +124,10 @@ class Capture:
             return
         self._reserve()
         for module, root in self._entries():
-            names = input_names(module)
-            self._handles.append(module.register_forward_pre_hook(self._enter_hook(names, root), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._exit_hook, with_kwargs=True, always_call=True))
+            names = input_names(getattr(module, "_orig_mod", module))
+            enter, leave = self._enter_hook(names, root), self._exit_hook()
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
         for site in self.discovery.sites:
             for tap in site.taps:
                 if tap.moment == "before":
@@ -129,12 +137,16 @@ class Capture:
                     self._handles.append(
                         tap.module.register_forward_hook(self._after_hook(site, tap), with_kwargs=True)
                     )
+        reset_compiled_code()
 
     def detach(self) -> None:
         """Remove every hook, and let another capture watch the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._handles:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self._receivers.close()
+            reset_compiled_code()
         with _watched_lock:
             for site in self.discovery.sites:
                 held = _watched.get(site.experts)
@@ -194,24 +206,39 @@ class Capture:
         self.hook_ns += time.perf_counter_ns() - started_ns
 
     def _enter_hook(self, names: tuple[str, ...], root: str | None) -> Callable[..., None]:
+        def received(values: dict[str, Any]) -> None:
+            # Compiled code brings the tensors of the inputs and the length of the cache, but not the cache itself.
+            is_training, length = bool(values.pop("is_training")), values.pop("past_length")
+            if length >= 0:
+                values["past_key_values"] = CacheLength(length)
+            self._enter(values, root, is_training=is_training)
+
+        deliver = self._receivers.add(received)
+
         def enter(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            started_ns = time.perf_counter_ns()
-            local = self._local
-            try:
-                if _is_recomputing():
-                    return
-                local.depth += 1
-                inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-                if local.depth == 1:
-                    self._open(local, inputs, started_ns, is_training=module.training)
-                if root is not None and local.forward is not None:
-                    self._add_frame(local, inputs, root)
-            except Exception as error:  # noqa: BLE001 - a hook never raises into the model
-                self._problem(f"forward hook: {type(error).__name__}: {error}")
-            finally:
-                self._spent(started_ns)
+            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            if is_compiling():
+                deliver(traced_inputs(inputs, is_training=module.training))
+            else:
+                self._enter(inputs, root, is_training=module.training)
 
         return enter
+
+    def _enter(self, inputs: dict[str, Any], root: str | None, *, is_training: bool) -> None:
+        started_ns = time.perf_counter_ns()
+        local = self._local
+        try:
+            if _is_recomputing():
+                return
+            local.depth += 1
+            if local.depth == 1:
+                self._open(local, inputs, started_ns, is_training=is_training)
+            if root is not None and local.forward is not None:
+                self._add_frame(local, inputs, root)
+        except Exception as error:  # noqa: BLE001 - a hook never raises into the model
+            self._problem(f"forward hook: {type(error).__name__}: {error}")
+        finally:
+            self._spent(started_ns)
 
     def _open(self, local: _ThreadState, inputs: dict[str, Any], started_ns: int, *, is_training: bool) -> None:
         local.clear()
@@ -249,7 +276,19 @@ class Capture:
             local.frames[root] = frame
             local.forward.frames.append(frame)
 
-    def _exit_hook(self, module: "nn.Module", args: Any, kwargs: Any, output: Any) -> None:
+    def _exit_hook(self) -> Callable[..., None]:
+        # What compiled code made is not seen: only that the forward ended.
+        deliver = self._receivers.add(lambda values: self._exit(values))
+
+        def leave(module: "nn.Module", args: Any, kwargs: Any, output: Any) -> None:
+            if is_compiling():
+                deliver({})
+            else:
+                self._exit(output)
+
+        return leave
+
+    def _exit(self, output: Any) -> None:
         started_ns = time.perf_counter_ns()
         local = self._local
         try:
@@ -309,28 +348,54 @@ class Capture:
             )
 
     def _before_hook(self, site: Site, tap: Tap) -> Callable[..., None]:
+        deliver = self._deliver(site, tap)
+
         def hook(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._keep(site, tap, args, kwargs, None)
+            if is_compiling():
+                deliver(tap.keep(args, kwargs, None))
+            else:
+                self._keep(site, tap, args, kwargs, None)
 
         return hook
 
     def _after_hook(self, site: Site, tap: Tap) -> Callable[..., None]:
+        deliver = self._deliver(site, tap)
+
         def hook(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._keep(site, tap, args, kwargs, output)
+            if is_compiling():
+                deliver(tap.keep(args, kwargs, output))
+            else:
+                self._keep(site, tap, args, kwargs, output)
 
         return hook
 
+    def _deliver(self, site: Site, tap: Tap) -> Callable[[Kept | None], None]:
+        def received(values: dict[str, Any]) -> None:
+            num_rows = values.pop("num_rows")
+            self._run(site, tap, lambda: (values, num_rows), ())
+
+        send = self._receivers.add(received)
+
+        def deliver(kept: Kept | None) -> None:
+            if kept is not None:
+                send({**kept[0], "num_rows": kept[1]})
+
+        return deliver
+
     def _keep(self, site: Site, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._run(site, tap, lambda: tap.keep(args, kwargs, output), args if output is None else (output,))
+
+    def _run(self, site: Site, tap: Tap, keep: Callable[[], Kept | None], shown: tuple[Any, ...]) -> None:
         started_ns = time.perf_counter_ns()
         try:
             if _is_recomputing():
                 self.num_recomputed_calls += tap.completes
                 return
             local, index = self._local, site.info.layer_index
-            kept = tap.keep(args, kwargs, output)
+            kept = keep()
             if kept is None:
                 local.parts.pop(index, None)
-                self._problem(f"{site.info.module_name}: {_unexpected(args, output)}")
+                self._problem(f"{site.info.module_name}: {_unexpected(shown)}")
                 return
             tensors, num_rows = kept
             if local.forward is None:
@@ -345,7 +410,7 @@ class Capture:
             if not tap.completes:
                 local.parts[index] = (tensors, num_rows)
                 return
-            frame = self._frame_of(local, site, num_rows, args, has_subset="row_mask" in tensors)
+            frame = self._frame_of(local, site, num_rows, shown, has_subset="row_mask" in tensors)
             if frame is not None:
                 local.forward.layers.append(RawLayer(index, frame, tensors, num_rows))
             else:
@@ -401,9 +466,8 @@ def detach(model: "nn.Module") -> bool:
     return bool(captures)
 
 
-def _unexpected(args: tuple[Any, ...], output: Any) -> str:
-    given = output if output is not None else args
-    shown = given if isinstance(given, tuple | list) else (given,)
+def _unexpected(given: tuple[Any, ...]) -> str:
+    shown = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
     return f"the call does not look as expected of this layer: got {', '.join(_shape(value) for value in shown)}"
 
 

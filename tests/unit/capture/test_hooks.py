@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moe_debugger
-from moe_debugger import AlreadyAttachedError, InvalidInputError, ModelNotSupportedError, MoEDebugger
+from moe_debugger import AlreadyAttachedError, ModelNotSupportedError, MoEDebugger
 from moe_debugger.capture import hooks
 
 
@@ -72,16 +72,6 @@ def test_detach_frees_a_model_whose_debugger_was_lost() -> None:
     assert _num_hooks(model) == 0
     assert not moe_debugger.detach(model)
     MoEDebugger(model).close()
-
-
-def test_a_compiled_model_is_refused_with_what_to_do() -> None:
-    class Compiled(nn.Module):
-        def __init__(self, original: nn.Module) -> None:
-            super().__init__()
-            self._orig_mod = original
-
-    with pytest.raises(InvalidInputError, match=r"before torch\.compile"):
-        MoEDebugger(Compiled(build("mixtral")))
 
 
 def test_an_error_in_a_hook_never_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

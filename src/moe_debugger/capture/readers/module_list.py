@@ -73,7 +73,8 @@ def read_module_list(model: Model, name: str, module: "nn.Module") -> Reading | 
         interpret=interpret,
         adapter="module_list",
         num_shared_experts=model.num_shared(block),
-        scoring_function="softmax",
+        scoring_function="softmax" if isinstance(gate, nn.Linear) else "unknown",
+        unavailable_reason="" if isinstance(gate, nn.Linear) else "the gate returns its choice alone, without logits",
         weight_meaning="multiplies the expert's output; where the gate is linear, recomputed as softmax, top-k"
         + (" and renormalisation" if normalises else ""),
     )

@@ -32,6 +32,7 @@ def read_one_hot(model: Model, name: str, module: "nn.Module") -> Reading | None
     names = positional_names(module)
     block_name, block = model.parent(name)
     router = router_of(block)
+    dropout = float(getattr(module, "moe_token_dropout", 0) or 0)
     children = [child for key, child in module.named_children() if key.rpartition("_")[2].isdigit()]
     if names is None or len(names) < 3 or router is None or not children:
         return None
@@ -50,12 +51,19 @@ def read_one_hot(model: Model, name: str, module: "nn.Module") -> Reading | None
             return None
         assert mask is not None
         assert weights is not None
-        return {"mask": mask.detach(), "weights": weights.detach()}, mask.shape[0]
+        # NLLB scales what its experts give outside of training, where dropout would have scaled it up.
+        is_scaled = dropout > 0 and not module.training
+        kept = {"mask": mask.detach(), "weights": weights.detach(), "is_scaled": int(is_scaled)}
+        return kept, mask.shape[0]
 
     taps = [Tap(router, "after", keep_router, completes=False), Tap(module, "before", keep_inputs, completes=False)]
     taps += [Tap(child, "before", _keep_rows(index), completes=False) for index, child in enumerate(children)]
     taps.append(Tap(module, "after", lambda args, kwargs, output: ({}, 0), completes=True))
     is_top1 = _is_top1(router)
+
+    def interpret(arrays: Arrays, info: LayerInfo) -> Routes:
+        return _interpret(arrays, info, 1 - dropout if arrays.get("is_scaled") else 1.0)
+
     return Reading(
         module_name=block_name,
         experts=module,
@@ -63,7 +71,7 @@ def read_one_hot(model: Model, name: str, module: "nn.Module") -> Reading | None
         num_experts=first_int(module, ("num_experts",)) or len(children),
         top_k=1 if is_top1 else 2,
         taps=tuple(taps),
-        interpret=_interpret,
+        interpret=interpret,
         adapter="one_hot",
         num_shared_experts=model.num_shared(block),
         scoring_function="softmax",
@@ -83,7 +91,7 @@ def _keep_rows(index: int) -> Any:
     return keep
 
 
-def _interpret(arrays: Arrays, info: LayerInfo) -> Routes:
+def _interpret(arrays: Arrays, info: LayerInfo, scale: float) -> Routes:
     mask, weights = arrays["mask"], arrays["weights"].astype(np.float32, copy=False)
     logits = arrays.get("logits")
     if mask.ndim == 3:
@@ -94,6 +102,7 @@ def _interpret(arrays: Arrays, info: LayerInfo) -> Routes:
     routes = Routes(intended, intended_weights, logits=logits, selected=intended, selected_weights=intended_weights)
     if np.array_equal(received, (mask != 0).sum(axis=0)) and not _reads_mask_as_ids(mask, received):
         routes.slot_status = _status(intended, is_empty=DROPPED)
+        routes.gate_weights = (intended_weights * scale).astype(np.float32)
         return routes
     if not _reads_mask_as_ids(mask, received):
         raise ValueError(
@@ -101,7 +110,7 @@ def _interpret(arrays: Arrays, info: LayerInfo) -> Routes:
             f"{(mask != 0).sum(axis=0).tolist()} as one-hot"
         )
     ids, executed = _by_mask_values(mask, weights)
-    routes.expert_ids, routes.gate_weights = ids, executed
+    routes.expert_ids, routes.gate_weights = ids, (executed * scale).astype(np.float32)
     routes.slot_status = _status(ids, is_empty=UNUSED)
     routes.intended_expert_ids = intended
     return routes

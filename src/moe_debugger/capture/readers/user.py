@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_debugger.errors import ModelNotSupportedError
 
@@ -93,21 +94,37 @@ def _interpret(shape: LayerShape) -> Any:
         else:
             ids = arrays["expert_ids"].astype(np.int32)
             weights = np.where(ids < 0, np.nan, arrays["gate_weights"]).astype(np.float32)
-        routes = Routes(ids, weights, logits=arrays.get("logits"))
+        intended = arrays.get("intended_expert_ids")
+        if intended is not None:
+            intended = intended.astype(np.int32)
+            ids, weights = _in_slots_of(intended, ids, weights)
+        routes = Routes(ids, weights, intended_expert_ids=intended, selected=intended, logits=arrays.get("logits"))
         status = np.where(ids < 0, empty, np.where(ids >= shape.num_experts, IDENTITY, ROUTED)).astype(np.uint8)
         if (status != ROUTED).any():
             routes.slot_status = status
-        intended = arrays.get("intended_expert_ids")
-        if intended is not None:
-            routes.intended_expert_ids = intended.astype(np.int32)
-            routes.selected = routes.intended_expert_ids
-            routes.selected_weights = np.where(ids != NO_EXPERT, weights, np.nan).astype(np.float32)
         mask = arrays.get("row_mask")
-        if mask is not None and len(mask) != len(ids):
-            routes.row_index = np.flatnonzero(mask).astype(np.uint32)
+        if mask is not None:
+            if int(mask.sum()) != len(ids):
+                raise ValueError(f"the adapter's row_mask has {int(mask.sum())} rows, its routing has {len(ids)}")
+            if len(mask) != len(ids):
+                routes.row_index = np.flatnonzero(mask).astype(np.uint32)
         return routes
 
     return interpret
+
+
+def _in_slots_of(
+    intended: npt.NDArray[np.int32], ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Put each executed expert into the slot in which it was intended, where all of the executed ones were."""
+    if intended.shape != ids.shape:
+        raise ValueError(f"the adapter's intended_expert_ids are {intended.shape}, its expert_ids {ids.shape}")
+    is_same = (intended[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, None, :]
+    if int(is_same.sum()) != int((ids >= 0).sum()):
+        return ids, weights
+    placed = np.where(is_same.any(axis=2), intended, NO_EXPERT).astype(np.int32)
+    picked = np.take_along_axis(weights, is_same.argmax(axis=2), axis=1)
+    return placed, np.where(placed >= 0, picked, np.nan).astype(np.float32)
 
 
 def _shapes(kept: Mapping[str, Any]) -> str:
