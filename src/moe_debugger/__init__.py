@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         register_adapter,
         unregister_adapter,
     )
+    from moe_debugger.capture_health import CaptureHealth, HealthCheck
     from moe_debugger.errors import (
         AlreadyAttachedError,
         ConfigError,
@@ -53,12 +54,14 @@ __all__ = [
     "AlreadyAttachedError",
     "Analysis",
     "Call",
+    "CaptureHealth",
     "ConfigError",
     "Decisions",
     "DependencyMissingError",
     "ExpertMetrics",
     "Finding",
     "FleetError",
+    "HealthCheck",
     "InvalidInputError",
     "LayerInfo",
     "LayerRoutingStats",
@@ -111,6 +114,7 @@ _MODULES = {
         "register_adapter",
         "unregister_adapter",
     ),
+    "moe_debugger.capture_health": ("CaptureHealth", "HealthCheck"),
     "moe_debugger.errors": (
         "AlreadyAttachedError",
         "ConfigError",
