@@ -34,7 +34,7 @@ class PrivateFolder:
     def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:
         self._parent = parent
         self._path: Path | None = None
-        self._finalizer: weakref.finalize[Any, Any] | None = None
+        self._process_id = 0
 
     @property
     def path(self) -> Path | None:
@@ -51,13 +51,14 @@ class PrivateFolder:
             # mkdtemp makes it with mode 0700.
             self._path = Path(tempfile.mkdtemp(prefix="moe-debugger-rows-", dir=self._parent))
             # Runs when this object is collected, and else at the interpreter's exit.
-            self._finalizer = weakref.finalize(self, _remove, self._path, os.getpid())
+            self._process_id = os.getpid()
+            weakref.finalize(self, _remove, self._path, self._process_id)
         return self._path
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it."""
-        if self._finalizer is not None:
-            self._finalizer()
+        """Remove the folder with all that is in it; again removes what was written meanwhile."""
+        if self._path is not None:
+            _remove(self._path, self._process_id)
 
 
 def _remove(path: Path, process_id: int) -> None:

@@ -21,7 +21,11 @@ __all__ = ["pack"]
 
 
 def pack(batches: Sequence[RoutingColumns]) -> RowBlock:
-    """Return the rows of `batches` as one block, in their order."""
+    """Return the rows of `batches` as one block, in their order.
+
+    Raises:
+        ValueError: the columns of a forward do not fit each other.
+    """
     names: dict[str, int] = {}
     tokens: dict[str, Array] = {}
     for name, dtype in TOKEN_DTYPES.items():
@@ -56,6 +60,8 @@ def pack(batches: Sequence[RoutingColumns]) -> RowBlock:
             continue
         shapes = [layer.expert_ids for layer in layers]
         rows[name] = _concatenate_rows(name, [_or_default(name, *pair) for pair in zip(values, shapes, strict=True)])
+        if rows[name].shape[0] != len(row_token):
+            raise ValueError(f"{name} has {rows[name].shape[0]} rows, the ids have {len(row_token)}")
     # The capture may leave a weight where nothing was applied.
     unreached = rows["expert_ids"] < 0
     if unreached.any():

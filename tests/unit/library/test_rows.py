@@ -336,6 +336,35 @@ def test_groups_hold_whole_forwards_however_the_blocks_are_cut(max_rows: int, cu
         assert len(group) + 2 * sizes[int(following.forward_index[0])] > max_rows, "one more forward had fitted"
 
 
+def test_a_store_that_closes_while_it_writes_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RowStore(20_000, max_disk_bytes=1 << 20, rows_dir=tmp_path)
+
+    def slow(path: Path, *rest: Any) -> None:
+        store.close()
+        path.parent.mkdir(exist_ok=True)
+        write_rows(path, *rest)
+
+    monkeypatch.setattr("moe_debugger._rows.write_rows", slow)
+    _fill(store, 100)
+    assert list(tmp_path.iterdir()) == []
+    assert store.statistics().num_kept == 0
+
+
+def test_a_forward_that_cannot_be_packed_costs_its_rows_alone(make: Any) -> None:
+    store = make(100_000)
+    broken = forward(3)
+    broken.layers[1].margin = np.zeros(3, np.float32)
+    batches = [forward(index) for index in range(60)]
+    for batch in [*batches[:3], broken, *batches[4:]]:
+        store.add(batch)
+    statistics = store.statistics()
+    assert (statistics.num_kept, statistics.num_not_kept) == (59 * 12, 12)
+    _assert_equal(Decisions(store.source(), _INFOS), Decisions([*batches[:3], *batches[4:]], _INFOS))
+    assert list(store.problems) == [
+        "rows of a forward could not be kept (ValueError: margin has 9 rows, the ids have 12)"
+    ]
+
+
 def test_the_private_folder_is_made_when_it_is_needed_and_once(tmp_path: Path) -> None:
     folder = PrivateFolder(tmp_path)
     assert folder.path is None
