@@ -94,11 +94,12 @@ def _interpret(shape: LayerShape) -> Any:
         else:
             ids = arrays["expert_ids"].astype(np.int32)
             weights = np.where(ids < 0, np.nan, arrays["gate_weights"]).astype(np.float32)
-        intended = arrays.get("intended_expert_ids")
+        intended, selected_weights = arrays.get("intended_expert_ids"), None
         if intended is not None:
             intended = intended.astype(np.int32)
-            ids, weights = _in_slots_of(intended, ids, weights)
+            ids, weights, selected_weights = _in_slots_of(intended, ids, weights)
         routes = Routes(ids, weights, intended_expert_ids=intended, selected=intended, logits=arrays.get("logits"))
+        routes.selected_weights = selected_weights
         status = np.where(ids < 0, empty, np.where(ids >= shape.num_experts, IDENTITY, ROUTED)).astype(np.uint8)
         if (status != ROUTED).any():
             routes.slot_status = status
@@ -115,16 +116,21 @@ def _interpret(shape: LayerShape) -> Any:
 
 def _in_slots_of(
     intended: npt.NDArray[np.int32], ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Put each executed expert into the slot in which it was intended, where all of the executed ones were."""
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Put each executed expert into the slot in which it was intended, where all of the executed ones were.
+
+    Returns:
+        ids, their weights, and the weights of the intended ids (NaN where they are not known).
+    """
     if intended.shape != ids.shape:
         raise ValueError(f"the adapter's intended_expert_ids are {intended.shape}, its expert_ids {ids.shape}")
     is_same = (intended[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, None, :]
     if int(is_same.sum()) != int((ids >= 0).sum()):
-        return ids, weights
+        return ids, weights, np.full_like(weights, np.nan)
     placed = np.where(is_same.any(axis=2), intended, NO_EXPERT).astype(np.int32)
     picked = np.take_along_axis(weights, is_same.argmax(axis=2), axis=1)
-    return placed, np.where(placed >= 0, picked, np.nan).astype(np.float32)
+    picked = np.where(placed >= 0, picked, np.nan).astype(np.float32)
+    return placed, picked, picked
 
 
 def _shapes(kept: Mapping[str, Any]) -> str:
