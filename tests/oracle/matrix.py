@@ -20,8 +20,11 @@ __all__ = [
     "NEW_TOKENS",
     "check_forward",
     "check_generate",
+    "forward_of",
     "matrix_cell",
     "matrix_columns",
+    "max_unseen",
+    "merge",
 ]
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -60,7 +63,7 @@ def matrix_cell(build: Build, column: str) -> Comparison:
 def check_forward(build: Build, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Comparison:
     """Return how far one forward's capture is from the truth, metadata included."""
     given = build.inputs(model) if inputs is None else inputs
-    watched = observed(model, lambda model: forward_of(model, given), max_unseen=_max_unseen(build))
+    watched = observed(model, lambda model: forward_of(model, given), max_unseen=max_unseen(build))
     for problem in forward_problems(watched.decisions, given) if build.name != "diffusion_gemma" else ():
         watched.comparison.add_problem(problem)
     return watched.comparison
@@ -75,7 +78,7 @@ def check_generate(build: Build, model: nn.Module, **options: Any) -> Comparison
         options = {"max_new_tokens": NEW_TOKENS, **options}
         return observed(model, lambda model: _generate(model, given, **options)).comparison
     run_options = {"max_new_tokens": NEW_TOKENS, **options}
-    watched = observed(model, lambda model: _generate(model, given, **run_options), max_unseen=_max_unseen(build))
+    watched = observed(model, lambda model: _generate(model, given, **run_options), max_unseen=max_unseen(build))
     if not options:
         is_encoder_decoder = build.kind == "encoder-decoder"
         problems = generate_problems(watched.decisions, given, watched.output, is_encoder_decoder=is_encoder_decoder)
@@ -84,7 +87,8 @@ def check_generate(build: Build, model: nn.Module, **options: Any) -> Comparison
     return watched.comparison
 
 
-def _max_unseen(build: Build) -> float:
+def max_unseen(build: Build) -> float:
+    """Return the share of slots of weight 0 that is in a build's nature."""
     return _MAX_UNSEEN.get(build.name, MAX_UNSEEN)
 
 

@@ -4,22 +4,25 @@ Each mode is a function of a build that returns a `Comparison`, and is a column 
 by `register_mode`.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from oracle.builds import EVERY_BUILD
 from oracle.compare import Comparison, compare
-from oracle.matrix import NEW_TOKENS, check_forward, check_generate, forward_of, merge
+from oracle.matrix import NEW_TOKENS, check_forward, check_generate, forward_of, max_unseen, merge
 from oracle.observe import WEIGHT_ROUNDING, bare, is_same, observed, state_of, tensors_of, watch
-from oracle.outcome import Impossible, NotAccepted
+from oracle.outcome import Impossible, NotAccepted, source_key
 from torch import nn
 from zoo.build import Build
 
 from moe_debugger.v1 import routing_pb2 as pb
 
-__all__ = ["FAMILIES", "MODES", "Mode", "builds_of", "mode_cell", "register_mode"]
+__all__ = ["FAMILIES", "MODES", "Mode", "builds_of", "key_of", "mode_cell", "register_mode"]
 
 Mode = Callable[[Build], Comparison]
 
@@ -46,6 +49,12 @@ def builds_of(name: str) -> tuple[str, ...]:
     """Return the builds that a mode is run for."""
     families = MODES[name][1]
     return tuple(EVERY_BUILD) if families is None else families
+
+
+@cache
+def key_of(column: str) -> str:
+    """Return the `source_key` of a column of the matrix, or of a mode with the file that it is written in."""
+    return source_key(Path(inspect.getfile(MODES[column][0]))) if column in MODES else source_key()
 
 
 def mode_cell(arch: str, name: str) -> Comparison:
@@ -239,7 +248,11 @@ def _generates(build: Build, *, first_text_only: bool = False, **options: Any) -
         return check_generate(build, model, **options)
     # Assisted decoding takes one text at a time; the first one has no padding.
     inputs = {name: value[:1] for name, value in build.generate_inputs(model).items()}
-    return observed(model, lambda model: _greedy(model, inputs, **{"max_new_tokens": 8, **options})).comparison
+    return observed(
+        model,
+        lambda model: _greedy(model, inputs, **{"max_new_tokens": 8, **options}),
+        max_unseen=max_unseen(build),
+    ).comparison
 
 
 def _greedy(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:

@@ -15,7 +15,7 @@ __all__ = ["RESULTS", "ROOT", "Impossible", "NotAccepted", "Outcome", "Results",
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "exactness" / "results.jsonl"
-# What a result depends on, beside the versions: the capture itself, and what checks it.
+# What every result depends on, beside the versions: the capture itself, and what checks it.
 _SOURCES = (
     "src/moe_debugger/capture",
     "src/moe_debugger/_debugger.py",
@@ -24,7 +24,8 @@ _SOURCES = (
     "tests/oracle",
     "tests/zoo",
 )
-_NOT_CHECKING = ("table.py",)
+# These describe results; or hold modes, of which each depends on its own file alone.
+_NOT_CHECKING = ("table.py", "describe.py", "outcome.py", "modes.py")
 
 Status = Literal["exact", "wrong", "impossible", "not accepted"]
 
@@ -87,15 +88,14 @@ class Outcome:
 
 
 @cache
-def source_key() -> str:
-    """Return a digest of the versions and sources that a result depends on."""
+def source_key(*more: Path) -> str:
+    """Return a digest of the versions and sources that a result depends on, and of the files `more`."""
     digest = hashlib.sha256(f"transformers {version('transformers')} torch {version('torch')}".encode())
-    for source in _SOURCES:
-        path = ROOT / source
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            if file.name not in _NOT_CHECKING:
-                digest.update(file.relative_to(ROOT).as_posix().encode())
-                digest.update(file.read_bytes())
+    paths = [ROOT / source for source in _SOURCES]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
+    for file in [*(file for file in files if file.name not in _NOT_CHECKING), *more]:
+        digest.update(file.relative_to(ROOT).as_posix().encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -103,13 +103,13 @@ class Results:
     """Outcomes as JSON lines; a later line of the same cell replaces an earlier one.
 
     Args:
+        key_of: tells for a column the `source_key` of what it depends on; lines with another key do not count.
         path: of the file; made at the first `add`.
-        key: of the sources; lines with another key are those of other sources.
     """
 
-    def __init__(self, path: Path = RESULTS, key: str | None = None) -> None:
+    def __init__(self, key_of: Callable[[str], str], path: Path = RESULTS) -> None:
+        self._key_of = key_of
         self.path = path
-        self.key = source_key() if key is None else key
 
     def read(self, *, any_key: bool = False) -> dict[tuple[str, str], Outcome]:
         """Return the newest outcome of each (arch, column); with `any_key`, also those of other sources."""
@@ -117,7 +117,7 @@ class Results:
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             # A run that was killed may have left half a line.
             record = _parsed(line)
-            if record is None or (record.pop("key") != self.key and not any_key):
+            if record is None or (record.pop("key") != self._key_of(record["column"]) and not any_key):
                 continue
             outcome = Outcome(**record)
             found[outcome.arch, outcome.column] = outcome
@@ -126,12 +126,12 @@ class Results:
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Append `outcomes`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps({"key": self.key, **asdict(outcome)}) + "\n" for outcome in outcomes)
+        lines = [json.dumps({"key": self._key_of(outcome.column), **asdict(outcome)}) + "\n" for outcome in outcomes]
         with self.path.open("a+b") as file:
             # A run that was killed may have left half a line: the next one starts on its own.
             size = file.seek(0, 2)
             is_torn = size > 0 and (file.seek(size - 1), file.read(1))[1] != b"\n"
-            file.write(("\n" * is_torn + text).encode())
+            file.write(("\n" * is_torn + "".join(lines)).encode())
 
     def once(self, arch: str, column: str, run: Callable[[], Comparison]) -> Outcome:
         """Return the outcome of this cell: the kept one, unless it was wrong; else run it and keep what came out."""

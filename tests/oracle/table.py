@@ -8,7 +8,7 @@ import torch
 from oracle.builds import EVERY_BUILD
 from oracle.describe import Description, describe
 from oracle.matrix import matrix_columns
-from oracle.modes import FAMILIES, MODES, builds_of
+from oracle.modes import FAMILIES, MODES, builds_of, key_of
 from oracle.outcome import ROOT, Outcome, Results
 from zoo.build import ALL
 from zoo.custom import CUSTOM
@@ -162,7 +162,7 @@ def _escaped(text: str) -> str:
 def main() -> None:
     """Write the page from the results of the sources as they are now; `--any` takes those of other sources, too."""
     torch.set_num_threads(1)
-    results = Results()
+    results = Results(key_of)
     descriptions = {}
     for name in EVERY_BUILD:
         descriptions[name] = describe(name)

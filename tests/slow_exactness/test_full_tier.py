@@ -7,7 +7,7 @@ What came out is kept in `build/exactness/`, so a run that was stopped goes on w
 import pytest
 from oracle.builds import EVERY_BUILD
 from oracle.matrix import matrix_cell, matrix_columns
-from oracle.modes import MODES, builds_of, mode_cell
+from oracle.modes import MODES, builds_of, key_of, mode_cell
 from oracle.outcome import Results
 
 pytestmark = [
@@ -20,11 +20,11 @@ pytestmark = [
 @pytest.mark.parametrize("column", matrix_columns())
 @pytest.mark.parametrize("arch", list(EVERY_BUILD))
 def test_matrix(arch: str, column: str) -> None:
-    outcome = Results().once(arch, column, lambda: matrix_cell(EVERY_BUILD[arch], column))
+    outcome = Results(key_of).once(arch, column, lambda: matrix_cell(EVERY_BUILD[arch], column))
     assert outcome.status != "wrong", f"{arch}, {column}: {outcome.detail}"
 
 
 @pytest.mark.parametrize(("arch", "mode"), [(arch, mode) for mode in MODES for arch in builds_of(mode)])
 def test_mode(arch: str, mode: str) -> None:
-    outcome = Results().once(arch, mode, lambda: mode_cell(arch, mode))
+    outcome = Results(key_of).once(arch, mode, lambda: mode_cell(arch, mode))
     assert outcome.status != "wrong", f"{arch}, {mode}: {outcome.detail}"

@@ -15,12 +15,12 @@ def _never() -> Comparison:
 
 
 def test_a_cell_that_is_exact_or_impossible_runs_once_and_a_wrong_one_again(tmp_path: Path) -> None:
-    results = Results(tmp_path / "results.jsonl", key="a")
+    results = Results(lambda _: "a", tmp_path / "results.jsonl")
     assert results.once("mixtral", "eager fp32", lambda: Comparison(num_rows=3)).status == "exact"
     assert results.once("mixtral", "eager fp16", lambda: _raises(Impossible("no kernel"))).detail == "no kernel"
     assert results.once("mixtral", "batched_mm fp32", lambda: _raises(NotAccepted("never"))).status == "not accepted"
     assert results.once("mixtral", "eager bf16", lambda: _raises(ValueError("broken"))).status == "wrong"
-    again = Results(tmp_path / "results.jsonl", key="a")
+    again = Results(lambda _: "a", tmp_path / "results.jsonl")
     assert again.once("mixtral", "eager fp32", _never) == Outcome("mixtral", "eager fp32", "exact", num_rows=3)
     assert again.once("mixtral", "eager fp16", _never).status == "impossible"
     assert again.once("mixtral", "batched_mm fp32", _never).status == "not accepted"
@@ -30,14 +30,14 @@ def test_a_cell_that_is_exact_or_impossible_runs_once_and_a_wrong_one_again(tmp_
 
 def test_results_of_other_sources_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    Results(path, key="old").once("olmoe", "eager fp32", lambda: Comparison(num_rows=3))
-    assert Results(path, key="new").read() == {}
-    assert Results(path, key="new").once("olmoe", "eager fp32", lambda: Comparison(num_rows=4)).num_rows == 4
-    assert Results(path, key="old").read()["olmoe", "eager fp32"].num_rows == 3
+    Results(lambda _: "old", path).once("olmoe", "eager fp32", lambda: Comparison(num_rows=3))
+    assert Results(lambda _: "new", path).read() == {}
+    assert Results(lambda _: "new", path).once("olmoe", "eager fp32", lambda: Comparison(num_rows=4)).num_rows == 4
+    assert Results(lambda _: "old", path).read()["olmoe", "eager fp32"].num_rows == 3
 
 
 def test_half_a_line_of_a_killed_run_is_passed_over(tmp_path: Path) -> None:
-    results = Results(tmp_path / "results.jsonl", key="a")
+    results = Results(lambda _: "a", tmp_path / "results.jsonl")
     results.add([Outcome("olmoe", "eager fp32", "exact")])
     with results.path.open("a") as file:
         file.write('{"key": "a", "arch": "mixt')
@@ -48,4 +48,4 @@ def test_half_a_line_of_a_killed_run_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_comparison_without_rows_is_not_exact(tmp_path: Path) -> None:
-    assert Results(tmp_path / "results.jsonl", key="a").once("olmoe", "eager fp32", Comparison).status == "wrong"
+    assert Results(lambda _: "a", tmp_path / "results.jsonl").once("olmoe", "eager fp32", Comparison).status == "wrong"
