@@ -40,13 +40,13 @@ def main() -> None:
         folder = make_tiny_model(Path(scratch)) if arguments.model == "tiny" else arguments.model
         distributed.init_process_group()
         num_ranks = distributed.get_world_size()
-        config = {
+        config: dict[str, Any] = {
             "tp": {"tp_size": num_ranks},
             "ep": {"tp_size": num_ranks, "ep_size": num_ranks},
             "dp": {"fsdp_size": num_ranks, "ep_size": num_ranks},
             "pp": {"pp_size": num_ranks},
         }[arguments.plan]
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, distributed_config=DistributedConfig(**config), local_files_only=True
         ).eval()
 

@@ -91,7 +91,7 @@ def reference(saved: Callable[[str], Path]) -> Callable[..., Reference]:
 
     def run(name: str, batch: int = 0, *, is_padded: bool = True) -> Reference:
         if (name, batch, is_padded) not in known:
-            model = AutoModelForCausalLM.from_pretrained(saved(name)).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(saved(name)).eval()
             inputs = {key: torch.tensor(rows[batch]) for key, rows in prompts(is_padded=is_padded).items()}
             with recount(model) as counted, torch.no_grad():
                 tokens = model.generate(

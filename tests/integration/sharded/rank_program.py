@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import distributed
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed import DistributedConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from moe_debugger import MoEDebugger
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def run(job: dict[str, Any], out: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         job["folder"], distributed_config=DistributedConfig(**job["config"])
     ).eval()
     debugger = MoEDebugger(model, fleet=job.get("fleet"), session_name=job["name"])

@@ -54,7 +54,7 @@ def test_the_sum_over_all_ranks_is_what_one_process_counts(
         snapshot = settled_snapshot(analyzer, ranks[0].report["session_id"], num_sources=2)
         assert [layer.description.layer_index for layer in snapshot.layers] == [0, 1, 2, 3]
         for layer in snapshot.layers:
-            counts = sum(one.counts(layer.description.module_name, 8) for one in expected[name])
+            counts = np.sum([one.counts(layer.description.module_name, 8) for one in expected[name]], axis=0)
             np.testing.assert_array_equal(np.frombuffer(layer.expert_counts, "<u8"), counts)
             assert layer.num_tokens == sum(one.is_valid.sum() for one in expected[name])
             by_rank = [] if name == "pp" else counts.reshape(2, 4).sum(axis=1).tolist()
