@@ -233,7 +233,7 @@ def _join_names(names: dict[str, int], more: Sequence[str], index: Array) -> npt
     # Of several values for one place the last is kept, so from the end on it is that of the first row.
     first_row[index[::-1]] = np.arange(len(index))[::-1]
     mapping = np.zeros(len(more), np.uint32)
-    for place in np.argsort(first_row, kind="stable").tolist():
+    for place in (int(each) for each in np.argsort(first_row, kind="stable")):
         if first_row[place] < len(index):
             mapping[place] = names.setdefault(more[place], len(names))
     return mapping

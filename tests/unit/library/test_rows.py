@@ -1,5 +1,6 @@
 """The store of rows: bounded memory, files behind it, and an account that adds up."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -432,6 +433,24 @@ def test_rows_that_do_not_fit_the_machine_are_refused_with_the_way_to_read_them(
         for call in (lambda: session.decisions(max_rows=-1), lambda: session.iter_decisions(0)):
             with pytest.raises(InvalidInputError, match="expected"):
                 call()
+
+
+def test_rows_that_no_file_takes_are_a_problem_of_the_performance_and_no_fault_of_the_capture(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moe_debugger._rows.write_rows", refuse)
+    with torch.no_grad(), MoEDebugger(model, max_rows_bytes=4_000, rows_dir=tmp_path) as debugger:
+        for seed in range(20):
+            model(_ids(seed))
+        performance, analysis = debugger.get_performance_metrics(), debugger.analyze()
+        assert {layer.num_tokens for layer in debugger.get_routing_stats().layers} == {20 * 12}
+    assert performance.num_rows_kept + performance.num_rows_not_kept == 20 * 36
+    assert performance.num_rows_not_kept > 0
+    assert any("No space left on device" in text for text in performance.problems)
+    assert "capture_unhealthy" not in {finding.code for finding in analysis.findings}
 
 
 def test_iterating_over_a_session_that_closes_meanwhile_says_so(model: Any) -> None:
