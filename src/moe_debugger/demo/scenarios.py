@@ -100,7 +100,7 @@ class ScenarioStep:
 class _Debugger(Protocol):
     """The part of `MoEDebugger` that a training loop uses."""
 
-    def step(self, n: int, **series: float) -> None: ...
+    def step(self, n: int, **series: float) -> object: ...
 
     def requests(
         self, request_ids: Sequence[str | None], *, phase: str | None = None
