@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,10 +227,10 @@ def test_a_name_that_comes_again_in_training_is_another_sequence_and_in_generati
         assert state.num_requests == pytest.approx(expected, abs=2)
 
 
-def sums(
-    layer_index: int, counts: list[int], num_tokens: int, *, num_padding: int = 0, **slots: int
-) -> LayerCountColumns:
-    return LayerCountColumns(layer_index, 4, 0, num_tokens, num_padding, np.array(counts, np.uint64), **slots)
+def sums(layer_index: int, counts: list[int], num_tokens: int, **values: Any) -> LayerCountColumns:
+    return LayerCountColumns(
+        layer_index, 4, 0, num_tokens, values.pop("num_padding", 0), np.array(counts, np.uint64), **values
+    )
 
 
 def test_fold_counts_adds_load_without_blocks() -> None:
