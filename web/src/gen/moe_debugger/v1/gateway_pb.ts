@@ -8,6 +8,8 @@ import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobu
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { GenerateRequest, GenerateResponse } from "./collector_pb";
 import { file_moe_debugger_v1_collector } from "./collector_pb";
+import type { CaptureLevel, LayerDescription, Phase, SourceCounters } from "./routing_pb";
+import { file_moe_debugger_v1_routing } from "./routing_pb";
 import type { RequestRoutes, RequestSummary, RollUp, Series, Session, SessionSnapshot } from "./session_pb";
 import { file_moe_debugger_v1_session } from "./session_pb";
 import type { Message } from "@bufbuild/protobuf";
@@ -16,7 +18,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file moe_debugger/v1/gateway.proto.
  */
 export const file_moe_debugger_v1_gateway: GenFile = /*@__PURE__*/
-  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvZ2F0ZXdheS5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IqIBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRI0Cgpjb21wb25lbnRzGAIgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aBIYChBtYXhfcHJvbXB0X2J5dGVzGAMgASgNEhQKDG1heF93YXRjaF9oehgEIAEoDRISCgpoYXNfd29ya2VyGAUgASgIIl8KD0NvbXBvbmVudEhlYWx0aBIMCgRuYW1lGAEgASgJEi4KBXN0YXRlGAIgASgOMh8ubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudFN0YXRlEg4KBmRldGFpbBgDIAEoCSIVChNMaXN0U2Vzc2lvbnNSZXF1ZXN0IkIKFExpc3RTZXNzaW9uc1Jlc3BvbnNlEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iJwoRR2V0U2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChJHZXRTZXNzaW9uUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90IlEKEUdldEhpc3RvcnlSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSFAoMcmVzb2x1dGlvbl9zGAIgASgNEhIKCm1heF9wb2ludHMYAyABKA0iPQoSR2V0SGlzdG9yeVJlc3BvbnNlEicKBnBvaW50cxgBIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Sb2xsVXAiSQoQR2V0U2VyaWVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg0KBW5hbWVzGAIgAygJEhIKCm1heF9wb2ludHMYAyABKA0iWQoRR2V0U2VyaWVzUmVzcG9uc2USJwoGc2VyaWVzGAEgAygLMhcubW9lX2RlYnVnZ2VyLnYxLlNlcmllcxIbChNudW1fcG9pbnRzX25vdF9rZXB0GAIgASgEIj4KE0xpc3RSZXF1ZXN0c1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRITCgttYXhfcmVzdWx0cxgCIAEoDSJJChRMaXN0UmVxdWVzdHNSZXNwb25zZRIxCghyZXF1ZXN0cxgBIAMoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeSJBChdHZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkiSgoYR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlEi4KBnJvdXRlcxgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0Um91dGVzIikKE0Nsb3NlU2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJBChRDbG9zZVNlc3Npb25SZXNwb25zZRIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iUQoMV2F0Y2hSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSDgoGbWF4X2h6GAIgASgBEh0KFXJlc3VtZV9hZnRlcl9zZXF1ZW5jZRgDIAEoBCKcAgoNV2F0Y2hSZXNwb25zZRIyCghzbmFwc2hvdBgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFNuYXBzaG90SAASLAoFZnJhbWUYAiABKAsyGy5tb2VfZGVidWdnZXIudjEuV2F0Y2hGcmFtZUgAEjIKCHNlc3Npb25zGAMgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLldhdGNoU2Vzc2lvbnNIABI2Cgpjb21wb25lbnRzGAQgASgLMiAubW9lX2RlYnVnZ2VyLnYxLldhdGNoQ29tcG9uZW50c0gAEjQKCWhlYXJ0YmVhdBgFIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5XYXRjaEhlYXJ0YmVhdEgAQgcKBWV2ZW50IkMKDVdhdGNoU25hcHNob3QSMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90InMKCldhdGNoRnJhbWUSEAoIc2VxdWVuY2UYASABKAQSFQoNZXhwZXJ0X2NvdW50cxgCIAEoDBISCgpudW1fdG9rZW5zGAMgASgMEhUKDW51bV9jb25mbGF0ZWQYBCABKA0SEQoJbGFzdF9zdGVwGAUgASgEIjsKDVdhdGNoU2Vzc2lvbnMSKgoIc2Vzc2lvbnMYASADKAsyGC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvbiJHCg9XYXRjaENvbXBvbmVudHMSNAoKY29tcG9uZW50cxgBIAMoCzIgLm1vZV9kZWJ1Z2dlci52MS5Db21wb25lbnRIZWFsdGgiKQoOV2F0Y2hIZWFydGJlYXQSFwoPc2VudF9hdF91bml4X25zGAEgASgDIlMKHkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVxdWVzdBIxCgdyZXF1ZXN0GAEgASgLMiAubW9lX2RlYnVnZ2VyLnYxLkdlbmVyYXRlUmVxdWVzdCJWCh9EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlc3BvbnNlEjMKCHJlc3BvbnNlGAEgASgLMiEubW9lX2RlYnVnZ2VyLnYxLkdlbmVyYXRlUmVzcG9uc2UqhAEKDkNvbXBvbmVudFN0YXRlEh8KG0NPTVBPTkVOVF9TVEFURV9VTlNQRUNJRklFRBAAEhwKGENPTVBPTkVOVF9TVEFURV9TVEFSVElORxABEhkKFUNPTVBPTkVOVF9TVEFURV9SRUFEWRACEhgKFENPTVBPTkVOVF9TVEFURV9ET1dOEAMyrgcKD0RlYnVnZ2VyU2VydmljZRJeCg1HZXRTZXJ2ZXJJbmZvEiUubW9lX2RlYnVnZ2VyLnYxLkdldFNlcnZlckluZm9SZXF1ZXN0GiYubW9lX2RlYnVnZ2VyLnYxLkdldFNlcnZlckluZm9SZXNwb25zZRJbCgxMaXN0U2Vzc2lvbnMSJC5tb2VfZGVidWdnZXIudjEuTGlzdFNlc3Npb25zUmVxdWVzdBolLm1vZV9kZWJ1Z2dlci52MS5MaXN0U2Vzc2lvbnNSZXNwb25zZRJVCgpHZXRTZXNzaW9uEiIubW9lX2RlYnVnZ2VyLnYxLkdldFNlc3Npb25SZXF1ZXN0GiMubW9lX2RlYnVnZ2VyLnYxLkdldFNlc3Npb25SZXNwb25zZRJVCgpHZXRIaXN0b3J5EiIubW9lX2RlYnVnZ2VyLnYxLkdldEhpc3RvcnlSZXF1ZXN0GiMubW9lX2RlYnVnZ2VyLnYxLkdldEhpc3RvcnlSZXNwb25zZRJSCglHZXRTZXJpZXMSIS5tb2VfZGVidWdnZXIudjEuR2V0U2VyaWVzUmVxdWVzdBoiLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJpZXNSZXNwb25zZRJbCgxMaXN0UmVxdWVzdHMSJC5tb2VfZGVidWdnZXIudjEuTGlzdFJlcXVlc3RzUmVxdWVzdBolLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVxdWVzdHNSZXNwb25zZRJnChBHZXRSZXF1ZXN0Um91dGVzEigubW9lX2RlYnVnZ2VyLnYxLkdldFJlcXVlc3RSb3V0ZXNSZXF1ZXN0GikubW9lX2RlYnVnZ2VyLnYxLkdldFJlcXVlc3RSb3V0ZXNSZXNwb25zZRJbCgxDbG9zZVNlc3Npb24SJC5tb2VfZGVidWdnZXIudjEuQ2xvc2VTZXNzaW9uUmVxdWVzdBolLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNlc3Npb25SZXNwb25zZRJICgVXYXRjaBIdLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFJlcXVlc3QaHi5tb2VfZGVidWdnZXIudjEuV2F0Y2hSZXNwb25zZTABEm8KCEdlbmVyYXRlEi8ubW9lX2RlYnVnZ2VyLnYxLkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVxdWVzdBowLm1vZV9kZWJ1Z2dlci52MS5EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlc3BvbnNlMAFiBnByb3RvMw", [file_moe_debugger_v1_collector, file_moe_debugger_v1_session]);
+  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvZ2F0ZXdheS5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IqIBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRI0Cgpjb21wb25lbnRzGAIgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aBIYChBtYXhfcHJvbXB0X2J5dGVzGAMgASgNEhQKDG1heF93YXRjaF9oehgEIAEoDRISCgpoYXNfd29ya2VyGAUgASgIIl8KD0NvbXBvbmVudEhlYWx0aBIMCgRuYW1lGAEgASgJEi4KBXN0YXRlGAIgASgOMh8ubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudFN0YXRlEg4KBmRldGFpbBgDIAEoCSIVChNMaXN0U2Vzc2lvbnNSZXF1ZXN0IkIKFExpc3RTZXNzaW9uc1Jlc3BvbnNlEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iJwoRR2V0U2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChJHZXRTZXNzaW9uUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90IlEKEUdldEhpc3RvcnlSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSFAoMcmVzb2x1dGlvbl9zGAIgASgNEhIKCm1heF9wb2ludHMYAyABKA0iPQoSR2V0SGlzdG9yeVJlc3BvbnNlEicKBnBvaW50cxgBIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Sb2xsVXAiSQoQR2V0U2VyaWVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg0KBW5hbWVzGAIgAygJEhIKCm1heF9wb2ludHMYAyABKA0iWQoRR2V0U2VyaWVzUmVzcG9uc2USJwoGc2VyaWVzGAEgAygLMhcubW9lX2RlYnVnZ2VyLnYxLlNlcmllcxIbChNudW1fcG9pbnRzX25vdF9rZXB0GAIgASgEIj4KE0xpc3RSZXF1ZXN0c1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRITCgttYXhfcmVzdWx0cxgCIAEoDSJJChRMaXN0UmVxdWVzdHNSZXNwb25zZRIxCghyZXF1ZXN0cxgBIAMoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeSJBChdHZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkiSgoYR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlEi4KBnJvdXRlcxgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0Um91dGVzIikKE0Nsb3NlU2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJBChRDbG9zZVNlc3Npb25SZXNwb25zZRIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iUQoMV2F0Y2hSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSDgoGbWF4X2h6GAIgASgBEh0KFXJlc3VtZV9hZnRlcl9zZXF1ZW5jZRgDIAEoBCKcAgoNV2F0Y2hSZXNwb25zZRIyCghzbmFwc2hvdBgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFNuYXBzaG90SAASLAoFZnJhbWUYAiABKAsyGy5tb2VfZGVidWdnZXIudjEuV2F0Y2hGcmFtZUgAEjIKCHNlc3Npb25zGAMgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLldhdGNoU2Vzc2lvbnNIABI2Cgpjb21wb25lbnRzGAQgASgLMiAubW9lX2RlYnVnZ2VyLnYxLldhdGNoQ29tcG9uZW50c0gAEjQKCWhlYXJ0YmVhdBgFIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5XYXRjaEhlYXJ0YmVhdEgAQgcKBWV2ZW50IkMKDVdhdGNoU25hcHNob3QSMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90InMKCldhdGNoRnJhbWUSEAoIc2VxdWVuY2UYASABKAQSFQoNZXhwZXJ0X2NvdW50cxgCIAEoDBISCgpudW1fdG9rZW5zGAMgASgMEhUKDW51bV9jb25mbGF0ZWQYBCABKA0SEQoJbGFzdF9zdGVwGAUgASgEIjsKDVdhdGNoU2Vzc2lvbnMSKgoIc2Vzc2lvbnMYASADKAsyGC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvbiJHCg9XYXRjaENvbXBvbmVudHMSNAoKY29tcG9uZW50cxgBIAMoCzIgLm1vZV9kZWJ1Z2dlci52MS5Db21wb25lbnRIZWFsdGgiKQoOV2F0Y2hIZWFydGJlYXQSFwoPc2VudF9hdF91bml4X25zGAEgASgDIlMKHkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVxdWVzdBIxCgdyZXF1ZXN0GAEgASgLMiAubW9lX2RlYnVnZ2VyLnYxLkdlbmVyYXRlUmVxdWVzdCJWCh9EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlc3BvbnNlEjMKCHJlc3BvbnNlGAEgASgLMiEubW9lX2RlYnVnZ2VyLnYxLkdlbmVyYXRlUmVzcG9uc2UixAIKEU9wZW5Tb3VyY2VSZXF1ZXN0EhQKDHNlc3Npb25fbmFtZRgBIAEoCRISCgptb2RlbF9uYW1lGAIgASgJEhIKCm1vZGVsX3R5cGUYAyABKAkSMQoGbGF5ZXJzGAQgAygLMiEubW9lX2RlYnVnZ2VyLnYxLkxheWVyRGVzY3JpcHRpb24SLAoFbGV2ZWwYBSABKA4yHS5tb2VfZGVidWdnZXIudjEuQ2FwdHVyZUxldmVsEhsKE3BoeXNpY2FsX3RvX2xvZ2ljYWwYBiABKAwSQgoIdmVyc2lvbnMYByADKAsyMC5tb2VfZGVidWdnZXIudjEuT3BlblNvdXJjZVJlcXVlc3QuVmVyc2lvbnNFbnRyeRovCg1WZXJzaW9uc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEibgoST3BlblNvdXJjZVJlc3BvbnNlEhIKCnNlc3Npb25faWQYASABKAkSEQoJc291cmNlX2lkGAIgASgJEhkKEW1heF9yZXF1ZXN0X2J5dGVzGAMgASgNEhYKDmlkbGVfdGltZW91dF9zGAQgASgBItcCChRQdWJsaXNoUm91dGVzUmVxdWVzdBIRCglzb3VyY2VfaWQYASABKAkSEgoKcmVxdWVzdF9pZBgCIAEoCRISCgpudW1fdG9rZW5zGAMgASgNEhIKCmV4cGVydF9pZHMYBCABKAwSEAoIcG9zaXRpb24YBSABKAwSFAoMZ2F0ZV93ZWlnaHRzGAYgASgMEiUKBXBoYXNlGAcgASgOMhYubW9lX2RlYnVnZ2VyLnYxLlBoYXNlEh4KEW51bV9wcm9tcHRfdG9rZW5zGAggASgNSACIAQESHgoRbnVtX2NhY2hlZF90b2tlbnMYCSABKA1IAYgBARIQCgh0b2tlbl9pZBgKIAEoDBISCgppc19wYWRkaW5nGAsgASgMEg8KB2NhbGxfaWQYDCABKAlCFAoSX251bV9wcm9tcHRfdG9rZW5zQhQKEl9udW1fY2FjaGVkX3Rva2VucyKAAgoVUHVibGlzaFJvdXRlc1Jlc3BvbnNlEhIKCnJlcXVlc3RfaWQYASABKAkSEgoKbnVtX3Rva2VucxgCIAEoDRIVCg1udW1fZGVjaXNpb25zGAMgASgEEh0KFW51bV9ub3Rfcm91dGVkX3Rva2VucxgEIAEoDRIQCghpc190YWtlbhgFIAEoCBJGCghwcm9ibGVtcxgGIAMoCzI0Lm1vZV9kZWJ1Z2dlci52MS5QdWJsaXNoUm91dGVzUmVzcG9uc2UuUHJvYmxlbXNFbnRyeRovCg1Qcm9ibGVtc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoDToCOAEiPwoSQ2xvc2VTb3VyY2VSZXF1ZXN0EhEKCXNvdXJjZV9pZBgBIAEoCRIWCg5jbG9zZXNfc2Vzc2lvbhgCIAEoCCJIChNDbG9zZVNvdXJjZVJlc3BvbnNlEjEKCGNvdW50ZXJzGAEgASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUNvdW50ZXJzKoQBCg5Db21wb25lbnRTdGF0ZRIfChtDT01QT05FTlRfU1RBVEVfVU5TUEVDSUZJRUQQABIcChhDT01QT05FTlRfU1RBVEVfU1RBUlRJTkcQARIZChVDT01QT05FTlRfU1RBVEVfUkVBRFkQAhIYChRDT01QT05FTlRfU1RBVEVfRE9XThADMr8JCg9EZWJ1Z2dlclNlcnZpY2USXgoNR2V0U2VydmVySW5mbxIlLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJ2ZXJJbmZvUmVxdWVzdBomLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2USWwoMTGlzdFNlc3Npb25zEiQubW9lX2RlYnVnZ2VyLnYxLkxpc3RTZXNzaW9uc1JlcXVlc3QaJS5tb2VfZGVidWdnZXIudjEuTGlzdFNlc3Npb25zUmVzcG9uc2USVQoKR2V0U2Vzc2lvbhIiLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXNzaW9uUmVxdWVzdBojLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXNzaW9uUmVzcG9uc2USVQoKR2V0SGlzdG9yeRIiLm1vZV9kZWJ1Z2dlci52MS5HZXRIaXN0b3J5UmVxdWVzdBojLm1vZV9kZWJ1Z2dlci52MS5HZXRIaXN0b3J5UmVzcG9uc2USUgoJR2V0U2VyaWVzEiEubW9lX2RlYnVnZ2VyLnYxLkdldFNlcmllc1JlcXVlc3QaIi5tb2VfZGVidWdnZXIudjEuR2V0U2VyaWVzUmVzcG9uc2USWwoMTGlzdFJlcXVlc3RzEiQubW9lX2RlYnVnZ2VyLnYxLkxpc3RSZXF1ZXN0c1JlcXVlc3QaJS5tb2VfZGVidWdnZXIudjEuTGlzdFJlcXVlc3RzUmVzcG9uc2USZwoQR2V0UmVxdWVzdFJvdXRlcxIoLm1vZV9kZWJ1Z2dlci52MS5HZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBopLm1vZV9kZWJ1Z2dlci52MS5HZXRSZXF1ZXN0Um91dGVzUmVzcG9uc2USWwoMQ2xvc2VTZXNzaW9uEiQubW9lX2RlYnVnZ2VyLnYxLkNsb3NlU2Vzc2lvblJlcXVlc3QaJS5tb2VfZGVidWdnZXIudjEuQ2xvc2VTZXNzaW9uUmVzcG9uc2USSAoFV2F0Y2gSHS5tb2VfZGVidWdnZXIudjEuV2F0Y2hSZXF1ZXN0Gh4ubW9lX2RlYnVnZ2VyLnYxLldhdGNoUmVzcG9uc2UwARJvCghHZW5lcmF0ZRIvLm1vZV9kZWJ1Z2dlci52MS5EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlcXVlc3QaMC5tb2VfZGVidWdnZXIudjEuRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXNwb25zZTABElUKCk9wZW5Tb3VyY2USIi5tb2VfZGVidWdnZXIudjEuT3BlblNvdXJjZVJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuT3BlblNvdXJjZVJlc3BvbnNlEl4KDVB1Ymxpc2hSb3V0ZXMSJS5tb2VfZGVidWdnZXIudjEuUHVibGlzaFJvdXRlc1JlcXVlc3QaJi5tb2VfZGVidWdnZXIudjEuUHVibGlzaFJvdXRlc1Jlc3BvbnNlElgKC0Nsb3NlU291cmNlEiMubW9lX2RlYnVnZ2VyLnYxLkNsb3NlU291cmNlUmVxdWVzdBokLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNvdXJjZVJlc3BvbnNlYgZwcm90bzM", [file_moe_debugger_v1_collector, file_moe_debugger_v1_routing, file_moe_debugger_v1_session]);
 
 /**
  * @generated from message moe_debugger.v1.GetServerInfoRequest
@@ -606,6 +608,287 @@ export const DebuggerServiceGenerateResponseSchema: GenMessage<DebuggerServiceGe
   messageDesc(file_moe_debugger_v1_gateway, 25);
 
 /**
+ * @generated from message moe_debugger.v1.OpenSourceRequest
+ */
+export type OpenSourceRequest = Message<"moe_debugger.v1.OpenSourceRequest"> & {
+  /**
+   * A session of that name that is open is joined; empty = model_name.
+   *
+   * @generated from field: string session_name = 1;
+   */
+  sessionName: string;
+
+  /**
+   * @generated from field: string model_name = 2;
+   */
+  modelName: string;
+
+  /**
+   * @generated from field: string model_type = 3;
+   */
+  modelType: string;
+
+  /**
+   * The model's MoE layers, in the order of the arrays' layer axis: layer_index 0, 1, 2..., num_experts and top_k; the
+   * rest is shown.
+   *
+   * @generated from field: repeated moe_debugger.v1.LayerDescription layers = 4;
+   */
+  layers: LayerDescription[];
+
+  /**
+   * Counts, routes or routes with tokens; unspecified = routes.
+   *
+   * @generated from field: moe_debugger.v1.CaptureLevel level = 5;
+   */
+  level: CaptureLevel;
+
+  /**
+   * i16 [num_layers, num_physical]: the logical expert of each physical replica, where ids are those of replicas.
+   *
+   * @generated from field: bytes physical_to_logical = 6;
+   */
+  physicalToLogical: Uint8Array;
+
+  /**
+   * Of the engine, shown with the source.
+   *
+   * @generated from field: map<string, string> versions = 7;
+   */
+  versions: { [key: string]: string };
+};
+
+/**
+ * Describes the message moe_debugger.v1.OpenSourceRequest.
+ * Use `create(OpenSourceRequestSchema)` to create a new message.
+ */
+export const OpenSourceRequestSchema: GenMessage<OpenSourceRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 26);
+
+/**
+ * @generated from message moe_debugger.v1.OpenSourceResponse
+ */
+export type OpenSourceResponse = Message<"moe_debugger.v1.OpenSourceResponse"> & {
+  /**
+   * @generated from field: string session_id = 1;
+   */
+  sessionId: string;
+
+  /**
+   * @generated from field: string source_id = 2;
+   */
+  sourceId: string;
+
+  /**
+   * The largest request message: push a long request in several calls.
+   *
+   * @generated from field: uint32 max_request_bytes = 3;
+   */
+  maxRequestBytes: number;
+
+  /**
+   * A source without a call for this long is closed.
+   *
+   * @generated from field: double idle_timeout_s = 4;
+   */
+  idleTimeoutS: number;
+};
+
+/**
+ * Describes the message moe_debugger.v1.OpenSourceResponse.
+ * Use `create(OpenSourceResponseSchema)` to create a new message.
+ */
+export const OpenSourceResponseSchema: GenMessage<OpenSourceResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 27);
+
+/**
+ * Routes of some tokens of one request; n tokens, the layers and the largest top-k of the source.
+ *
+ * @generated from message moe_debugger.v1.PublishRoutesRequest
+ */
+export type PublishRoutesRequest = Message<"moe_debugger.v1.PublishRoutesRequest"> & {
+  /**
+   * @generated from field: string source_id = 1;
+   */
+  sourceId: string;
+
+  /**
+   * The same for all calls of a request; empty = a new one, which is in the answer.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: uint32 num_tokens = 3;
+   */
+  numTokens: number;
+
+  /**
+   * i16 [n, num_layers, top_k]; -1 = reached no expert
+   *
+   * @generated from field: bytes expert_ids = 4;
+   */
+  expertIds: Uint8Array;
+
+  /**
+   * u32 [n], place of each token in the request, rising
+   *
+   * @generated from field: bytes position = 5;
+   */
+  position: Uint8Array;
+
+  /**
+   * f32 [n, num_layers, top_k], as applied; empty = not known
+   *
+   * @generated from field: bytes gate_weights = 6;
+   */
+  gateWeights: Uint8Array;
+
+  /**
+   * Of all tokens; unspecified = told by num_prompt_tokens where that is set.
+   *
+   * @generated from field: moe_debugger.v1.Phase phase = 7;
+   */
+  phase: Phase;
+
+  /**
+   * Positions below are prefill, the others decode.
+   *
+   * @generated from field: optional uint32 num_prompt_tokens = 8;
+   */
+  numPromptTokens?: number | undefined;
+
+  /**
+   * Tokens of the request's start that came from a prefix cache: not routed here, whatever the arrays hold.
+   *
+   * @generated from field: optional uint32 num_cached_tokens = 9;
+   */
+  numCachedTokens?: number | undefined;
+
+  /**
+   * u32 [n]; empty = not known
+   *
+   * @generated from field: bytes token_id = 10;
+   */
+  tokenId: Uint8Array;
+
+  /**
+   * u8 [n], 1 = padding; empty = none
+   *
+   * @generated from field: bytes is_padding = 11;
+   */
+  isPadding: Uint8Array;
+
+  /**
+   * An id of this call, which makes a retry safe: the same one again is answered as before and not counted again.
+   *
+   * @generated from field: string call_id = 12;
+   */
+  callId: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.PublishRoutesRequest.
+ * Use `create(PublishRoutesRequestSchema)` to create a new message.
+ */
+export const PublishRoutesRequestSchema: GenMessage<PublishRoutesRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 28);
+
+/**
+ * @generated from message moe_debugger.v1.PublishRoutesResponse
+ */
+export type PublishRoutesResponse = Message<"moe_debugger.v1.PublishRoutesResponse"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * Rows taken, padded ones included.
+   *
+   * @generated from field: uint32 num_tokens = 2;
+   */
+  numTokens: number;
+
+  /**
+   * @generated from field: uint64 num_decisions = 3;
+   */
+  numDecisions: bigint;
+
+  /**
+   * Tokens left out: from a prefix cache, or without a route at any layer.
+   *
+   * @generated from field: uint32 num_not_routed_tokens = 4;
+   */
+  numNotRoutedTokens: number;
+
+  /**
+   * False where the source's buffer was full: the decisions are counted as dropped.
+   *
+   * @generated from field: bool is_taken = 5;
+   */
+  isTaken: boolean;
+
+  /**
+   * What is suspicious in the arrays, with how many tokens show it.
+   *
+   * @generated from field: map<string, uint32> problems = 6;
+   */
+  problems: { [key: string]: number };
+};
+
+/**
+ * Describes the message moe_debugger.v1.PublishRoutesResponse.
+ * Use `create(PublishRoutesResponseSchema)` to create a new message.
+ */
+export const PublishRoutesResponseSchema: GenMessage<PublishRoutesResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 29);
+
+/**
+ * @generated from message moe_debugger.v1.CloseSourceRequest
+ */
+export type CloseSourceRequest = Message<"moe_debugger.v1.CloseSourceRequest"> & {
+  /**
+   * @generated from field: string source_id = 1;
+   */
+  sourceId: string;
+
+  /**
+   * False where another source goes on in the same session.
+   *
+   * @generated from field: bool closes_session = 2;
+   */
+  closesSession: boolean;
+};
+
+/**
+ * Describes the message moe_debugger.v1.CloseSourceRequest.
+ * Use `create(CloseSourceRequestSchema)` to create a new message.
+ */
+export const CloseSourceRequestSchema: GenMessage<CloseSourceRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 30);
+
+/**
+ * @generated from message moe_debugger.v1.CloseSourceResponse
+ */
+export type CloseSourceResponse = Message<"moe_debugger.v1.CloseSourceResponse"> & {
+  /**
+   * At the end: what was produced, published and dropped.
+   *
+   * @generated from field: moe_debugger.v1.SourceCounters counters = 1;
+   */
+  counters?: SourceCounters | undefined;
+};
+
+/**
+ * Describes the message moe_debugger.v1.CloseSourceResponse.
+ * Use `create(CloseSourceResponseSchema)` to create a new message.
+ */
+export const CloseSourceResponseSchema: GenMessage<CloseSourceResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 31);
+
+/**
  * @generated from enum moe_debugger.v1.ComponentState
  */
 export enum ComponentState {
@@ -725,6 +1008,32 @@ export const DebuggerService: GenService<{
     methodKind: "server_streaming";
     input: typeof DebuggerServiceGenerateRequestSchema;
     output: typeof DebuggerServiceGenerateResponseSchema;
+  },
+  /**
+   * The push door, for engines whose process cannot speak NATS: open a source, push routes, close it.
+   *
+   * @generated from rpc moe_debugger.v1.DebuggerService.OpenSource
+   */
+  openSource: {
+    methodKind: "unary";
+    input: typeof OpenSourceRequestSchema;
+    output: typeof OpenSourceResponseSchema;
+  },
+  /**
+   * @generated from rpc moe_debugger.v1.DebuggerService.PublishRoutes
+   */
+  publishRoutes: {
+    methodKind: "unary";
+    input: typeof PublishRoutesRequestSchema;
+    output: typeof PublishRoutesResponseSchema;
+  },
+  /**
+   * @generated from rpc moe_debugger.v1.DebuggerService.CloseSource
+   */
+  closeSource: {
+    methodKind: "unary";
+    input: typeof CloseSourceRequestSchema;
+    output: typeof CloseSourceResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_moe_debugger_v1_gateway, 0);
