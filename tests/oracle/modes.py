@@ -215,7 +215,7 @@ def _prepared_for_training(build: Build, use_reentrant: bool | None) -> nn.Modul
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "moe_token_dropout"):
-            module.moe_token_dropout = 0.0
+            module.__dict__["moe_token_dropout"] = 0.0
     if use_reentrant is not None:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise Impossible(f"{type(model).__name__} does not support gradient checkpointing")

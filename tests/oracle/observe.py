@@ -135,8 +135,9 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
             yield from tensors_of(item)
-    elif hasattr(value, "layers"):
-        for layer in value.layers:
+    else:
+        # A cache.
+        for layer in getattr(value, "layers", ()):
             yield from tensors_of([getattr(layer, "keys", None), getattr(layer, "values", None)])
 
 
