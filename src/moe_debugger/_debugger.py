@@ -470,6 +470,7 @@ def _description(info: LayerInfo, owners: Sequence[int]) -> pb.LayerDescription:
         weight_meaning=info.weight_meaning,
         unavailable_reason=info.unavailable_reason,
         expert_parallel_ranks=owners,
+        site=info.site,
     )
 
 

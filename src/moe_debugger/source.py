@@ -594,4 +594,5 @@ def _description(info: LayerInfo) -> pb.LayerDescription:
         scoring_function=info.scoring_function,
         weight_meaning=info.weight_meaning,
         unavailable_reason=info.unavailable_reason,
+        site=info.site,
     )

@@ -289,6 +289,7 @@ def _layer_info(layer: routing_pb2.LayerDescription) -> LayerInfo:
         weight_meaning=layer.weight_meaning or "as the engine reports it",
         unavailable_reason=layer.unavailable_reason
         or "the engine returns the selected experts, not the router's scores",
+        site="attention" if layer.site == "attention" else "mlp",
     )
 
 

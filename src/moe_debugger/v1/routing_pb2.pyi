@@ -343,6 +343,7 @@ class LayerDescription(_message.Message):
     WEIGHT_MEANING_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_REASON_FIELD_NUMBER: _builtins.int
     EXPERT_PARALLEL_RANKS_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
     layer_index: _builtins.int
     """Index among the model's MoE layers, 0-based."""
     model_layer_index: _builtins.int
@@ -356,6 +357,8 @@ class LayerDescription(_message.Message):
     scoring_function: _builtins.str
     weight_meaning: _builtins.str
     unavailable_reason: _builtins.str
+    site: _builtins.str
+    """"mlp", or "attention" where attention is routed; empty = mlp."""
     @_builtins.property
     def expert_parallel_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """[num_experts], the expert-parallel rank that owns each expert; empty where every rank computes all of them."""
@@ -375,10 +378,11 @@ class LayerDescription(_message.Message):
         weight_meaning: _builtins.str = ...,
         unavailable_reason: _builtins.str = ...,
         expert_parallel_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        site: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_parallel_ranks", b"expert_parallel_ranks", "layer_index", b"layer_index", "model_layer_index", b"model_layer_index", "module_name", b"module_name", "num_experts", b"num_experts", "num_identity_experts", b"num_identity_experts", "num_shared_experts", b"num_shared_experts", "scoring_function", b"scoring_function", "stack", b"stack", "top_k", b"top_k", "unavailable_reason", b"unavailable_reason", "weight_meaning", b"weight_meaning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_parallel_ranks", b"expert_parallel_ranks", "layer_index", b"layer_index", "model_layer_index", b"model_layer_index", "module_name", b"module_name", "num_experts", b"num_experts", "num_identity_experts", b"num_identity_experts", "num_shared_experts", b"num_shared_experts", "scoring_function", b"scoring_function", "site", b"site", "stack", b"stack", "top_k", b"top_k", "unavailable_reason", b"unavailable_reason", "weight_meaning", b"weight_meaning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
