@@ -203,6 +203,14 @@ def _only(routes: Routes, keep: npt.NDArray[np.bool_]) -> Routes:
 
 
 def _phases(frame: TokenFrame) -> npt.NDArray[np.uint8]:
+    if frame.segment_ends is not None and frame.position is not None:
+        # A text of one token that is not its first is generated; a longer one is (a part of) a prompt.
+        ends = _to_numpy(frame.segment_ends).astype(np.int64)
+        lengths = ends[1:] - ends[:-1]
+        lengths = np.append(lengths, max(0, frame.num_columns - int(lengths.sum())))
+        is_single = np.repeat(lengths, lengths) == 1
+        is_later = _to_numpy(frame.position).reshape(-1) > 0
+        return np.where(is_single & is_later, PHASES["decode"], PHASES["prefill"]).astype(np.uint8)
     phases = np.repeat(np.array(frame.phases, dtype=np.uint8), frame.num_columns)
     if frame.num_drafts:
         phases.reshape(frame.num_rows, frame.num_columns)[:, -frame.num_drafts :] = PHASES["decode"]

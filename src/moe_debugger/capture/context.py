@@ -169,8 +169,12 @@ def read_frame(
     mask, is_unknown = _mask(inputs, outer, num_rows, num_columns, is_decoder=is_decoder)
     if mask is not None:
         frame.is_padding = mask[:, -num_columns:] == 0
-    elif is_unknown:
+    elif is_unknown and _first(inputs, outer, "cu_seq_lens_q") is None:
         problem = problem or "attention_mask is not [batch, length], so padding is not known"
+    ends = _first(inputs, outer, "cu_seq_lens_q")
+    # Continuous batching has a paged cache of its own; packed rows without one are plain evaluation.
+    if ends is not None and num_rows == 1 and not is_training and _first(inputs, outer, "cache") is not None:
+        frame.segment_ends = ends.detach().clone()
     frame.position = _position(_first(inputs, outer, "position_ids"), mask, num_rows, num_columns)
     if input_ids is not None:
         frame.token_ids = input_ids.detach().clone()

@@ -34,6 +34,7 @@ class TokenFrame:
         position: [num_rows or 1, num_columns] tensor; None = counted from `past_length`.
         is_padding: [num_rows, num_columns] bool tensor; None = no padding.
         token_ids: [num_rows, num_columns] integer tensor, None where the stack was given embeddings.
+        segment_ends: [n + 1] integer tensor, where each text of a packed row ends (and 0 first); None = not packed.
     """
 
     stack: str
@@ -48,6 +49,7 @@ class TokenFrame:
     position: "torch.Tensor | None" = None
     is_padding: "torch.Tensor | None" = None
     token_ids: "torch.Tensor | None" = None
+    segment_ends: "torch.Tensor | None" = None
 
     @property
     def num_tokens(self) -> int:
@@ -98,5 +100,5 @@ class RawForward:
         """Bytes of all tensors that this forward keeps alive."""
         held: list[Any] = [value for layer in self.layers for value in layer.tensors.values()]
         for frame in self.frames:
-            held += [frame.position, frame.is_padding, frame.token_ids]
+            held += [frame.position, frame.is_padding, frame.token_ids, frame.segment_ends]
         return sum(math.prod(value.shape) * value.element_size() for value in held if hasattr(value, "element_size"))

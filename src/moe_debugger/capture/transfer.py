@@ -66,7 +66,7 @@ def _narrowed(raw: RawForward, device: Any, num_experts: dict[int, int]) -> Iter
                 value = value.to(torch.int16 if num_experts[layer.layer_index] < 2**15 else torch.int32)
             yield partial(layer.tensors.__setitem__, name), value
     for frame in raw.frames:
-        for name in ("position", "is_padding", "token_ids"):
+        for name in ("position", "is_padding", "token_ids", "segment_ends"):
             value = getattr(frame, name)
             if value is not None and value.device == device:
                 yield partial(setattr, frame, name), value

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_moe import ARCHITECTURES, VOCABULARY, build, recount
+from transformers import GenerationConfig
 
 from moe_debugger import MoEDebugger
 from moe_debugger.v1 import routing_pb2 as pb
@@ -205,3 +206,24 @@ def test_the_model_without_its_head_is_watched_too() -> None:
     with torch.no_grad(), MoEDebugger(model) as debugger:
         model.model(_batch("none")["input_ids"])
         assert debugger.get_routing_stats().num_tokens == 27
+
+
+def test_continuous_batching_tells_prompts_from_generated_tokens_in_a_packed_row() -> None:
+    model = build("qwen3_moe")
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [3, 4]]
+    with recount(model) as truth, MoEDebugger(model, level="routes+tokens") as debugger:
+        model.generate_batch(prompts, generation_config=config)
+        session = debugger.session
+        assert session is not None
+        rows, layers = session.decisions(), session.layers()
+        assert debugger.get_performance_metrics().problems == {}
+    first = rows.layer_index == 0
+    is_prompt = first & (rows.phase == pb.PHASE_PREFILL)
+    is_generated = first & (rows.phase == pb.PHASE_DECODE)
+    assert rows.token_id is not None
+    assert sorted(rows.token_id[is_prompt].tolist()) == sorted(token for prompt in prompts for token in prompt)
+    assert sorted(rows.position[is_generated].tolist()) == [2, 3, 4, 4, 5, 6, 6, 7, 8]
+    for info in layers:
+        captured = rows.expert_ids[rows.layer_index == info.layer_index]
+        assert np.array_equal(captured[:, : info.top_k], np.concatenate(truth.ids[f"{info.module_name}.experts"]))
