@@ -101,13 +101,17 @@ def _generate(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
     return model.generate(**inputs, do_sample=False, **options)
 
 
-def _made(build: Build, implementation: str | None, dtype: torch.dtype) -> nn.Module:
-    try:
-        return build.make(dtype=dtype, experts_implementation=implementation)
-    except ValueError as error:
-        if "experts implementation" in str(error):
-            raise NotAccepted(str(error)) from error
-        raise Impossible(f"ValueError: {error}") from error
+def _made(build: Build, implementation: str, dtype: torch.dtype) -> nn.Module:
+    refused = ""
+    # Some wrappers offer no choice of their own, but their text model does.
+    for choice in (implementation, {"text_config": implementation}):
+        try:
+            return build.make(dtype=dtype, experts_implementation=choice)
+        except ValueError as error:
+            if "experts implementation" not in str(error):
+                raise Impossible(f"ValueError: {error}") from error
+            refused = refused or str(error)
+    raise NotAccepted(refused)
 
 
 @contextmanager
