@@ -152,19 +152,20 @@ class Assembler:
             slot_status=routes.slot_status,
             intended_expert_ids=routes.intended_expert_ids,
         )
-        statistics = self._statistics(raw.layer_index, routes)
+        statistics = self._statistics(raw.layer_index, routes, is_padding)
         if statistics is not None:
             layer.margin = statistics.margin
             layer.router_entropy = statistics.entropy
             layer.router_logsumexp = statistics.logsumexp
             layer.top1_probability = statistics.top1_probability
-            valid = statistics.probabilities[~is_padding, : info.num_experts]
-            layer.probability_sum = valid.sum(axis=0, dtype=np.float64)
+            layer.probability_sum = statistics.probability_sum[: info.num_experts]
         if self._with_logits and routes.logits is not None and routes.logits.shape[1] >= info.num_experts:
             layer.logits = routes.logits[:, : info.num_experts].astype(np.float16)
         return layer
 
-    def _statistics(self, layer_index: int, routes: Routes) -> RouterStatistics | None:
+    def _statistics(
+        self, layer_index: int, routes: Routes, is_padding: npt.NDArray[np.bool_]
+    ) -> RouterStatistics | None:
         info = self._infos[layer_index]
         logits = routes.logits
         selected = routes.expert_ids if routes.selected is None else routes.selected
@@ -186,7 +187,7 @@ class Assembler:
             self._infos[layer_index] = replace(info, scoring_function=scoring)
         if scoring == "unknown":
             return None
-        return router_statistics(logits, selected, scoring, self._rules[layer_index])
+        return router_statistics(logits, selected, scoring, self._rules[layer_index], ~is_padding)
 
 
 def _only(routes: Routes, keep: npt.NDArray[np.bool_]) -> Routes:
