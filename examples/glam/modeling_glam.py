@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-__all__ = ["GlamConfig", "GlamExperts", "GlamForCausalLM", "GlamMoE", "GlamRouter", "GlamRouting"]
+__all__ = ["GlamConfig", "GlamExperts", "GlamForCausalLM", "GlamMoE", "GlamRouter", "GlamRouting", "tiny_model"]
 
 NUM_DISTANCES = 128  # keys that are farther away share the position bias of the last distance
 
@@ -247,3 +247,12 @@ class GlamForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
             loss = loss + self.config.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
+
+
+def tiny_model(seed: int = 0) -> GlamForCausalLM:
+    """Return a random model of four layers, two of them with 64 experts, that runs anywhere."""
+    torch.manual_seed(seed)
+    config = GlamConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0
+    )
+    return GlamForCausalLM(config).eval()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_debugger._rows import RowStatistics
     from moe_debugger._session import Profile, Session
     from moe_debugger._stats import ExpertMetrics, LayerRoutingStats, PerformanceMetrics, RoutingStats
+    from moe_debugger.adapter_check import AdapterCheck, LayerCheck, check_adapter
     from moe_debugger.analysis import Analysis, Finding, Thresholds, analyze
     from moe_debugger.capture import (
         Adapter,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "AdapterCheck",
     "AlreadyAttachedError",
     "Analysis",
     "Call",
@@ -63,6 +65,7 @@ __all__ = [
     "FleetError",
     "HealthCheck",
     "InvalidInputError",
+    "LayerCheck",
     "LayerInfo",
     "LayerRoutingStats",
     "LayerShape",
@@ -87,6 +90,7 @@ __all__ = [
     "UnsupportedFormatError",
     "WireFormatError",
     "analyze",
+    "check_adapter",
     "detach",
     "load_model",
     "new_id",
@@ -103,6 +107,7 @@ _MODULES = {
     "moe_debugger._rows": ("RowStatistics",),
     "moe_debugger._session": ("Profile", "Session"),
     "moe_debugger._stats": ("ExpertMetrics", "LayerRoutingStats", "PerformanceMetrics", "RoutingStats"),
+    "moe_debugger.adapter_check": ("AdapterCheck", "LayerCheck", "check_adapter"),
     "moe_debugger.analysis": ("Analysis", "Finding", "Thresholds", "analyze"),
     "moe_debugger.capture": (
         "Adapter",

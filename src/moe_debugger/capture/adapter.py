@@ -25,7 +25,7 @@ import importlib.metadata
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from moe_debugger.errors import InvalidInputError
 
@@ -114,6 +114,8 @@ class Routing:
 class Adapter:
     """Says which modules are MoE layers and how their routing is read; subclass it.
 
+    Every `module` that a method gets is one that `matches` knew, so a subclass may declare its own type there.
+
     Attributes:
         name: shown in `session.layers()`.
         moment: "after" reads the output of the hooked module, "before" its arguments.
@@ -126,34 +128,34 @@ class Adapter:
         """Return whether `module`, called `name` in the model, is one MoE layer."""
         raise NotImplementedError
 
-    def describe(self, module: "nn.Module") -> LayerShape:
+    def describe(self, module: Any) -> LayerShape:
         """Return the shape of a layer that matches."""
         raise NotImplementedError
 
-    def hooked(self, module: "nn.Module") -> "nn.Module":
+    def hooked(self, module: Any) -> "nn.Module":
         """Return the module whose call is read; the layer itself by default."""
-        return module
+        return cast("nn.Module", module)
 
     def read(self, call: Call) -> Routing:
         """Return the routing of one call, by reference: no copy, no `.item()`, nothing that waits for a device."""
         raise NotImplementedError
 
-    def router(self, module: "nn.Module") -> "nn.Module | None":
+    def router(self, module: Any) -> "nn.Module | None":
         """Return the layer's router, for its gradients; None where there is none."""
         return _submodule(module, "router") or _submodule(module, "gate")
 
-    def experts(self, module: "nn.Module") -> "nn.Module":
+    def experts(self, module: Any) -> "nn.Module":
         """Return the module that holds the experts' parameters; the layer itself by default."""
-        return _submodule(module, "experts") or module
+        return _submodule(module, "experts") or cast("nn.Module", module)
 
-    def expert_output_weights(self, module: "nn.Module", expert_id: int) -> "Sequence[torch.Tensor]":
+    def expert_output_weights(self, module: Any, expert_id: int) -> "Sequence[torch.Tensor]":
         """Return the parameters (or views of them) that, set to zero, silence one expert: for `check-adapter`.
 
         Those of its last map, so that twice the parameters give twice the output: `[module.experts.w_out[expert_id]]`.
         """
         raise NotImplementedError
 
-    def expert_output(self, module: "nn.Module", expert_id: int, hidden: "torch.Tensor") -> "torch.Tensor":
+    def expert_output(self, module: Any, expert_id: int, hidden: "torch.Tensor") -> "torch.Tensor":
         """Return what one expert gives at weight 1, for `check-adapter`; needed only where the weights are computed.
 
         Where `read` returns the very tensor of weights that the layer uses, the check proves it by changing it. By

@@ -9,6 +9,7 @@ from typing import Annotated
 import structlog
 import typer
 
+from moe_debugger.cli.check_adapter import check_adapter
 from moe_debugger.cli.demo import demo
 from moe_debugger.cli.doctor import doctor
 from moe_debugger.cli.trace import trace
@@ -33,6 +34,7 @@ app.command()(up)
 app.command()(demo)
 app.command()(trace)
 app.command()(doctor)
+app.command()(check_adapter)
 
 
 def _print_version(is_asked: bool) -> None:
