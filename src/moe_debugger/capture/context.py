@@ -1,9 +1,11 @@
 """What a forward is about: which request each batch row belongs to, its positions, its padding and its phase."""
 
 import inspect
+import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from moe_debugger.wire.ids import new_id
@@ -25,6 +27,8 @@ __all__ = [
 ]
 
 _TRACED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+# The loops of transformers' generate, which call the model for one token after another.
+_GENERATING = frozenset({"_sample", "_beam_search", "_assisted_decoding", "generate"})
 _MAIN_INPUTS = ("input_ids", "inputs_embeds")
 _DECODER = "decoder_"
 
@@ -259,10 +263,23 @@ def _mask(
     # The plain mask of an encoder-decoder model belongs to its encoder.
     candidates = [inputs.get("attention_mask"), outer.get("decoder_attention_mask" if is_decoder else "attention_mask")]
     given = [mask for mask in candidates if mask is not None]
-    for mask in given:
+    for mask in [_full_attention(each, num_rows, num_columns) for each in given]:
         if getattr(mask, "ndim", 0) == 2 and mask.shape[0] == num_rows and mask.shape[1] >= num_columns:
             return mask, False
     return None, bool(given)
+
+
+def _full_attention(mask: Any, num_rows: int, num_columns: int) -> Any:
+    """Return a padding mask [num_rows, num_columns] of masks that are prepared per kind of layer, else `mask` itself.
+
+    A prepared mask [B, H, Q, K] of full attention says which keys the last token sees: all real ones, no padded one.
+    """
+    prepared: Any = mask.get("full_attention") if isinstance(mask, Mapping) else None
+    if getattr(prepared, "ndim", 0) != 4 or prepared.shape[-1] < num_columns or prepared.shape[0] not in (1, num_rows):
+        return mask
+    last = prepared[:, 0, -1, -num_columns:]
+    seen = last if str(last.dtype) == "torch.bool" else last == 0
+    return seen.expand(num_rows, -1)
 
 
 def _phase(
@@ -277,11 +294,30 @@ def _phase(
         return PHASES["prefill"]
     if cache is None:
         return PHASES["eval"]
-    if past_length > 0 and (num_columns == 1 or _num_logits(outer) == num_columns):
+    if past_length > 0 and num_columns == 1:
+        return PHASES["prefill" if _is_called_by_prefill() else "decode"]
+    if past_length > 0 and _num_logits(outer) == num_columns:
         # Several columns whose logits are all asked for: drafts of assisted decoding that are verified.
         return PHASES["decode"]
     # A prompt in chunks continues a cache with more than one token at a time.
     return PHASES["prefill"]
+
+
+def _is_called_by_prefill() -> bool:
+    """Return whether `generate` is still at the prompt.
+
+    The last chunk of a prompt may be a single token, and its call is then like a decode step in every argument: only
+    the caller tells. The walk ends at the loop that generates, a few dozen frames up; without `generate` at the bottom.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "_prefill":
+            return True
+        if name in _GENERATING:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _num_drafts(outer: Mapping[str, Any], cache: Any, num_columns: int) -> int:

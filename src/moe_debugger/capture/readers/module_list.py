@@ -108,10 +108,11 @@ def _interpret(arrays: Arrays, info: LayerInfo, top_k: int, *, normalises: bool)
 def _select(
     logits: npt.NDArray[np.float32], top_k: int, *, normalises: bool
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-    ids = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k].astype(np.int32)
-    weights = np.take_along_axis(probabilities, ids, axis=1)
+    import torch
+
+    # torch's own top-k, on float32 as this code does it: half-precision logits tie, and ties must break as they did.
+    probabilities = torch.softmax(torch.from_numpy(logits), dim=1, dtype=torch.float32)
+    weights, ids = torch.topk(probabilities, top_k, dim=-1)
     if normalises:
-        weights = weights / weights.sum(axis=1, keepdims=True)
-    return ids, weights.astype(np.float32)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return ids.numpy().astype(np.int32), weights.numpy()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["read_product_keys"]
 
+# What a number can say of a tensor that leaves compiled code.
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 def read_product_keys(model: Model, name: str, module: "nn.Module") -> Reading | None:
     """Read a module that holds `router_gate` beside the embeddings `down_embed` and `up_embed`."""
@@ -33,7 +36,8 @@ def read_product_keys(model: Model, name: str, module: "nn.Module") -> Reading |
     def keep(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[dict[str, Any], int] | None:
         if getattr(output, "ndim", 0) < 2 or output.shape[-1] != 2 * num_keys:
             return None
-        return {"keys": output.detach()}, int(output.shape[:-1].numel())
+        kept = {"keys": output.detach(), "dtype": _DTYPES.index(str(output.dtype).rpartition(".")[2])}
+        return kept, int(output.shape[:-1].numel())
 
     def interpret(arrays: Arrays, info: LayerInfo) -> Routes:
         return _interpret(arrays, num_keys, top_k, is_normalised=is_normalised)
@@ -56,8 +60,8 @@ def read_product_keys(model: Model, name: str, module: "nn.Module") -> Reading |
 def _interpret(arrays: Arrays, num_keys: int, top_k: int, *, is_normalised: bool) -> Routes:
     import torch
 
-    # torch's own top-k: numpy would break ties in another order than the model did.
-    logits = arrays["keys_tensor"] if "keys_tensor" in arrays else torch.from_numpy(arrays["keys"])
+    # In the model's dtype and by torch's own top-k: sums that round to a tie must tie here too, and break as they did.
+    logits = torch.from_numpy(arrays["keys"]).to(getattr(torch, _DTYPES[arrays["dtype"]]))
     num_tokens = logits.shape[:-1].numel()
     (scores_x, scores_y), (indices_x, indices_y) = logits.reshape(2, num_tokens, -1).topk(num_keys, dim=-1)
     scores = (scores_x.unsqueeze(-1) + scores_y.unsqueeze(-2)).reshape(num_tokens, -1)
