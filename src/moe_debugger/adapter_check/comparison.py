@@ -21,8 +21,8 @@ _MAX_SHIFT = 8
 def compare_ids(claims: Claims, measured: Measurement, expert_ids: Sequence[int], row_length: int) -> list[str]:
     """Return what is wrong with the ids; `row_length` tokens are one text, 0 where that is not known."""
     said = claims.used[:, expert_ids]
-    # An expert that adds exactly nothing, by its weight or by its output, cannot be seen.
-    is_unseen = measured.is_unseen | (said & (claims.weights[:, expert_ids] == 0))
+    # An expert that adds nothing, by its weight or by its output, cannot be seen.
+    is_unseen = said & (np.abs(claims.weights[:, expert_ids]) <= measured.least_weight)
     differs = (said != measured.used) & ~is_unseen
     if not differs.any():
         return []
@@ -88,7 +88,8 @@ def compare_weights(
         ]
     # Changed weights say nothing of what comes after: there, the scale is in both.
     weights = measured.weights / (scale if measured.proof == "expert_output" else 1.0)
-    error = np.abs(weights - said) / np.maximum(np.abs(weights), np.abs(said))
+    lost = np.where(np.isfinite(measured.least_weight), measured.least_weight, 0)
+    error = np.maximum(np.abs(weights - said) - lost, 0) / np.maximum(np.abs(weights), np.abs(said))
     worst = float(error[compared].max())
     if worst <= tolerance:
         return worst, []

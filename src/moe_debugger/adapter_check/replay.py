@@ -28,7 +28,7 @@ __all__ = ["Measurement", "Replay", "UnitOutput", "measure", "tolerance_of"]
 _POWERS = {"torch.float16": 5}
 _POWER = 8
 # Relative: a chain of products and sums in the dtype, done twice in different shapes.
-_TOLERANCES = {"torch.float64": 1e-9, "torch.float32": 5e-4, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
+_TOLERANCES = {"torch.float64": 1e-6, "torch.float32": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
 
 UnitOutput = Callable[[int], "torch.Tensor"]
 Bools = npt.NDArray[np.bool_]
@@ -47,8 +47,10 @@ class Measurement:
     Attributes:
         used: [T, C] which experts moved which row.
         weights: [T, C] the measured weight, NaN where there is none.
-        unexplained: [T, C] share of a contribution that no weight explains, NaN where no weight was measured.
-        is_unseen: [T, C] where the expert gives exactly zero, so that using it moves nothing.
+        unexplained: [T, C] share of a contribution that neither a weight nor rounding explains, NaN where no weight was
+            measured.
+        least_weight: [T, C] what is lost in the rounding of the rest of the layer's output: infinite where the expert
+            gives zero, so that using it moves nothing; 0 where that is not known.
         additivity_error: how far the layer's output is from the sum of the contributions, relative to that sum.
         proof: how the weights were measured.
         failure: why they were not, "" where they were.
@@ -57,7 +59,7 @@ class Measurement:
     used: Bools
     weights: Floats
     unexplained: Floats
-    is_unseen: Bools
+    least_weight: Floats
     additivity_error: float
     proof: WeightProof
     failure: str = ""
@@ -130,13 +132,16 @@ def measure(
     import torch
 
     shape = (len(real), len(expert_ids))
-    used, unseen = np.zeros(shape, bool), np.zeros(shape, bool)
+    used, least = np.zeros(shape, bool), np.zeros(shape)
     weights, unexplained = np.full(shape, np.nan), np.full(shape, np.nan)
     silent = replay.run()
     # With unit weights and with double ones: whether the output follows is what proves the tensor.
     baselines = None if unit is not None else [replay.run(gate_weight=value) for value in (1.0, 2.0)]
     power = 0 if not bool(silent.any()) else _POWERS.get(str(silent.dtype), _POWER)
-    total = silent.double()
+    limits = torch.finfo(silent.dtype)
+    noise = 2 * limits.eps * (silent.double().nan_to_num(0).norm(dim=-1) + limits.smallest_normal * silent.shape[-1])
+    noise /= 2.0**power
+    total = silent.double().clone()
     is_deaf, num_moved, worst_ratio = True, 0, 2.0
     for column, expert_id in enumerate(expert_ids):
         contribution, moved = _contribution(replay, experts, expert_id, silent, power, None)
@@ -151,12 +156,15 @@ def measure(
             double, _ = _contribution(replay, experts, expert_id, baselines[1], power, 2.0)
             ratio = double.norm(dim=-1) / base.norm(dim=-1)
             is_deaf &= bool(((base == contribution) & (base == double))[moved & follows].all())
-        unseen[:, column] = (base == 0).all(dim=-1).cpu().numpy()
+        size = base.norm(dim=-1)
+        lost = torch.where(size > 0, noise / size, torch.inf if unit is not None else 0.0)
+        least[:, column] = lost.cpu().numpy()
         if not bool(moved.any()):
             continue
         num_moved += int(moved.sum())
         weight = (contribution * base).sum(-1) / (base * base).sum(-1)
-        rest = (contribution - weight.unsqueeze(-1) * base).norm(dim=-1) / contribution.norm(dim=-1)
+        rest = (contribution - weight.unsqueeze(-1) * base).norm(dim=-1) - noise
+        rest = rest.clamp_min(0) / contribution.norm(dim=-1)
         if ratio is not None and bool(torch.isfinite(ratio[moved]).any()):
             finite = ratio[moved][torch.isfinite(ratio[moved])]
             furthest = float(finite[(finite - 2).abs().argmax()])
@@ -169,12 +177,12 @@ def measure(
         failure = _failure(is_deaf, worst_ratio, tolerance_of(real))
     change = float((total - silent.double()).abs().max()) if total.numel() else 0.0
     error = float((real.double() - total).abs().nan_to_num(0).max()) / change if change else 0.0
-    rounding = float(torch.finfo(real.dtype).eps) * float(silent.double().abs().nan_to_num(0).max()) * 4
+    rounding = limits.eps * float(silent.double().abs().nan_to_num(0).max()) * 4
     return Measurement(
         used=used,
         weights=weights,
         unexplained=unexplained,
-        is_unseen=unseen if unit is not None else np.zeros(shape, bool),
+        least_weight=least,
         additivity_error=max(0.0, error - (rounding / change if change else 0.0)),
         proof="none" if failure else "expert_output" if unit is not None else "changed weights",
         failure=failure,

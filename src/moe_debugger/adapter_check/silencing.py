@@ -11,6 +11,7 @@ from .recording import Layer
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 __all__ = ["Experts", "output_weights", "restored_buffers", "silenced"]
 
@@ -54,14 +55,17 @@ def silenced(weights: "Mapping[int, Sequence[torch.Tensor]]") -> Iterator[Expert
 
 
 @contextmanager
-def restored_buffers(layer: Layer) -> Iterator[None]:
-    """Give the layer's buffers (counters, say) the values back that they had."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in layer.module.buffers()]
+def restored_buffers(model: "nn.Module") -> Iterator[None]:
+    """Give the model's buffers (counters, say) the values back that they had."""
+    import torch
+
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 def output_weights(adapter: Adapter, layer: Layer, expert_ids: Sequence[int]) -> "dict[int, list[torch.Tensor]]":
