@@ -20,7 +20,7 @@ from moe_debugger.wire.slots import SlotClasses
 if TYPE_CHECKING:
     from moe_debugger.capture.raw import RawForward
 
-__all__ = ["OVERHEAD_LIMIT", "ForwardSeen", "HealthMonitor", "MonitoredLayer", "forward_seen"]
+__all__ = ["OVERHEAD_LIMIT", "ForwardSeen", "HealthMonitor", "MonitoredLayer", "forwards_seen"]
 
 # Hooks that take more than this share of the forwards' time distort what is watched. Capture costs a few per cent on
 # models of real proportions; tiny test models, whose layers take microseconds, come near to this.
@@ -70,6 +70,7 @@ class ForwardSeen:
         explained: layers that were right to see fewer rows, with the reason.
         num_left_out: decisions that sampling left out of the columns.
         unseen: layers that should have been called and were not; None where only the tokens tell.
+        also: other forwards of which the very same was seen.
     """
 
     forward_index: int
@@ -78,19 +79,32 @@ class ForwardSeen:
     explained: Mapping[int, str] = field(default_factory=dict)
     num_left_out: int = 0
     unseen: Set[int] | None = None
+    also: tuple[int, ...] = ()
 
 
-def forward_seen(raw: "RawForward", numbers: Mapping[int, int], num_left_out: int) -> ForwardSeen:
-    """Return what the capture saw of a forward.
+def forwards_seen(raws: "Sequence[RawForward]", numbers: Mapping[int, int], num_left_out: int) -> list[ForwardSeen]:
+    """Return what the capture saw of forwards of one structure.
 
     Args:
-        raw: the forward as the hooks kept it.
+        raws: the forwards as the hooks kept them.
         numbers: layer index of each of the capture's layers, where that is another one (pipeline stages).
-        num_left_out: decisions that sampling left out.
+        num_left_out: decisions of all of them that sampling left out.
     """
+    alike: dict[tuple[object, ...], list[RawForward]] = {}
+    for raw in raws:
+        key = (tuple(frame.num_tokens for frame in raw.frames), tuple(layer.num_rows for layer in raw.layers))
+        alike.setdefault((*key, *raw.unseen), []).append(raw)
+    return [_forward_seen(same, numbers, num_left_out) for same in alike.values()]
+
+
+def _forward_seen(raws: "Sequence[RawForward]", numbers: Mapping[int, int], num_left_out: int) -> ForwardSeen:
+    raw = raws[0]
     model_tokens: dict[str, int | None] = {}
     for frame in raw.frames:
         model_tokens[frame.stack] = (model_tokens.get(frame.stack) or 0) + frame.num_tokens
+    root_tokens: dict[str, int] = {}
+    for frame in raw.frames:
+        root_tokens[frame.root] = root_tokens.get(frame.root, 0) + frame.num_tokens
     layer_tokens: dict[int, int] = {}
     explained: dict[int, str] = {}
     for layer in raw.layers:
@@ -98,8 +112,17 @@ def forward_seen(raw: "RawForward", numbers: Mapping[int, int], num_left_out: in
         layer_tokens[index] = layer_tokens.get(index, 0) + layer.num_rows
         if layer.num_rows < layer.frame.num_tokens:
             explained[index] = "the layer is given some of the tokens"
-    unseen = {numbers.get(index, index) for index in raw.unseen}
-    return ForwardSeen(raw.forward_index, model_tokens, layer_tokens, explained, num_left_out, unseen)
+        elif layer_tokens[index] == root_tokens[layer.frame.root]:
+            explained[index] = "another stack of that kind saw the other tokens"
+    return ForwardSeen(
+        raw.forward_index,
+        model_tokens,
+        layer_tokens,
+        explained,
+        num_left_out,
+        unseen={numbers.get(index, index) for index in raw.unseen},
+        also=tuple(each.forward_index for each in raws[1:]),
+    )
 
 
 @dataclass(slots=True)
@@ -140,9 +163,9 @@ class HealthMonitor:
             self._arrive(forward_index)
 
     def check(
-        self, seen: ForwardSeen, parts: Sequence[RoutingColumns | CountsColumns]
+        self, seen: Sequence[ForwardSeen], parts: Sequence[RoutingColumns | CountsColumns]
     ) -> tuple[list[RoutingColumns | CountsColumns], int]:
-        """Check one forward, whose columns are all rows or all sums; see `check_rows` and `check_counts`."""
+        """Check forwards, whose columns are all rows or all sums; see `check_rows` and `check_counts`."""
         sums = [part for part in parts if isinstance(part, CountsColumns)]
         if sums:
             clean_sums, num_dropped = self.check_counts(seen, sums)
@@ -150,43 +173,50 @@ class HealthMonitor:
         clean_rows, num_dropped = self.check_rows(seen, [part for part in parts if isinstance(part, RoutingColumns)])
         return list(clean_rows), num_dropped
 
-    def check_rows(self, seen: ForwardSeen, parts: Sequence[RoutingColumns]) -> tuple[list[RoutingColumns], int]:
-        """Check one forward at a level with rows.
+    def check_rows(
+        self, seen: Sequence[ForwardSeen], parts: Sequence[RoutingColumns]
+    ) -> tuple[list[RoutingColumns], int]:
+        """Check forwards at a level with rows.
 
         Args:
-            seen: what the hooks and the model's entrance saw.
-            parts: its columns, one for each stack.
+            seen: what the hooks and the model's entrance saw of each of them.
+            parts: their columns, one for each stack.
 
         Returns:
             The columns without what cannot be counted, and how many decisions that were.
         """
         with self._lock:
             # Before anything is taken out: a layer whose columns are wrong was seen all the same.
-            self._check_layers(seen, parts)
+            for each in seen:
+                self._check_layers(each, parts)
             clean, num_dropped = [], 0
             for part in parts:
                 layers = []
                 for layer in part.layers:
-                    kept, dropped = self._check_layer(layer, part, seen.forward_index)
+                    kept, dropped = self._check_layer(layer, part)
                     num_dropped += dropped
                     if kept is not None:
                         layers.append(kept)
                 clean.append(replace(part, layers=layers))
             return clean, num_dropped
 
-    def check_counts(self, seen: ForwardSeen, parts: Sequence[CountsColumns]) -> tuple[list[CountsColumns], int]:
-        """Check one forward at level "counts"; see `check_rows`.
+    def check_counts(
+        self, seen: Sequence[ForwardSeen], parts: Sequence[CountsColumns]
+    ) -> tuple[list[CountsColumns], int]:
+        """Check forwards at level "counts"; see `check_rows`.
 
         Sums hide which row an id belonged to: distinctness is checked by its consequence that no expert can have more
         assignments than there are tokens, and single weights are not checked.
         """
         with self._lock:
-            self._check_layers(seen, parts)
+            for each in seen:
+                self._check_layers(each, parts)
+            where = _forwards(index for each in seen for index in (each.forward_index, *each.also))
             clean, num_dropped = [], 0
             for part in parts:
                 layers = []
                 for layer in part.layers:
-                    if self._check_sums(layer, seen.forward_index):
+                    if self._check_sums(layer, where):
                         layers.append(layer)
                     else:
                         num_dropped += layer.num_tokens
@@ -233,7 +263,9 @@ class HealthMonitor:
         return _check("gaps", newest + 1 - self._first_forward, num_missing, self._missing.example or example)
 
     def _check_layers(self, seen: ForwardSeen, parts: Sequence[RoutingColumns | CountsColumns]) -> None:
-        self._arrive(seen.forward_index)
+        times = 1 + len(seen.also)
+        for index in (seen.forward_index, *seen.also):
+            self._arrive(index)
         in_columns = {layer.layer_index for part in parts for layer in part.layers}
         # A stack whose requests were all sampled out has no columns, and that is right.
         captured = {self._layers[index].stack for index in in_columns if index in self._layers}
@@ -254,49 +286,46 @@ class HealthMonitor:
                     f"{where}its hook saw {hook_tokens} of the {model_tokens} tokens that the {layer.stack} saw "
                     f"in forward {seen.forward_index}"
                 )
-                tally.add(1, 1, example)
+                tally.add(times, times, example)
             elif hook_tokens and index not in in_columns and (layer.stack in captured or not seen.num_left_out):
-                tally.add(1, 1, f"{where}captured in forward {seen.forward_index}, but lost before it was counted")
+                text = f"{where}captured in forward {seen.forward_index}, but lost before it was counted"
+                tally.add(times, times, text)
             else:
-                tally.add(1)
+                tally.add(times)
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
-    def _check_layer(
-        self, layer: LayerColumns, part: RoutingColumns, forward_index: int
-    ) -> tuple[LayerColumns | None, int]:
+    def _check_layer(self, layer: LayerColumns, part: RoutingColumns) -> tuple[LayerColumns | None, int]:
         """Return the layer without what cannot be counted (None: all of it), and the decisions taken out."""
         ids = layer.expert_ids
-        where = f"layer {layer.layer_index}, forward {forward_index}: "
         num_rows = part.num_tokens if layer.row_index is None else len(layer.row_index)
         if ids.ndim != 2:
-            self._tallies["range"].add(ids.size, max(1, ids.size), f"{where}expert_ids has shape {ids.shape}")
+            text = f"{_where(layer, part)}expert_ids has shape {ids.shape}"
+            self._tallies["range"].add(ids.size, max(1, ids.size), text)
             return None, num_rows
         k = ids.shape[1]
         if len(ids) != num_rows or (num_rows and not _is_within(layer.row_index, part.num_tokens)):
             lost = abs(num_rows - len(ids)) * k or num_rows * k
-            self._tallies["conservation"].add(
-                num_rows * k, max(1, lost), f"{where}{len(ids)} routed rows for {num_rows} tokens"
-            )
+            text = f"{_where(layer, part)}{len(ids)} routed rows for {num_rows} tokens"
+            self._tallies["conservation"].add(num_rows * k, max(1, lost), text)
             return None, num_rows
         for name in _ROW_COLUMNS[1:]:
             column = getattr(layer, name)
             if column is not None and not _fits(column, name, ids.shape):
                 check = "weights" if name == "gate_weights" else "conservation"
-                self._tallies[check].add(
-                    ids.size, max(1, ids.size), f"{where}{name} has shape {column.shape} for ids of shape {ids.shape}"
-                )
+                text = f"{_where(layer, part)}{name} has shape {column.shape} for ids of shape {ids.shape}"
+                self._tallies[check].add(ids.size, max(1, ids.size), text)
                 return None, num_rows
         padding = part.is_padding if layer.row_index is None else part.is_padding[layer.row_index]
-        self._check_slots(layer, ~padding, where)
-        return self._without_bad_ids(layer, where)
+        self._check_slots(layer, part, ~padding)
+        return self._without_bad_ids(layer, part)
 
-    def _check_slots(self, layer: LayerColumns, valid: npt.NDArray[np.bool_], where: str) -> None:
+    def _check_slots(self, layer: LayerColumns, part: RoutingColumns, valid: npt.NDArray[np.bool_]) -> None:
         ids, status = layer.expert_ids, layer.slot_status
         num_valid = int(np.count_nonzero(valid))
         routed = ids
         is_load: npt.NDArray[np.bool_] | None = None
-        missing = 0
+        missing, text = 0, ""
         # Nearly always every slot was routed, and then nothing has to be told apart.
         if status is not None or not _is_in_range(ids, 0, layer.num_experts - 1):
             is_load = SlotClasses.of(ids, status, layer.num_experts).is_load
@@ -306,11 +335,15 @@ class HealthMonitor:
                 is_routed = (status == pb.SLOT_STATUS_ROUTED) | (status == pb.SLOT_STATUS_UNSPECIFIED)
                 unaccounted = (is_routed & unaccounted) | (status > pb.SLOT_STATUS_UNUSED)
             missing = int(np.count_nonzero(unaccounted))
-        text = f"{where}{missing} of {ids.size} slots reached no expert, and no status says why" if missing else ""
+            if missing:
+                where = _where(layer, part, _in_rows(unaccounted))
+                text = f"{where}{missing} of {ids.size} slots reached no expert, and no status says why"
         self._tallies["conservation"].add(ids.size, missing, text)
         twice = _has_equals(routed) & valid
-        num_twice = int(np.count_nonzero(twice))
-        text = f"{where}a row has the experts {sorted(routed[int(twice.argmax())].tolist())}" if num_twice else ""
+        num_twice, text = int(np.count_nonzero(twice)), ""
+        if num_twice:
+            experts = sorted(routed[int(twice.argmax())].tolist())
+            text = f"{_where(layer, part, twice)}a row has the experts {experts}"
         self._tallies["distinctness"].add(num_valid, num_twice, text)
         if layer.gate_weights is not None:
             wrong = ~np.isfinite(layer.gate_weights)
@@ -318,11 +351,13 @@ class HealthMonitor:
             if wrong.any():
                 wrong &= valid[:, None] if is_load is None else is_load & valid[:, None]
                 num_wrong = int(np.count_nonzero(wrong))
-                text = f"{where}a gate weight is {layer.gate_weights[wrong][0]}" if num_wrong else ""
+                if num_wrong:
+                    where = _where(layer, part, _in_rows(wrong))
+                    text = f"{where}a gate weight is {layer.gate_weights[wrong][0]}"
             num_weights = num_valid * ids.shape[1] if is_load is None else int(np.count_nonzero(is_load[valid]))
             self._tallies["weights"].add(num_weights, num_wrong, text)
 
-    def _without_bad_ids(self, layer: LayerColumns, where: str) -> tuple[LayerColumns, int]:
+    def _without_bad_ids(self, layer: LayerColumns, part: RoutingColumns) -> tuple[LayerColumns, int]:
         last = layer.num_experts + layer.num_identity_experts - 1
         columns = [ids for ids in (layer.expert_ids, layer.intended_expert_ids) if ids is not None]
         if all(_is_in_range(ids, NO_EXPERT, last) for ids in columns):
@@ -334,9 +369,10 @@ class HealthMonitor:
             wrong = (ids < NO_EXPERT) | (ids > last)
             examples += ids[wrong][:1].tolist()
             bad |= wrong
-        example = f"{where}expert {examples[0]} of a layer whose ids are 0 to {last}"
+        is_bad_row = _in_rows(bad)
+        example = f"{_where(layer, part, is_bad_row)}expert {examples[0]} of a layer whose ids are 0 to {last}"
         self._tallies["range"].add(bad.size, int(np.count_nonzero(bad)), example)
-        keep = np.logical_not(bad.any(axis=1))
+        keep = np.logical_not(is_bad_row)
         rows = np.arange(len(keep), dtype=np.uint32) if layer.row_index is None else layer.row_index
         kept = replace(
             layer,
@@ -349,23 +385,24 @@ class HealthMonitor:
 
     # -- sums ------------------------------------------------------------------------------------------------------
 
-    def _check_sums(self, layer: LayerCountColumns, forward_index: int) -> bool:
-        where = f"layer {layer.layer_index}, forward {forward_index}: "
+    def _check_sums(self, layer: LayerCountColumns, forwards: str) -> bool:
+        where = f"layer {layer.layer_index}, {forwards}: "
         counts, expected = layer.expert_counts, layer.num_experts
         if counts.shape != (expected,):
             self._tallies["range"].add(
                 expected, max(1, abs(counts.size - expected)), f"{where}{counts.size} counts for {expected} experts"
             )
             return False
-        self._tallies["range"].add(expected)
+        found = int(counts.sum()) + layer.identity_slots + layer.skipped_slots + layer.dropped_slots
+        found += layer.unused_slots + layer.bad_slots
+        text = f"{where}{layer.bad_slots} slots have an expert that the layer does not have"
+        self._tallies["range"].add(found, layer.bad_slots, text)
         most = int(counts.max(initial=0))
         text = f"{where}expert {int(counts.argmax())} has {most} assignments from {layer.num_tokens} tokens"
         self._tallies["distinctness"].add(layer.num_tokens, max(0, most - layer.num_tokens), text)
         known = self._layers.get(layer.layer_index)
         if known is not None and known.top_k:
             slots = layer.num_tokens * known.top_k
-            found = int(counts.sum()) + layer.identity_slots + layer.skipped_slots + layer.dropped_slots
-            found += layer.unused_slots
             text = f"{where}{found} slots are accounted for, {layer.num_tokens} tokens have {slots}"
             self._tallies["conservation"].add(slots, abs(slots - found), text)
         return True
@@ -379,6 +416,22 @@ class HealthMonitor:
             elif name == "weights" and self._tallies["range"].num_checked:
                 example = "no weights are captured at this level"
         return _check(name, tally.num_checked, tally.num_violations, example)
+
+
+def _where(layer: LayerColumns, part: RoutingColumns, is_wrong: npt.NDArray[np.bool_] | None = None) -> str:
+    """Return the layer, and the forward of the first wrong row, of which there is one, or all of its forwards."""
+    if is_wrong is None:
+        return f"layer {layer.layer_index}, {_forwards(part.forward_index.tolist())}: "
+    row = int(is_wrong.argmax())
+    token = row if layer.row_index is None else int(layer.row_index[row])
+    return f"layer {layer.layer_index}, forward {int(part.forward_index[token])}: "
+
+
+def _forwards(indexes: Iterable[int]) -> str:
+    known = sorted(set(indexes))
+    if len(known) == 1:
+        return f"forward {known[0]}"
+    return f"forwards {known[0]} to {known[-1]}" if known else "no forward"
 
 
 def _check(name: str, num_checked: int, num_violations: int, example: str) -> HealthCheck:
@@ -405,6 +458,12 @@ def _is_in_range(ids: npt.NDArray[np.int32], first: int, last: int) -> bool:
     return not ids.size or (int(ids.min()) >= first and int(ids.max()) <= last)
 
 
+def _in_rows(slots: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return for each row whether it holds for any of its slots."""
+    found: npt.NDArray[np.bool_] = np.logical_or.reduce(slots, axis=1)
+    return found
+
+
 def _has_equals(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     """Return for each row whether two of its entries are the same expert; -1 is none.
 
@@ -413,9 +472,7 @@ def _has_equals(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     k = ids.shape[1]
     if k > _MAX_PAIRED_SLOTS:
         in_order = np.sort(ids, axis=1)
-        pairs = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != NO_EXPERT)
-        found: npt.NDArray[np.bool_] = np.logical_or.reduce(pairs, axis=1)
-        return found
+        return _in_rows((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != NO_EXPERT))
     columns = np.ascontiguousarray(ids.T)
     found = np.zeros(len(ids), np.bool_)
     for slot in range(1, k):

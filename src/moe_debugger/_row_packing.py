@@ -1,6 +1,7 @@
 """Packs what the capture gives, with an array per layer and column, into blocks of rows."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,11 @@ from moe_debugger._row_blocks import (
 )
 from moe_debugger.wire.codec import RoutingColumns
 
-__all__ = ["pack"]
+__all__ = ["cut", "pack"]
 
 
 def pack(batches: Sequence[RoutingColumns]) -> RowBlock:
-    """Return the rows of `batches` as one block, in their order.
+    """Return the rows of `batches` as one block: forward after forward, and within a forward in their order.
 
     Raises:
         ValueError: the columns of a forward do not fit each other.
@@ -69,7 +70,39 @@ def pack(batches: Sequence[RoutingColumns]) -> RowBlock:
     for name in ("expert_ids", "intended_expert_ids"):
         if name in rows and int(rows[name].max(initial=0)) <= np.iinfo(np.int16).max:
             rows[name] = rows[name].astype(np.int16)
+    forward_index = tokens["forward_index"][row_token]
+    if len(forward_index) and (forward_index[1:] < forward_index[:-1]).any():
+        # A batch of several forwards holds all of them layer by layer.
+        order = np.argsort(forward_index, kind="stable")
+        rows, row_token = {name: column[order] for name, column in rows.items()}, row_token[order]
     return RowBlock(tuple(names), tokens, rows, row_token)
+
+
+def cut(block: RowBlock, max_bytes: int) -> Iterator[RowBlock]:
+    """Yield a block that `pack` made in parts of about `max_bytes`: whole forwards, and at least one in each."""
+    num_parts = block.size_bytes // max_bytes
+    forward_index = block.token_column("forward_index")
+    starts = np.flatnonzero(forward_index[1:] != forward_index[:-1]) + 1
+    if num_parts <= 1 or not len(starts):
+        yield block
+        return
+    wanted = np.arange(1, num_parts) * (len(block) / num_parts)
+    places = np.minimum(np.searchsorted(starts, wanted), len(starts) - 1)
+    edges = [0, *np.unique(starts[places]).tolist(), len(block)]
+    for first, last in itertools.pairwise(edges):
+        yield _copy(block, first, last)
+
+
+def _copy(block: RowBlock, first: int, last: int) -> RowBlock:
+    """Return some rows of a block with their tokens and requests, as arrays of their own."""
+    assert block.row_token is not None
+    used, row_token = np.unique(block.row_token[first:last], return_inverse=True)
+    tokens = {name: column[used] for name, column in block.tokens.items()}
+    requests, request_index = np.unique(tokens["request_index"], return_inverse=True)
+    tokens["request_index"] = request_index.astype(np.uint32)
+    rows = {name: column[first:last].copy() for name, column in block.rows.items()}
+    names = tuple(block.request_ids[index] for index in requests)
+    return RowBlock(names, tokens, rows, row_token.astype(np.uint32))
 
 
 def _request_index(batch: RoutingColumns, names: dict[str, int]) -> Array:

@@ -12,7 +12,7 @@ import structlog
 
 from moe_debugger._row_blocks import Layout, RowBlock, RowSource
 from moe_debugger._row_files import PrivateFolder, read_rows, write_rows
-from moe_debugger._row_packing import pack
+from moe_debugger._row_packing import cut, pack
 from moe_debugger.publish.batching import columns_size_bytes
 from moe_debugger.wire.codec import RoutingColumns
 
@@ -121,22 +121,27 @@ class RowStore:
         self._problems: dict[str, int] = {}
         self._is_closed = False
 
-    def add(self, columns: RoutingColumns) -> None:
-        """Keep `columns`; older rows make room where there is none."""
-        if not columns.num_decisions:
+    def add(self, *parts: RoutingColumns) -> None:
+        """Keep columns; older rows make room where there is none. Parts of the same forwards are given together."""
+        parts = tuple(columns for columns in parts if columns.num_decisions)
+        if not parts:
             return
+        num_rows = sum(columns.num_decisions for columns in parts)
         if not self.max_rows_bytes:
             with self._lock:
-                self._num_not_kept += columns.num_decisions
+                self._num_not_kept += num_rows
             return
-        size = columns_size_bytes(columns) + _FORWARD_OVERHEAD_BYTES + _LAYER_OVERHEAD_BYTES * len(columns.layers)
+        size = sum(
+            columns_size_bytes(columns) + _FORWARD_OVERHEAD_BYTES + _LAYER_OVERHEAD_BYTES * len(columns.layers)
+            for columns in parts
+        )
         with self._lock:
             if self._is_closed:
-                self._num_not_kept += columns.num_decisions
+                self._num_not_kept += num_rows
                 return
-            self._pending.append(columns)
+            self._pending += parts
             self._pending_bytes += size
-            self._num_in_memory += columns.num_decisions
+            self._num_in_memory += num_rows
         if self._pending_bytes >= self._block_bytes:
             self._pack_pending()
         while self._used_bytes > self.max_rows_bytes:
@@ -231,6 +236,8 @@ class RowStore:
         if not pending:
             return
         block, num_bad = self._pack(pending)
+        # Forwards that came together may be more than a block holds.
+        blocks = [] if block is None else list(cut(block, max(1, self._block_bytes)))
         with self._lock:
             if self._is_closed:
                 return
@@ -238,10 +245,10 @@ class RowStore:
             self._pending_bytes = 0
             self._num_in_memory -= num_bad
             self._num_not_kept += num_bad
-            if block is not None:
-                self._layout = self._layout.join(Layout.of([block]))
-                self._blocks.append(block)
-                self._block_bytes_used += block.size_bytes
+            for each in blocks:
+                self._layout = self._layout.join(Layout.of([each]))
+                self._blocks.append(each)
+                self._block_bytes_used += each.size_bytes
 
     def _pack(self, pending: Sequence[RoutingColumns]) -> tuple[RowBlock | None, int]:
         """Return a block of the forwards that can be packed, and the rows of those that cannot."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import structlog
 
 from moe_debugger._decisions import Decisions
-from moe_debugger._health_monitor import HealthMonitor, forward_seen
+from moe_debugger._health_monitor import HealthMonitor, forwards_seen
 from moe_debugger._layers import Layers
 from moe_debugger._rank_load import RankLoad, rank_load
 from moe_debugger._row_blocks import RowBlock, RowSource
@@ -21,7 +21,7 @@ from moe_debugger._row_groups import available_bytes, regroup
 from moe_debugger._rows import RowStatistics, RowStore
 from moe_debugger._stats import ExpertMetrics, ExpertRow, PerformanceMetrics, RoutingStats, layer_routing_stats
 from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, LayerState, RoutingState, Thresholds, finish
-from moe_debugger.capture import Assembler, Capture, Intake, LayerInfo, RawForward
+from moe_debugger.capture import Assembled, Assembler, Capture, Intake, LayerInfo, RawForward
 from moe_debugger.errors import InvalidInputError, SessionClosedError
 from moe_debugger.parallel import ParallelCoordinates
 from moe_debugger.publish import Health, Publisher, PublisherStatistics
@@ -126,9 +126,11 @@ class Session:
             capture.discovery.sites,
             with_tokens=options.level >= pb.CAPTURE_LEVEL_ROUTES_TOKENS,
             with_logits=options.level >= pb.CAPTURE_LEVEL_FULL,
+            sums_only=options.level == pb.CAPTURE_LEVEL_COUNTS,
             sampling_rate=options.sampling_rate,
             eos_token_ids=options.eos_token_ids,
         )
+        capture.reduce_rows_with(self._assembler.known_scoring if options.level == pb.CAPTURE_LEVEL_COUNTS else None)
         self._monitor = HealthMonitor(self._layers(), first_forward=capture.next_forward_index)
         self._totals = _Totals()
         self._base = (capture.next_forward_index, capture.forward_ns, capture.hook_ns, capture.num_lost_decisions)
@@ -426,30 +428,37 @@ class Session:
             self.publisher.set_series({p.name: float(p.values[0]) for p in points if p.layer_index == NO_INDEX})
             self.publisher.add_series_points([point.to_message() for point in points])
 
-    def _process(self, raw: RawForward) -> None:
+    def _process(self, raws: Sequence[RawForward]) -> None:
         started_ns = time.perf_counter_ns()
-        self._capture.wait_for_copies(raw)
-        columns_of_stacks, num_sampled_out = self._assembler.assemble(raw)
-        if num_sampled_out:
-            self._drop(pb.DROP_REASON_SAMPLED_OUT, num_sampled_out)
+        for raw in raws:
+            self._capture.wait_for_copies(raw)
+        for group in self._assembler.assemble(raws):
+            try:
+                self._take(group)
+            except Exception as error:  # noqa: BLE001 - what was counted already must not be given again
+                for raw in group.raws:
+                    self._failed(raw, error)
+        self._totals.capture_ns += time.perf_counter_ns() - started_ns
+
+    def _take(self, group: Assembled) -> None:
+        if group.num_left_out:
+            self._drop(pb.DROP_REASON_SAMPLED_OUT, group.num_left_out)
         numbers = self._options.layer_numbers
-        for each in columns_of_stacks:
+        for each in group.columns:
             for layer in each.layers:
                 layer.layer_index = numbers.get(layer.layer_index, layer.layer_index)
-        seen = forward_seen(raw, numbers, num_sampled_out)
-        parts, num_unusable = self._monitor.check(seen, columns_of_stacks)
+        parts, num_unusable = self._monitor.check(forwards_seen(group.raws, numbers, group.num_left_out), group.columns)
         if num_unusable:
             self._drop(pb.DROP_REASON_CAPTURE_ERROR, num_unusable)
-        for columns in parts:
-            with self._lock:
+        with self._lock:
+            for columns in parts:
                 self._fold(columns)
-            # Not under the lock: rows may go to a file here, and the model's thread takes the lock when it drops.
-            if self._options.level > pb.CAPTURE_LEVEL_COUNTS and isinstance(columns, RoutingColumns):
-                self._rows.add(columns)
-            if self.publisher is not None and not self._options.coordinates.is_replica:
+        # Not under the lock: rows may go to a file here, and the model's thread takes the lock when it drops.
+        self._rows.add(*(columns for columns in parts if isinstance(columns, RoutingColumns)))
+        if self.publisher is not None and not self._options.coordinates.is_replica:
+            for columns in parts:
                 self.publisher.submit(columns)
-        self._last_step = max(self._last_step, raw.step)
-        self._totals.capture_ns += time.perf_counter_ns() - started_ns
+        self._last_step = max(self._last_step, *(raw.step for raw in group.raws))
 
     def _fold(self, columns: RoutingColumns | CountsColumns) -> None:
         if self._state is None:

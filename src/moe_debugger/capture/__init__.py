@@ -1,7 +1,7 @@
 """Hooks that see what the experts were really called with. torch is imported inside functions only."""
 
 from .adapter import Adapter, Call, LayerShape, Routing, register_adapter, registered_adapters, unregister_adapter
-from .assemble import Assembler, is_sampled
+from .assemble import Assembled, Assembler, is_sampled
 from .context import RequestScope
 from .discovery import Discovery, find_sites
 from .hooks import Capture, detach
@@ -13,6 +13,7 @@ from .transfer import HostTransfer
 __all__ = [
     "PHASES",
     "Adapter",
+    "Assembled",
     "Assembler",
     "Call",
     "Capture",

@@ -1,47 +1,58 @@
-"""Turns what the hooks kept of one forward into columns, on the capture's own thread."""
+"""Turns what the hooks kept of forwards into columns or sums, on the capture's own thread.
 
-import hashlib
-from collections.abc import Collection
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+Forwards of the same structure are read together: a decode step is a few rows, and what numpy does with them costs
+hardly more for fifty steps than for one.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.wire.codec import LayerColumns, RoutingColumns
+from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
 
-from .raw import PHASES, RawForward, RawLayer, TokenFrame
+from .raw import RawForward, RawLayer
 from .routes import Routes
-from .scoring import RouterStatistics, SelectionRule, confirm_scoring, router_statistics
+from .scoring import SelectionRule, confirm_scoring, router_statistics
 from .sites import LayerInfo, Site
+from .sums import ROW_COUNTS, ROW_PROBABILITIES, CountedRows, add_row_sums, counted_rows, layer_sums
+from .tokens import GroupTokens, TokenReader, is_sampled, to_numpy
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["Assembled", "Assembler", "is_sampled"]
 
-__all__ = ["Assembler", "is_sampled"]
+# Beyond this many rows at a layer the arrays leave the processor's cache, and more forwards save nothing.
+_MAX_GROUP_TOKENS = 4096
+# Tensors that are read against others of the same forward.
+_WHOLE_FORWARD = ("row_mask", "intended_expert_ids")
 
-# Requests that ended with an end-of-text token are remembered while their batch goes on.
-_MAX_FINISHED = 65536
 
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """What became of some forwards that were read together.
 
-def is_sampled(request_id: str, sampling_rate: float) -> bool:
-    """Return whether a request is captured: the same answer in every process, for the whole request."""
-    if sampling_rate >= 1:
-        return True
-    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < sampling_rate * 2.0**64
+    Attributes:
+        raws: the forwards.
+        columns: rows, one item for each stack; at level "counts" sums, one for each stack and phase.
+        num_left_out: decisions that sampling left out.
+    """
+
+    raws: Sequence[RawForward]
+    columns: Sequence[RoutingColumns | CountsColumns]
+    num_left_out: int
 
 
 class Assembler:
-    """Builds `RoutingColumns` of forwards.
+    """Builds columns of forwards.
 
     Args:
         sites: the model's MoE layers.
         with_tokens: whether token ids are kept.
         with_logits: whether logits are kept.
+        sums_only: whether sums are given instead of rows.
         sampling_rate: share of the requests that are kept, by a hash of their id.
-        eos_token_ids: ids that end a text. `generate` feeds padding to the rows of a batch that ended before the
-            others, and says so in no mask; those rows are flagged as padding here.
+        eos_token_ids: ids that end a text; see `TokenReader`.
     """
 
     def __init__(
@@ -50,100 +61,122 @@ class Assembler:
         *,
         with_tokens: bool,
         with_logits: bool,
+        sums_only: bool = False,
         sampling_rate: float = 1.0,
         eos_token_ids: Collection[int] = (),
     ) -> None:
         self._sites = {site.info.layer_index: site for site in sites}
         self._infos = {index: site.info for index, site in self._sites.items()}
         self._rules = {index: SelectionRule(site.router) for index, site in self._sites.items()}
-        self._proven: set[int] = set()
-        self._with_tokens = with_tokens
+        self._scoring: dict[int, str | None] = {}
         self._with_logits = with_logits
-        self._sampling_rate = sampling_rate
-        self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
-        self._finished: dict[str, None] = {}
+        self._sums_only = sums_only
+        self._tokens = TokenReader(with_tokens=with_tokens, sampling_rate=sampling_rate, eos_token_ids=eos_token_ids)
 
     def layers(self) -> tuple[LayerInfo, ...]:
         """Return what is known about each layer by now."""
         return tuple(self._infos.values())
 
-    def assemble(self, raw: RawForward) -> tuple[list[RoutingColumns], int]:
-        """Return the columns of the sampled requests, one for each stack, and how many decisions were left out.
+    @property
+    def known_scoring(self) -> Mapping[int, str | None]:
+        """How the logits of each layer are read, None where it has no statistics; only layers where that is settled."""
+        return self._scoring
+
+    def assemble(self, raws: Sequence[RawForward]) -> list[Assembled]:
+        """Return what became of forwards, in their order.
 
         Raises:
             ValueError: what a layer was called with cannot be read: the capture, the adapter or the model is broken.
+                Nothing has changed then, so that the forwards may be given again one by one.
         """
-        results = [self._frame(raw, frame) for frame in raw.frames]
-        columns = [each for each in results if each.num_tokens and each.layers]
-        return columns, raw.num_decisions - sum(each.num_decisions for each in columns)
+        return [self._group(group) for group in self._groups(raws)]
 
-    def _frame(self, raw: RawForward, frame: TokenFrame) -> RoutingColumns:
-        num_tokens = frame.num_tokens
-        token_ids = None if frame.token_ids is None else _to_numpy(frame.token_ids).reshape(num_tokens)
-        is_padding = self._padding(frame, token_ids)
-        position = _positions(frame, is_padding)
-        position[is_padding] = 0
-        names = [name or "" for name in frame.request_ids]
-        distinct = list(dict.fromkeys(name for name in names if name and is_sampled(name, self._sampling_rate)))
-        # A dummy row belongs to no request: it goes with the first one, as padding.
-        index_of = {name: index for index, name in enumerate(distinct)}
-        kept_rows = np.array([not name or name in index_of for name in names]) & bool(distinct)
-        row_request = np.array([index_of.get(name, 0) for name in names], dtype=np.uint32)
-        keep = None if kept_rows.all() else np.repeat(kept_rows, frame.num_columns)
-        result = RoutingColumns(
-            step=np.full(num_tokens, raw.step, np.uint64),
-            forward_index=np.full(num_tokens, raw.forward_index, np.uint64),
-            request_ids=distinct,
-            request_index=np.repeat(row_request, frame.num_columns),
-            position=position.astype(np.uint32),
-            phase=_phases(frame),
-            is_padding=is_padding,
-            token_id=token_ids.astype(np.uint32) if self._with_tokens and token_ids is not None else None,
-            captured_at_unix_ns=raw.captured_at_unix_ns,
-        )
-        if keep is not None:
-            for name in ("step", "forward_index", "request_index", "position", "phase", "is_padding", "token_id"):
-                column = getattr(result, name)
-                if column is not None:
-                    setattr(result, name, column[keep])
-        result.layers = [self._layer(layer, is_padding, keep) for layer in raw.layers if layer.frame is frame]
-        return result
+    def _groups(self, raws: Sequence[RawForward]) -> Iterator[list[RawForward]]:
+        group: list[RawForward] = []
+        structure, num_tokens = None, 0
+        for raw in raws:
+            mine = self._structure(raw)
+            if group and (mine is None or mine != structure or num_tokens + raw.num_tokens > _MAX_GROUP_TOKENS):
+                yield group
+                group, num_tokens = [], 0
+            group.append(raw)
+            structure, num_tokens = mine, num_tokens + raw.num_tokens
+        if group:
+            yield group
 
-    def _padding(self, frame: TokenFrame, token_ids: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
-        shape = (frame.num_rows, frame.num_columns)
-        padding = np.zeros(shape, bool) if frame.is_padding is None else _to_numpy(frame.is_padding).astype(bool).copy()
-        for row, name in enumerate(frame.request_ids):
-            if name is None:
-                padding[row] = True
-        # A single row that ended is fed no more by generate(), so an end-of-text token there was fed on purpose.
-        if frame.are_ids_minted and frame.num_rows > 1 and len(self._eos_token_ids) and token_ids is not None:
-            fed = token_ids.reshape(shape)
-            for row, name in enumerate(frame.request_ids):
-                if frame.phases[row] != PHASES["decode"] or name is None:
-                    continue
-                if name in self._finished or bool(np.isin(fed[row, 0], self._eos_token_ids)):
-                    self._finished[name] = None
-                    padding[row] = True
-            while len(self._finished) > _MAX_FINISHED:
-                del self._finished[next(iter(self._finished))]
-        return padding.reshape(-1)
+    def _structure(self, raw: RawForward) -> tuple[Any, ...] | None:
+        """Return what forwards must have in common to be read together; None where this one is read alone."""
+        place_of = {id(frame): place for place, frame in enumerate(raw.frames)}
+        key: list[Any] = [(frame.stack, frame.token_ids is None) for frame in raw.frames]
+        for layer in raw.layers:
+            if not self._sites[layer.layer_index].is_row_wise:
+                return None
+            key += (layer.layer_index, place_of[id(layer.frame)])
+            for name, tensor in layer.tensors.items():
+                is_sums = name in (ROW_COUNTS, ROW_PROBABILITIES)
+                if name in _WHOLE_FORWARD or len(tensor) != (layer.frame.num_rows if is_sums else layer.num_rows):
+                    return None
+                key += (name, tensor.dtype)
+        return tuple(key)
 
-    def _layer(
-        self, raw: RawLayer, is_padding: npt.NDArray[np.bool_], keep: npt.NDArray[np.bool_] | None
-    ) -> LayerColumns:
-        info = self._infos[raw.layer_index]
-        arrays = {name: _to_numpy(value) if hasattr(value, "detach") else value for name, value in raw.tensors.items()}
-        routes = self._sites[raw.layer_index].interpret(arrays, info)
+    def _group(self, raws: Sequence[RawForward]) -> Assembled:
+        columns: list[RoutingColumns | CountsColumns] = []
+        num_left_out = 0
+        for place, frame in enumerate(raws[0].frames):
+            layers = [
+                [raw.layers[index] for raw in raws]
+                for index, layer in enumerate(raws[0].layers)
+                if layer.frame is frame
+            ]
+            if not layers:
+                continue
+            tokens = self._tokens.read(raws, [raw.frames[place] for raw in raws])
+            kept = tokens.columns
+            if self._sums_only:
+                columns += self._sums(layers, tokens)
+            else:
+                kept.layers = [self._layer(each, tokens) for each in layers]
+                if kept.num_tokens:
+                    columns.append(kept)
+            if tokens.keep is not None:
+                num_left_out += self._num_left_out(layers, tokens, kept)
+        return Assembled(raws, columns, num_left_out)
+
+    def _num_left_out(self, layers: Sequence[Sequence[RawLayer]], tokens: GroupTokens, kept: RoutingColumns) -> int:
+        if kept.layers:
+            return sum(raw.num_rows for each in layers for raw in each) - kept.num_decisions
+        # Sums do not tell; a layer that saw some of the tokens is read forward by forward, and then by its mask.
+        assert tokens.keep is not None
+        num_left_out = 0
+        for each in layers:
+            left_out = ~tokens.keep
+            if sum(raw.num_rows for raw in each) != len(left_out):
+                left_out &= to_numpy(each[0].tensors["row_mask"]).astype(bool)
+            num_left_out += int(np.count_nonzero(left_out))
+        return num_left_out
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def _routes(self, raws: Sequence[RawLayer]) -> Routes:
+        """Return what one layer did in each of the forwards."""
+        index = raws[0].layer_index
+        info = self._infos[index]
+        routes = self._sites[index].interpret(_arrays(raws), info)
+        num_rows = sum(raw.num_rows for raw in raws)
+        if len(raws) > 1 and len(routes.expert_ids) != num_rows:
+            raise ValueError(f"{info.module_name}: {len(routes.expert_ids)} routed rows of {num_rows}")
         if info.top_k != routes.expert_ids.shape[1]:
-            self._infos[raw.layer_index] = info = replace(info, top_k=routes.expert_ids.shape[1])
-        if keep is not None:
-            routes = _only(routes, keep)
-        if routes.row_index is not None:
-            is_padding = is_padding[routes.row_index] if keep is None else is_padding[keep][routes.row_index]
-        elif keep is not None:
-            is_padding = is_padding[keep]
+            self._infos[index] = replace(info, top_k=routes.expert_ids.shape[1])
+        return routes
+
+    def _layer(self, raws: Sequence[RawLayer], tokens: GroupTokens) -> LayerColumns:
+        index = raws[0].layer_index
+        routes = self._routes(raws)
+        if tokens.keep is not None:
+            routes = _only(routes, tokens.keep)
+        info = self._infos[index]
         layer = LayerColumns(
-            layer_index=raw.layer_index,
+            layer_index=index,
             num_experts=info.num_experts,
             num_identity_experts=info.num_identity_experts,
             expert_ids=routes.expert_ids,
@@ -152,42 +185,69 @@ class Assembler:
             slot_status=routes.slot_status,
             intended_expert_ids=routes.intended_expert_ids,
         )
-        statistics = self._statistics(raw.layer_index, routes, is_padding)
-        if statistics is not None:
-            layer.margin = statistics.margin
-            layer.router_entropy = statistics.entropy
-            layer.router_logsumexp = statistics.logsumexp
-            layer.top1_probability = statistics.top1_probability
-            layer.probability_sum = statistics.probability_sum[: info.num_experts]
-        if self._with_logits and routes.logits is not None and routes.logits.shape[1] >= info.num_experts:
-            layer.logits = routes.logits[:, : info.num_experts].astype(np.float16)
+        logits = routes.logits
+        scoring = self._scoring_of(index, routes)
+        if scoring is not None and logits is not None:
+            is_padding = tokens.columns.is_padding
+            is_valid = ~(is_padding if routes.row_index is None else is_padding[routes.row_index])
+            selected = routes.expert_ids if routes.selected is None else routes.selected
+            found = router_statistics(logits, selected, scoring, self._rules[index], is_valid)
+            layer.margin = found.margin
+            layer.router_entropy = found.entropy
+            layer.router_logsumexp = found.logsumexp
+            layer.top1_probability = found.top1_probability
+            layer.probability_sum = found.probability_sum[: info.num_experts]
+        if self._with_logits and logits is not None and logits.shape[1] >= info.num_experts:
+            layer.logits = logits[:, : info.num_experts].astype(np.float16)
         return layer
 
-    def _statistics(
-        self, layer_index: int, routes: Routes, is_padding: npt.NDArray[np.bool_]
-    ) -> RouterStatistics | None:
-        info = self._infos[layer_index]
-        logits = routes.logits
+    def _scoring_of(self, layer_index: int, routes: Routes) -> str | None:
+        """Return how the layer's logits are read, None where it has no statistics."""
+        info, logits = self._infos[layer_index], routes.logits
+        if logits is None or not len(logits):
+            if info.unavailable_reason:
+                self._scoring[layer_index] = None
+            return None
+        if layer_index in self._scoring:
+            return self._scoring[layer_index]
+        if logits.shape[1] not in (info.num_experts, info.num_experts + max(1, info.num_identity_experts)):
+            reason = f"the router has {logits.shape[1]} scores for {info.num_experts} experts"
+            self._infos[layer_index] = replace(info, unavailable_reason=info.unavailable_reason or reason)
+            self._scoring[layer_index] = None
+            return None
         selected = routes.expert_ids if routes.selected is None else routes.selected
         weights = routes.gate_weights if routes.selected_weights is None else routes.selected_weights
-        if logits is None or not len(logits):
-            return None
-        if logits.shape[1] not in (info.num_experts, info.num_experts + max(1, info.num_identity_experts)):
-            if not info.unavailable_reason:
-                reason = f"the router has {logits.shape[1]} scores for {info.num_experts} experts"
-                self._infos[layer_index] = replace(info, unavailable_reason=reason)
-            return None
-        scoring = info.scoring_function
-        if layer_index not in self._proven:
-            scoring, is_proven = confirm_scoring(logits, selected, weights, scoring)
-            if is_proven:
-                self._proven.add(layer_index)
-            if scoring == "unknown" and not info.unavailable_reason:
-                info = replace(info, unavailable_reason="no reading of the router's logits gives the applied weights")
-            self._infos[layer_index] = replace(info, scoring_function=scoring)
-        if scoring == "unknown":
-            return None
-        return router_statistics(logits, selected, scoring, self._rules[layer_index], ~is_padding)
+        scoring, is_proven = confirm_scoring(logits, selected, weights, info.scoring_function)
+        is_known = scoring != "unknown"
+        reason = "" if is_known else "no reading of the router's logits gives the applied weights"
+        self._infos[layer_index] = replace(
+            info, scoring_function=scoring, unavailable_reason=info.unavailable_reason or reason
+        )
+        if is_proven:
+            self._scoring[layer_index] = scoring if is_known else None
+        return scoring if is_known else None
+
+    # -- sums ------------------------------------------------------------------------------------------------------
+
+    def _sums(self, layers: Sequence[Sequence[RawLayer]], tokens: GroupTokens) -> Iterator[CountsColumns]:
+        # Read once, counted once for each phase.
+        routes = [None if ROW_COUNTS in each[0].tensors else self._routes(each) for each in layers]
+        for rows in counted_rows(tokens):
+            yield CountsColumns(
+                first_step=rows.first_step,
+                last_step=rows.last_step,
+                phase=rows.phase,
+                captured_at_unix_ns=tokens.columns.captured_at_unix_ns,
+                layers=[self._layer_sums(each, found, rows) for each, found in zip(layers, routes, strict=True)],
+            )
+
+    def _layer_sums(self, raws: Sequence[RawLayer], routes: Routes | None, rows: CountedRows) -> LayerCountColumns:
+        index = raws[0].layer_index
+        if routes is not None:
+            scoring = self._scoring_of(index, routes)
+            return layer_sums(self._infos[index], routes, rows, scoring)
+        arrays = _arrays(raws)
+        return add_row_sums(self._infos[index], arrays[ROW_COUNTS], arrays.get(ROW_PROBABILITIES), rows)
 
 
 def _only(routes: Routes, keep: npt.NDArray[np.bool_]) -> Routes:
@@ -203,38 +263,9 @@ def _only(routes: Routes, keep: npt.NDArray[np.bool_]) -> Routes:
     return Routes(**kept, row_index=row_index)  # type: ignore[arg-type]
 
 
-def _phases(frame: TokenFrame) -> npt.NDArray[np.uint8]:
-    if frame.segment_ends is not None and frame.position is not None:
-        # A text of one token that is not its first is generated; a longer one is (a part of) a prompt.
-        ends = _to_numpy(frame.segment_ends).astype(np.int64)
-        lengths = ends[1:] - ends[:-1]
-        lengths = np.append(lengths, max(0, frame.num_columns - int(lengths.sum())))
-        is_single = np.repeat(lengths, lengths) == 1
-        is_later = _to_numpy(frame.position).reshape(-1) > 0
-        return np.where(is_single & is_later, PHASES["decode"], PHASES["prefill"]).astype(np.uint8)
-    phases = np.repeat(np.array(frame.phases, dtype=np.uint8), frame.num_columns)
-    if frame.num_drafts:
-        phases.reshape(frame.num_rows, frame.num_columns)[:, -frame.num_drafts :] = PHASES["decode"]
-    return phases
-
-
-def _positions(frame: TokenFrame, is_padding: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    shape = (frame.num_rows, frame.num_columns)
-    if frame.start_positions is not None:
-        real = ~is_padding.reshape(shape)
-        counted = np.maximum(real.cumsum(axis=1) - 1, 0)
-        starts = np.array(frame.start_positions, dtype=np.int64)
-        return np.ravel(counted + starts[:, None])
-    if frame.position is not None:
-        position: npt.NDArray[np.int64] = np.empty(shape, np.int64)
-        position[:] = _to_numpy(frame.position)
-        return position.reshape(-1)
-    counted = np.arange(frame.past_length, frame.past_length + frame.num_columns, dtype=np.int64)
-    return np.tile(counted, frame.num_rows)
-
-
-def _to_numpy(tensor: "torch.Tensor") -> npt.NDArray[Any]:
-    host = tensor.cpu()
-    # numpy has no bfloat16.
-    values: npt.NDArray[Any] = (host.float() if host.is_floating_point() and host.itemsize < 4 else host).numpy()
-    return values
+def _arrays(raws: Sequence[RawLayer]) -> dict[str, Any]:
+    """Return the tensors of one layer's calls as numpy arrays, row after row; what is no tensor is of a single call."""
+    if len(raws) == 1:
+        return {name: to_numpy(value) if hasattr(value, "detach") else value for name, value in raws[0].tensors.items()}
+    # Not by torch: beyond a size its `cat` takes threads, and with them the cores that the model runs on.
+    return {name: np.concatenate([to_numpy(raw.tensors[name]) for raw in raws]) for name in raws[0].tensors}

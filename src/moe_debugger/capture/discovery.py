@@ -126,7 +126,17 @@ def _site(model: Model, reading: Reading, layer_index: int) -> Site:
         block_scale=reading.block_scale,
         adapter=reading.adapter,
     )
-    return Site(info, reading.experts, reading.router, root, reading.taps, reading.interpret, reading.pool)
+    return Site(
+        info,
+        reading.experts,
+        reading.router,
+        root,
+        reading.taps,
+        reading.interpret,
+        reading.pool,
+        is_row_wise=reading.is_row_wise,
+        reduces=reading.reduces,
+    )
 
 
 def _place(module_name: str) -> tuple[str, int | None]:

@@ -34,6 +34,7 @@ class TokenFrame:
         position: [num_rows or 1, num_columns] tensor; None = counted from `past_length`.
         is_padding: [num_rows, num_columns] bool tensor; None = no padding.
         token_ids: [num_rows, num_columns] integer tensor, None where the stack was given embeddings.
+        root: name of the stack's module in the model; a model may hold several stacks of one kind.
         segment_ends: [n + 1] integer tensor, where each text of a packed row ends (and 0 first); None = not packed.
     """
 
@@ -50,6 +51,12 @@ class TokenFrame:
     is_padding: "torch.Tensor | None" = None
     token_ids: "torch.Tensor | None" = None
     segment_ends: "torch.Tensor | None" = None
+    root: str = ""
+
+    @property
+    def is_of_one_phase(self) -> bool:
+        """Whether each batch row has one phase, that of `phases`."""
+        return not self.num_drafts and self.segment_ends is None
 
     @property
     def num_tokens(self) -> int:

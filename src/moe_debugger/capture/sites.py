@@ -96,6 +96,9 @@ class Site:
         taps: in the order of a forward.
         interpret: turns what the taps kept into `Routes`; runs on the capture's own thread.
         pool: name of the block whose tokens this layer shares with others by their kind, "" = it sees them all.
+        is_row_wise: each row is interpreted by itself, so that those of several forwards may be read together.
+        reduces: how rows can be counted on their device: by expert ids [n, k], or by scores [n, E] that are not 0.
+        is_shared: other layers call the same experts module, each with a router of its own.
     """
 
     info: LayerInfo
@@ -105,6 +108,9 @@ class Site:
     taps: tuple[Tap, ...]
     interpret: Interpret
     pool: str = ""
+    is_row_wise: bool = False
+    reduces: Literal["ids", "scores"] | None = None
+    is_shared: bool = False
 
 
 def floats(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -140,6 +140,7 @@ class LayerCountColumns:
         expert_counts: [E] uint64, slots that were routed, per expert.
         identity_slots, skipped_slots, dropped_slots, unused_slots: slots that reached no routed expert, by what became
             of them; with the counts they add up to ``num_tokens * k``. The wire leaves out the last: it is the rest.
+        bad_slots: slots with an id that the layer does not have, where a capture is broken; the wire has none.
         probability_sum: [E] float64, sum of the router's probabilities; None where it has none.
     """
 
@@ -154,6 +155,7 @@ class LayerCountColumns:
     dropped_slots: int = 0
     probability_sum: npt.NDArray[np.float64] | None = None
     unused_slots: int = 0
+    bad_slots: int = 0
 
 
 @dataclass(slots=True)

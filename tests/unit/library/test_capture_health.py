@@ -85,12 +85,13 @@ def plant(session: Session, forward: int, fault: Callable[[RoutingColumns], obje
     """Corrupt what the capture makes of one forward, as a broken hook or adapter would."""
     whole = session._assembler.assemble
 
-    def assemble(raw: Any) -> Any:
-        columns, left_out = whole(raw)
-        if raw.forward_index == forward:
-            for part in columns:
-                fault(part)
-        return columns, left_out
+    def assemble(raws: Any) -> Any:
+        groups = [group for raw in raws for group in whole([raw])]
+        for group in groups:
+            if group.raws[0].forward_index == forward:
+                for part in group.columns:
+                    fault(part)
+        return groups
 
     session._assembler.assemble = assemble  # type: ignore[method-assign]
 
@@ -185,21 +186,13 @@ def test_a_forward_that_cannot_be_read_is_dropped_alone(model: Any) -> None:
     assert [layer.num_tokens for layer in stats.layers] == [24, 24, 24]
 
 
-def test_sums_that_a_capture_reduced_itself_are_counted_and_checked(model: Any) -> None:
-    """At level "counts" the capture may hand over sums, with no row behind them."""
+def test_sums_are_counted_and_checked_like_rows(model: Any) -> None:
+    """At level "counts" the capture hands over sums, with no row behind them."""
     results = []
-    for is_reduced in (False, True):
-        with torch.no_grad(), MoEDebugger(model, level="counts") as debugger:
+    for level in ("routes", "counts"):
+        with torch.no_grad(), MoEDebugger(model, level=level) as debugger:
             session = debugger.session
             assert session is not None
-            if is_reduced:
-                whole = session._assembler.assemble
-
-                def assemble(raw: Any, whole: Any = whole) -> Any:
-                    columns, left_out = whole(raw)
-                    return [sums for part in columns for sums in reduce_to_counts(part)], left_out
-
-                session._assembler.assemble = assemble  # type: ignore[method-assign]
             model(_ids())
             assert session.capture_health().is_healthy
             results.append((debugger.get_routing_stats(), debugger.get_expert_metrics()))
@@ -249,9 +242,9 @@ def _seen(index: int, **changes: Any) -> ForwardSeen:
 
 def test_stacks_may_see_other_numbers_of_tokens_and_may_not_run_at_all() -> None:
     monitor = HealthMonitor(LAYERS)
-    monitor.check_rows(_seen(0), [_columns([0], 7), _columns([1, 2], 3)])
+    monitor.check_rows([_seen(0)], [_columns([0], 7), _columns([1, 2], 3)])
     # With a cache the encoder runs once.
-    monitor.check_rows(_seen(1, model_tokens={"decoder": 1}, layer_tokens={1: 1, 2: 1}), [_columns([1, 2], 1)])
+    monitor.check_rows([_seen(1, model_tokens={"decoder": 1}, layer_tokens={1: 1, 2: 1})], [_columns([1, 2], 1)])
     check = _outcome(monitor, "layers")
     assert (check.status, check.num_checked) == (CheckStatus.OK, 3 + 2)
 
@@ -271,14 +264,14 @@ def test_layers_are_compared_with_the_tokens_that_the_model_saw(
     changes: dict[str, Any], layers: list[int] | None, expected: str
 ) -> None:
     monitor = HealthMonitor(LAYERS)
-    monitor.check_rows(_seen(0, **changes), [_columns([0], 7)] + ([] if layers is None else [_columns(layers, 3)]))
+    monitor.check_rows([_seen(0, **changes)], [_columns([0], 7)] + ([] if layers is None else [_columns(layers, 3)]))
     check = _outcome(monitor, "layers")
     assert check.example.startswith(expected) if expected else check.status is CheckStatus.OK
 
 
 def test_tokens_that_are_not_known_leave_the_layers_unknown() -> None:
     monitor = HealthMonitor(LAYERS)
-    monitor.check_rows(ForwardSeen(0, {"encoder": None, "decoder": None}, {}), [])
+    monitor.check_rows([ForwardSeen(0, {"encoder": None, "decoder": None}, {})], [])
     check = _outcome(monitor, "layers")
     assert (check.status, check.example) == (
         CheckStatus.UNKNOWN,
@@ -290,14 +283,14 @@ def test_a_forward_that_never_came_is_a_gap_and_one_that_was_dropped_is_not() ->
     monitor = HealthMonitor(LAYERS, first_forward=10)
     nothing: Any = {"model_tokens": {}, "layer_tokens": {}}
     for index in (10, 12, 11, 14):
-        monitor.check_rows(_seen(index, **nothing), [])
+        monitor.check_rows([_seen(index, **nothing)], [])
     assert _outcome(monitor, "gaps").example == "forward 13 was not captured, forward 14 was"
     assert _outcome(monitor, "gaps", is_live=True).status is CheckStatus.OK, "it may still be under way"
     monitor.forward_dropped(13)
     check = _outcome(monitor, "gaps")
     assert (check.status, check.num_checked) == (CheckStatus.OK, 5)
     for index in range(16, 3000):
-        monitor.check_rows(_seen(index, **nothing), [])
+        monitor.check_rows([_seen(index, **nothing)], [])
     check = _outcome(monitor, "gaps", is_live=True)
     assert (check.num_violations, check.num_checked) == (1, 2990)
     assert len(monitor._early) <= 1024
@@ -309,7 +302,7 @@ def test_padding_is_checked_for_its_range_alone() -> None:
     columns.is_padding[0] = True
     columns.layers[0].expert_ids[0] = [1, 1]
     columns.layers[0].gate_weights = np.array([[np.nan, 1], [1, 1], [1, 1]], np.float32)
-    monitor.check_rows(_seen(0), [_columns([0], 7), columns])
+    monitor.check_rows([_seen(0)], [_columns([0], 7), columns])
     assert _outcome(monitor, "distinctness").status is _outcome(monitor, "weights").status is CheckStatus.OK
 
 
@@ -318,13 +311,13 @@ def test_a_row_with_a_bad_id_leaves_its_layer_and_no_other() -> None:
     columns = _columns([1, 2], 3)
     columns.layers[1].expert_ids[1, 0] = 4
     columns.layers[1].num_identity_experts = 0
-    (clean,), dropped = monitor.check_rows(_seen(0), [columns])
+    (clean,), dropped = monitor.check_rows([_seen(0)], [columns])
     assert dropped == 1
     assert clean.layers[0].row_index is None
     assert clean.layers[1].row_index is not None
     assert clean.layers[1].row_index.tolist() == [0, 2]
     columns.layers[1].num_identity_experts = 1
-    assert monitor.check_rows(_seen(1), [columns])[1] == 0, "with an identity expert, 4 is its id"
+    assert monitor.check_rows([_seen(1)], [columns])[1] == 0, "with an identity expert, 4 is its id"
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 8, 16, 17, 24])
@@ -339,7 +332,7 @@ def test_sums_are_checked_for_what_sums_can_tell() -> None:
     monitor = HealthMonitor(LAYERS)
     (whole,) = reduce_to_counts(_columns([1, 2], 3))
     seen = _seen(0, model_tokens={"decoder": 3}, layer_tokens={1: 3, 2: 3})
-    assert monitor.check_counts(seen, [whole]) == ([whole], 0)
+    assert monitor.check_counts([seen], [whole]) == ([whole], 0)
     assert _outcome(monitor, "conservation").status is CheckStatus.OK
     assert _outcome(monitor, "weights").example == "no weights are captured at this level"
     for change, name in (
@@ -349,7 +342,7 @@ def test_sums_are_checked_for_what_sums_can_tell() -> None:
     ):
         broken = replace(whole, layers=[whole.layers[0], replace(whole.layers[1], **change)])  # type: ignore[arg-type]
         fresh = HealthMonitor(LAYERS)
-        (clean,), dropped = fresh.check_counts(seen, [broken])
+        (clean,), dropped = fresh.check_counts([seen], [broken])
         assert _outcome(fresh, name).status is CheckStatus.FAILED
         assert (len(clean.layers), dropped) == ((1, 3) if name == "range" else (2, 0))
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ROUTER_NAMES",
+    "SHARED_NAMES",
     "Model",
     "Reading",
     "first_int",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 ROUTER_NAMES = ("gate", "router")
-_SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
+SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Model:
 
     def num_shared(self, block: "nn.Module") -> int:
         """Return the number of shared experts of a block, 0 where it holds none."""
-        if all(getattr(block, name, None) is None for name in _SHARED_NAMES):
+        if all(getattr(block, name, None) is None for name in SHARED_NAMES):
             return 0
         return first_int(self.config, ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")) or 1
 
@@ -51,7 +52,7 @@ class Model:
             value = first_int(owner, ("top_k", "num_experts_per_tok", "moe_top_k", "moe_k", "num_selects"))
             if value:
                 return value
-        return first_int(self.config, ("num_experts_per_tok", "moe_topk", "moe_k", "top_k")) or 0
+        return first_int(self.config, ("num_experts_per_tok", "moe_topk", "moe_k", "top_k", "top_k_experts")) or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ class Reading:
     site: Literal["mlp", "attention"] = "mlp"
     block_scale: float = 1.0
     pool: str = ""
+    is_row_wise: bool = False
+    reduces: Literal["ids", "scores"] | None = None
 
 
 def router_of(block: "nn.Module") -> "nn.Module | None":

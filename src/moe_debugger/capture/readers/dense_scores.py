@@ -46,6 +46,8 @@ def read_dense_scores(model: Model, name: str, module: "nn.Module") -> Reading |
         num_shared_experts=model.num_shared(block),
         scoring_function="sigmoid",
         weight_meaning="multiplies the expert's input, not its output",
+        is_row_wise=True,
+        reduces="scores",
     )
 
 

@@ -45,6 +45,7 @@ def read_fixed_choice(model: Model, name: str, module: "nn.Module") -> Reading |
         adapter="fixed_choice",
         weight_meaning="always 1: the caller's index chooses, nothing is weighed",
         unavailable_reason="there is no router: the caller's index chooses the expert",
+        is_row_wise=True,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from ..routes import IDENTITY, NO_EXPERT, ROUTED, SKIPPED, Routes
 from ..sites import Arrays, LayerInfo, Tap
 from .base import (
+    SHARED_NAMES,
     Model,
     Reading,
     first_int,
@@ -66,6 +67,8 @@ def read_standard(model: Model, name: str, module: "nn.Module") -> Reading | Non
         unavailable_reason=reason,
         block_scale=_block_scale(block, router, num_experts, top_k),
         pool="" if pool is None else block_name.rpartition(".")[0],
+        is_row_wise=pool is None,
+        reduces="ids",
     )
 
 
@@ -113,6 +116,10 @@ def _scoring(router: "nn.Module | None", config: Any) -> str:
     return "sigmoid" if hasattr(router, "e_score_correction_bias") else "softmax"
 
 
+def _has_shared(block: "nn.Module") -> bool:
+    return any(getattr(block, name, None) is not None for name in SHARED_NAMES)
+
+
 def _no_statistics(router: "nn.Module | None") -> str:
     if router is None:
         return "the layer has no module named gate or router, so no logits are seen"
@@ -128,6 +135,9 @@ def _block_scale(block: "nn.Module", router: "nn.Module | None", num_experts: in
     value = getattr(block, "routed_scaling_factor", None)
     if router is not None and not hasattr(router, "routed_scaling_factor") and isinstance(value, int | float):
         return float(value)
+    # Cohere may average what the routed and the shared experts give.
+    if getattr(block, "shared_expert_combination_strategy", "") == "average" and _has_shared(block):
+        return 0.5
     # OpenAI's privacy filter divides the weights by k before the experts, and multiplies by k after them.
     return float(top_k) if getattr(block, "num_experts", num_experts) == top_k != num_experts else 1.0
 

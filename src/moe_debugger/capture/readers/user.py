@@ -57,6 +57,7 @@ def read_by_adapter(adapter: Adapter, model: Model, name: str, module: "nn.Modul
         num_identity_experts=shape.num_identity_experts,
         scoring_function=shape.scoring_function,
         weight_meaning=shape.weight_meaning,
+        is_row_wise=True,
         site=shape.site,
         block_scale=shape.block_scale,
     )
@@ -88,9 +89,8 @@ def _interpret(shape: LayerShape) -> Any:
     def interpret(arrays: Arrays, info: LayerInfo) -> Routes:
         if "routing_map" in arrays:
             chosen = arrays["routing_map"].astype(bool)
-            ids, weights = routes_of_map(
-                arrays["probabilities"].astype(np.float32, copy=False), chosen, num_slots=shape.top_k
-            )
+            probabilities = arrays["probabilities"].astype(np.float32, copy=False)
+            ids, weights = _slots(probabilities, chosen, arrays.get("intended_expert_ids"), shape.top_k)
         else:
             ids = arrays["expert_ids"].astype(np.int32)
             weights = np.where(ids < 0, np.nan, arrays["gate_weights"]).astype(np.float32)
@@ -131,6 +131,20 @@ def _in_slots_of(
     picked = np.take_along_axis(weights, is_same.argmax(axis=2), axis=1)
     picked = np.where(placed >= 0, picked, np.nan).astype(np.float32)
     return placed, picked, picked
+
+
+def _slots(probabilities: Any, chosen: Any, intended: Any, top_k: int) -> tuple[Any, Any]:
+    """Return ids and weights of a dense map; slot by slot of the intended choice, where that is known and covers it."""
+    if intended is not None:
+        wanted = np.maximum(intended, 0).astype(np.int64)
+        is_kept = np.take_along_axis(chosen, wanted, axis=1) & (intended >= 0)
+        if np.array_equal(is_kept.sum(axis=1), chosen.sum(axis=1)):
+            weights = np.take_along_axis(probabilities, wanted, axis=1)
+            return (
+                np.where(is_kept, intended, NO_EXPERT).astype(np.int32),
+                np.where(is_kept, weights, np.nan).astype(np.float32),
+            )
+    return routes_of_map(probabilities, chosen, num_slots=top_k)
 
 
 def _shapes(kept: Mapping[str, Any]) -> str:
