@@ -41,4 +41,5 @@ class GlamAdapter(Adapter):
 
     def expert_output(self, module: GlamMoE, expert_id: int, hidden: Tensor) -> Tensor:
         """Return what an expert gives at weight 1: with it, the check measures the weights themselves."""
-        return F.gelu(hidden @ module.experts.w_in[expert_id]) @ module.experts.w_out[expert_id]
+        inner: Tensor = F.gelu(hidden @ module.experts.w_in[expert_id])
+        return inner @ module.experts.w_out[expert_id]

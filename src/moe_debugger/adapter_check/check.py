@@ -241,10 +241,8 @@ class _Check:
             return reading.experts[expert_id](rows)
 
         def unit(expert_id: int) -> "torch.Tensor":
-            rows = hidden
-            if scales_input:
-                said = claims.weights[:, expert_id, None]
-                rows = rows * rows.new_tensor(said)
+            said = claims.weights[:, expert_id, None]
+            rows = hidden * hidden.new_tensor(said) if scales_input else hidden
             experts.speak(expert_id)
             try:
                 loud = call(expert_id, rows.clone())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_debugger.capture import Adapter
 from moe_debugger.errors import InvalidInputError
@@ -114,5 +114,5 @@ def output_weights(adapter: Adapter, layer: Layer, expert_ids: Sequence[int]) ->
     return weights
 
 
-def _shown(value: object) -> str:
+def _shown(value: Any) -> str:
     return f"{value.dtype}" if hasattr(value, "dtype") else type(value).__name__

@@ -20,6 +20,8 @@ VOCAB, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 50, 16, 12, 8, 2
 def example(name: str) -> ModuleType:
     """Return a module of the GLaM example, imported once."""
     if name not in sys.modules:
+        if name != "modeling_glam":
+            example("modeling_glam")
         spec = importlib.util.spec_from_file_location(name, GLAM_FOLDER / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
