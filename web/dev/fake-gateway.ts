@@ -45,6 +45,15 @@ export function encodeF32(values: readonly number[]): Uint8Array {
   return bytes;
 }
 
+export function encodeF64(values: readonly number[]): Uint8Array {
+  const bytes = new Uint8Array(values.length * 8);
+  const view = new DataView(bytes.buffer);
+  values.forEach((value, i) => {
+    view.setFloat64(i * 8, value, true);
+  });
+  return bytes;
+}
+
 function encodeInts(values: readonly number[], width: 2 | 4): Uint8Array {
   const bytes = new Uint8Array(values.length * width);
   const view = new DataView(bytes.buffer);
@@ -76,6 +85,8 @@ export interface FakeOptions {
   /** Name of a check of the capture's health that fails. */
   failedCheck?: string;
   hasSession?: boolean;
+  /** Training series of this many steps. */
+  numSteps?: number;
 }
 
 interface FakeRequest {
@@ -277,6 +288,37 @@ export class FakeGateway {
     });
   }
 
+  /** What GetSeries answers; the error, where there is one. */
+  seriesError = "";
+  numSeriesCalls = 0;
+
+  series(names: readonly string[], maxPoints: number) {
+    this.numSeriesCalls += 1;
+    if (this.seriesError) throw new ConnectError(this.seriesError, Code.Unavailable);
+    const steps = Array.from({ length: this.options.numSteps ?? 0 }, (_, i) => i + 1).slice(-maxPoints);
+    if (steps.length === 0) return { series: [] };
+    const one = (name: string, numValues: number, of: (step: number, i: number) => number, layerIndex?: number) => ({
+      sourceId: "01k00000000000000000source",
+      name,
+      layerIndex,
+      numValues,
+      isPerExpert: name === "expert_gradient_norm",
+      step: encodeU64(steps),
+      value: encodeF64(steps.flatMap((step) => Array.from({ length: numValues }, (_, i) => of(step, i)))),
+    });
+    const layers = Array.from({ length: this.numLayers }, (_, layer) => layer);
+    const all = [
+      one("loss", 1, (step) => 2 + 8 * Math.exp(-step / 40)),
+      one("lr", 1, () => 3e-4),
+      ...layers.map((l) => one("router_gradient_norm", 1, (s) => (l === 1 ? Number.NaN : (l + 1) / (s + 9)), l)),
+      ...layers.map((l) => one("expert_gradient_norm", this.numExperts, (s, i) => (i + 1) / (s + 9), l)),
+    ];
+    return {
+      series: all.filter(({ name, isPerExpert }) => (names.length > 0 ? names.includes(name) : !isPerExpert)),
+      numPointsNotKept: 0n,
+    };
+  }
+
   transport(): Transport {
     const fake = this;
     return createRouterTransport(({ service }) => {
@@ -306,6 +348,7 @@ export class FakeGateway {
             ),
           })),
         }),
+        getSeries: ({ names, maxPoints }) => fake.series(names, maxPoints),
         listRequests: () => ({
           requests: [...fake.requests].map(([requestId, { experts }]) => ({
             requestId,

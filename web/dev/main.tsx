@@ -9,6 +9,7 @@ const fake = new FakeGateway({
   topK: Number(parameters.get("k") ?? 2),
   isCollapsed: parameters.has("collapsed"),
   hasSession: !parameters.has("empty"),
+  numSteps: Number(parameters.get("steps") ?? 0),
 });
 let position = 0;
 for (; position < 400; position++) fake.route((position * 31) % 251, position);

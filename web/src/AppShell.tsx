@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from "react";
+import { lazy, Suspense, useEffect, useRef, useState } from "react";
 import { useTranslation } from "react-i18next";
 import { useServices } from "./context";
 import { countBySeverity, findingKey } from "./findings";
@@ -10,7 +10,7 @@ import { Console, useFindings } from "./panels/Console";
 import { Loading, NoSession } from "./panels/Empty";
 import { Heatmap } from "./panels/Heatmap";
 import { HistoryStrip } from "./panels/History";
-import { Capture, Diagnosis, LayerDetails, Sidebar, useRequestList } from "./panels/Sidebar";
+import { Details, Diagnosis, Sidebar, useRequestList } from "./panels/Sidebar";
 import { StatusBar } from "./panels/StatusBar";
 import { TokensPanel } from "./panels/Tokens";
 import {
@@ -23,10 +23,14 @@ import {
   ThemeButton,
 } from "./panels/Toolbar";
 import { PANELS, type Panel, useApp } from "./store";
+import { useSeriesPolling, useTraining } from "./training";
 import { ErrorBoundary } from "./ui/ErrorBoundary";
-import { ConsoleIcon, ExpertsIcon, LogoIcon, SeverityGlyph, TokensIcon } from "./ui/icons";
+import { ConsoleIcon, ExpertsIcon, LogoIcon, SeverityGlyph, TokensIcon, TrainingIcon } from "./ui/icons";
 import { Tabs } from "./ui/Tabs";
 import { useLocationSync } from "./url";
+
+// Most sessions have no series: what draws them is loaded with the first look at the panel.
+const TrainingPanel = lazy(() => import("./panels/Training"));
 
 const PHONE = "(max-width: 720px)";
 
@@ -48,6 +52,7 @@ export function AppShell() {
   useLocationSync();
   useShortcuts();
   useHistoryPolling();
+  useSeriesPolling();
   useRequestList();
   return (
     <div className={`app ${isPhone ? "phone" : "desktop"}`} data-panel={panel}>
@@ -86,12 +91,20 @@ function FindingBadges() {
   );
 }
 
+/** Training is there where the session has series, and where a link points to it. */
+function usePanels(): Panel[] {
+  const panel = useApp((state) => state.panel);
+  const hasSeries = useTraining((state) => state.hasSeries);
+  return PANELS.filter((id) => id !== "training" || hasSeries || panel === "training");
+}
+
 const selectPanel = (panel: Panel) => useApp.setState({ panel });
 
 function DesktopBars() {
   const { t } = useTranslation();
   const version = useApp((state) => state.serverInfo?.version);
   const panel = useApp((state) => state.panel);
+  const panels = usePanels();
   return (
     <>
       <header className="top-bar">
@@ -103,7 +116,7 @@ function DesktopBars() {
           label={t("app.panels")}
           idPrefix="panel"
           className="tabs panels"
-          items={PANELS.map((id) => ({
+          items={panels.map((id) => ({
             id,
             label: (
               <>
@@ -144,18 +157,19 @@ function PhoneBar() {
   );
 }
 
-const PANEL_ICON = { experts: ExpertsIcon, console: ConsoleIcon, tokens: TokensIcon };
+const PANEL_ICON = { experts: ExpertsIcon, training: TrainingIcon, console: ConsoleIcon, tokens: TokensIcon };
 
 function PhoneTabs() {
   const { t } = useTranslation();
   const panel = useApp((state) => state.panel);
   const counts = countBySeverity(useFindings());
+  const panels = usePanels();
   return (
     <Tabs
       label={t("app.panels")}
       idPrefix="panel"
       className="phone-tabs"
-      items={PANELS.map((id) => {
+      items={panels.map((id) => {
         const PanelIcon = PANEL_ICON[id];
         const n = counts.critical + counts.warning;
         return {
@@ -192,6 +206,15 @@ function Main({ isPhone }: { isPhone: boolean }) {
       </ErrorBoundary>
     );
   }
+  if (panel === "training" && sessionId) {
+    return (
+      <ErrorBoundary name="training">
+        <Suspense fallback={<Loading isFailing={false} />}>
+          <TrainingPanel />
+        </Suspense>
+      </ErrorBoundary>
+    );
+  }
   if (!picture) {
     const isFailing = !everLive && connection.state === "reconnecting" && connection.attempt >= 2;
     return sessions !== null && sessions.length === 0 && !sessionId ? <NoSession /> : <Loading isFailing={isFailing} />;
@@ -207,12 +230,12 @@ function Main({ isPhone }: { isPhone: boolean }) {
         </div>
         <div className="card">
           <ErrorBoundary name="layer">
-            <LayerDetails />
+            <Details of="layer" />
           </ErrorBoundary>
         </div>
         <div className="card">
           <ErrorBoundary name="capture">
-            <Capture />
+            <Details of="capture" />
           </ErrorBoundary>
         </div>
       </div>

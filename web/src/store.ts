@@ -7,16 +7,17 @@ import {
   type DebuggerService,
   type GetServerInfoResponse,
 } from "./gen/moe_debugger/v1/gateway_pb";
+import { CaptureLevel } from "./gen/moe_debugger/v1/routing_pb";
 import { type Session, SessionState } from "./gen/moe_debugger/v1/session_pb";
 import { LiveModel, type Pace, type Picture, throttle } from "./live";
 import { type Connection, WatchConnection } from "./rpc/watch";
 
-export type Panel = "experts" | "console" | "tokens";
+export type Panel = "experts" | "training" | "console" | "tokens";
 export type Mode = "whole" | "recent";
 export type ThemeChoice = "system" | "dark" | "light";
 export type SidebarTab = "diagnosis" | "layer" | "capture";
 
-export const PANELS: Panel[] = ["experts", "console", "tokens"];
+export const PANELS: Panel[] = ["experts", "training", "console", "tokens"];
 const REACT_INTERVAL_MS = 200;
 const MAX_COMPONENT_EVENTS = 50;
 
@@ -77,6 +78,14 @@ export const useApp = create<AppState>(() => ({
   isTable: false,
   theme: "system",
 }));
+
+/** Whether no source sends rows: then there are sums and nothing else. */
+export function useIsCountsOnly(): boolean {
+  return useApp((state) => {
+    const sources = state.picture?.snapshot.sources ?? [];
+    return sources.length > 0 && sources.every(({ level }) => level === CaptureLevel.COUNTS);
+  });
+}
 
 /** The session that a visitor most likely means: an open one that was heard of last, else the newest. */
 export function defaultSession(sessions: readonly Session[]): Session | undefined {

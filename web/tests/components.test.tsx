@@ -5,21 +5,25 @@ import { fireEvent, render, screen, waitFor, within } from "@testing-library/rea
 import { I18nextProvider } from "react-i18next";
 import { beforeEach, describe, expect, it } from "vitest";
 import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
+import { accountNumbers } from "../src/account";
 import { ServicesContext } from "../src/context";
 import { ComponentState, DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
 import { CaptureLevel, ParallelCoordinatesSchema } from "../src/gen/moe_debugger/v1/routing_pb";
 import { SessionState } from "../src/gen/moe_debugger/v1/session_pb";
 import { i18n } from "../src/i18n";
 import { recentWindow, wholeSession } from "../src/model/load";
+import Capture from "../src/panels/Capture";
 import { Console } from "../src/panels/Console";
 import { NoSession } from "../src/panels/Empty";
+import LayerDetails from "../src/panels/LayerDetails";
 import { LoadTable } from "../src/panels/LoadTable";
-import { accountNumbers, Capture, LayerDetails } from "../src/panels/Sidebar";
 import { TokensPanel } from "../src/panels/Tokens";
 import { App, componentEvents, defaultSession, useApp } from "../src/store";
 import { expectedRows, Generator, useTokens } from "../src/tokens";
+import { useTraining } from "../src/training";
 
 const initial = useApp.getState();
+const initialTraining = useTraining.getState();
 const initialTokens = useTokens.getState();
 
 function show(fake: FakeGateway, element: React.ReactNode) {
@@ -47,6 +51,7 @@ function picture(fake: FakeGateway) {
 
 beforeEach(() => {
   useApp.setState(initial, true);
+  useTraining.setState(initialTraining, true);
   useTokens.setState(initialTokens, true);
 });
 
@@ -235,9 +240,19 @@ describe("ranks", () => {
 
   it("says which rank a source is, and whose replica", () => {
     showRanks(<Capture />);
-    const text = screen.getByTestId("rank").textContent;
-    expect(text).toContain("rank 1 of 2: dp 0, tp 1, ep 1, pp 0");
-    expect(text).toContain("replica of rank 0");
+    const row = screen.getByTestId("rank");
+    expect(within(row).getByRole("rowheader").textContent).toContain("1");
+    expect(within(row).getAllByRole("cell").slice(0, 5)).toMatchObject(
+      ["0", "1", "1", "0", "replica of 0"].map((textContent) => ({ textContent })),
+    );
+    expect(screen.getByTestId("replica").textContent).toContain("replica of rank 0");
+    expect(screen.getByTestId("ranks-missing").textContent).toContain("1 of 2 ranks have reported");
+  });
+
+  it("gives the fullest rank over the mean", () => {
+    showRanks(<Capture />);
+    expect(screen.getByTestId("ranks-load").textContent).toContain("ep 0");
+    expect(screen.getByTestId("ranks-ratio").textContent).toBe("max/mean 1.50×");
   });
 
   it("shows the load per expert-parallel rank", () => {
@@ -300,13 +315,16 @@ describe("slots", () => {
     layer.description.numSharedExperts = 1;
     layer.numIdentitySlots = 5n;
     layer.numSkippedSlots = 1n;
-    useApp.setState({ sessionId: SESSION_ID, picture: shown });
+    useApp.setState({ sessionId: SESSION_ID, picture: { ...shown, whole: wholeSession(shown.snapshot) } });
     show(fake, <LayerDetails />);
     const facts = screen.getByTestId("layer-facts").textContent;
     expect(facts).toMatch(/Slots to zero experts5 25\.0\s%\sof all slots/);
     expect(facts).toMatch(/Skipped slots1 5\.0\s%\sof all slots/);
-    expect(facts).toContain("Zero experts4 compute nothing, are no load");
-    expect(facts).toContain("Shared experts1 run for every token, are no load");
+    const aside = screen.getByTestId("layer-aside").textContent;
+    expect(aside).toContain("Zero experts Z0–Z3compute nothing; 5 slots");
+    expect(aside).toContain("Shared expert S0runs for every token, not routed");
+    // Neither is among the experts by load.
+    expect(screen.getAllByRole("button", { name: /^E\d/ })).toHaveLength(8);
     expect(facts).not.toContain("Unused slots");
   });
 });
@@ -318,6 +336,26 @@ describe("the counts level", () => {
     for (const source of shown.snapshot.sources) source.level = CaptureLevel.COUNTS;
     useApp.setState({ sessionId: SESSION_ID, picture: shown });
     show(fake, <TokensPanel isFull />);
-    expect(screen.getByText(/captured at level “counts”: sums only/)).toBeTruthy();
+    expect(screen.getByTestId("counts-only").textContent).toContain("captured at level “counts”: sums only");
+    expect(screen.getByText("None: level “counts” holds no requests.")).toBeTruthy();
+  });
+
+  it("says why a layer has no token entropy, and what the level leaves out", () => {
+    const fake = new FakeGateway();
+    const shown = picture(fake);
+    for (const source of shown.snapshot.sources) source.level = CaptureLevel.COUNTS;
+    for (const layer of shown.snapshot.layers) layer.meanRouterEntropy = Number.NaN;
+    useApp.setState({ sessionId: SESSION_ID, picture: shown });
+    show(
+      fake,
+      <>
+        <LayerDetails />
+        <Capture />
+      </>,
+    );
+    expect(screen.getByTestId("layer-facts").textContent).toContain(
+      "Mean token entropynot captured not at level “counts”",
+    );
+    expect(screen.getByTestId("level-note").textContent).toContain("no requests, no route of a single token");
   });
 });

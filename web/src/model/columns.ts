@@ -39,6 +39,13 @@ export function decodeF32(bytes: Uint8Array, what = "f32 column"): Float32Array 
   return out;
 }
 
+export function decodeF64(bytes: Uint8Array, what = "f64 column"): Float64Array {
+  const data = view(bytes, 8, what);
+  const out = new Float64Array(bytes.byteLength / 8);
+  for (let i = 0; i < out.length; i++) out[i] = data.getFloat64(i * 8, true);
+  return out;
+}
+
 /** IEEE half precision; browsers of this generation do not all have Float16Array. */
 export function decodeF16(bytes: Uint8Array, what = "f16 column"): Float32Array {
   const data = view(bytes, 2, what);

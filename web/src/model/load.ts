@@ -1,6 +1,7 @@
 // The load of one session: a matrix layers x experts of assignments, and what each row says.
 
 import type { WatchFrame } from "../gen/moe_debugger/v1/gateway_pb";
+import { CheckStatus } from "../gen/moe_debugger/v1/routing_pb";
 import type { SessionSnapshot } from "../gen/moe_debugger/v1/session_pb";
 import { decodeU64 } from "./columns";
 
@@ -8,8 +9,17 @@ export interface LayerShape {
   layerIndex: number;
   modelLayerIndex: number;
   moduleName: string;
+  /** "decoder", "encoder", "vision"; layers of two stacks may have the same modelLayerIndex. */
+  stack: string;
+  /** True where attention is routed, and not the MLP. */
+  isAttention: boolean;
+  /** Routed experts alone. */
   numExperts: number;
   topK: number;
+  /** "Zero" experts, which compute nothing: their ids follow those of the routed ones. */
+  numIdentity: number;
+  /** Experts that every token runs through; no router chooses them. */
+  numShared: number;
 }
 
 /** Counts of every layer. Layers may differ in E: row i holds `counts[offsets[i] .. offsets[i + 1]]`. */
@@ -38,8 +48,12 @@ function shapesOf(snapshot: SessionSnapshot): LayerShape[] {
     layerIndex: layer.description?.layerIndex ?? row,
     modelLayerIndex: layer.description?.modelLayerIndex ?? row,
     moduleName: layer.description?.moduleName ?? "",
+    stack: layer.description?.stack || "decoder",
+    isAttention: layer.description?.site === "attention",
     numExperts: layer.description?.numExperts ?? layer.expertCounts.byteLength / 8,
     topK: layer.description?.topK ?? 1,
+    numIdentity: layer.description?.numIdentityExperts ?? 0,
+    numShared: layer.description?.numSharedExperts ?? 0,
   }));
 }
 
@@ -124,4 +138,24 @@ export function rowStats(counts: Float64Array): RowStats {
 /** Load of one expert over uniform: 1 is the fair share; NaN where nothing was routed. */
 export function loadRatio(count: number, total: number, numExperts: number): number {
   return total > 0 ? (count / total) * numExperts : Number.NaN;
+}
+
+/**
+ * Rows whose load is not known: nothing was captured there, though other layers of the stack routed tokens. A layer that
+ * the sources' own checks say saw all its tokens is idle, and zero is right.
+ */
+export function unseenRows(snapshot: SessionSnapshot): boolean[] {
+  const checks = snapshot.sources.flatMap((source) => source.checks.filter(({ name }) => name === "layers"));
+  const isComplete = checks.length > 0 && checks.every(({ status }) => status === CheckStatus.OK);
+  const stackOf = (layer: SessionSnapshot["layers"][number]) => layer.description?.stack || "decoder";
+  const active = new Set(snapshot.layers.filter(({ numTokens }) => numTokens > 0n).map(stackOf));
+  return snapshot.layers.map(
+    (layer) => !isComplete && layer.numTokens === 0n && layer.numPaddingTokens === 0n && active.has(stackOf(layer)),
+  );
+}
+
+/** Smallest and largest of a property over the layers. */
+export function rangeOf(layers: readonly LayerShape[], of: (layer: LayerShape) => number): [number, number] {
+  const values = layers.map(of);
+  return values.length > 0 ? [Math.min(...values), Math.max(...values)] : [0, 0];
 }

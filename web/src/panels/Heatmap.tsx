@@ -11,7 +11,8 @@ import {
 import { useTranslation } from "react-i18next";
 import { useServices } from "../context";
 import { formatInteger, formatPercent, formatRatio } from "../format";
-import { type LoadMatrix, loadRatio, rowOf } from "../model/load";
+import { layerName, layerNames } from "../layers";
+import { type LayerShape, type LoadMatrix, loadRatio, rangeOf, rowOf, unseenRows } from "../model/load";
 import { hotEnd, LUTS, scaleTicks } from "../model/scale";
 import { useApp } from "../store";
 import { useTheme } from "../ui/theme";
@@ -30,25 +31,50 @@ export function useShownLoad(): LoadMatrix | null {
   return useApp((state) => (state.mode === "recent" ? state.picture?.recent : state.picture?.whole) ?? null);
 }
 
+/** By row: whether its load is not known. */
+export function useUnseen(): boolean[] {
+  const snapshot = useApp((state) => state.picture?.snapshot);
+  return useMemo(() => (snapshot ? unseenRows(snapshot) : []), [snapshot]);
+}
+
+function rangeWord([low, high]: [number, number]): string {
+  return low === high ? String(low) : `${low}–${high}`;
+}
+
+/** "12 layers × 8–16 experts · top-1–2": layers may differ. */
+function useShapeWord(layers: readonly LayerShape[]): string {
+  const { t } = useTranslation();
+  return t("heatmap.shape", {
+    layers: layers.length,
+    experts: rangeWord(rangeOf(layers, ({ numExperts }) => numExperts)),
+    topK: rangeWord(rangeOf(layers, ({ topK }) => topK)),
+  });
+}
+
 export function Heatmap() {
   const { t } = useTranslation();
   const load = useShownLoad();
   const picture = useApp((state) => state.picture);
-  const { mode, isTable } = useApp();
+  const { mode, isTable, row } = useApp();
+  const unseen = useUnseen();
+  const shape = useShapeWord(load?.layers ?? []);
   const numCells = load?.counts.length ?? 0;
   const range =
     mode === "whole"
       ? t("heatmap.wholeHint")
       : t("toolbar.recent", { seconds: recentSeconds(picture?.snapshot.recentWindowS) });
-  const first = load?.layers[0];
+  const selected = load?.layers[row] ?? load?.layers[0];
+  const isMixed = load?.layers.some(
+    ({ numExperts, topK }) => numExperts / topK !== (selected?.numExperts ?? 1) / (selected?.topK ?? 1),
+  );
   const isEmpty = load ? load.counts.every((count) => count === 0) : true;
   return (
     <section className="heatmap" aria-label={t("heatmap.title")}>
       <header className="panel-head">
         <h2>{t("heatmap.title")}</h2>
-        {first && load && (
+        {selected && (
           <span className="muted">
-            {t("heatmap.shape", { layers: load.layers.length, experts: load.maxExperts, topK: first.topK })} · {range}
+            {shape} · {range}
           </span>
         )}
         <span className="spacer" />
@@ -62,8 +88,28 @@ export function Heatmap() {
         >
           {t("toolbar.table")} <kbd>T</kbd>
         </button>
-        {first && <Legend hot={hotEnd(first.numExperts, first.topK)} />}
+        {selected && (
+          <Legend
+            hot={hotEnd(selected.numExperts, selected.topK)}
+            end={isMixed && load ? layerName(load.layers, row).short : t("heatmap.max")}
+          />
+        )}
       </header>
+      {load && unseen.includes(true) && (
+        <p className="notice warning-notice" data-testid="unseen-layers">
+          {t("heatmap.unseenNotice", {
+            count: unseen.filter(Boolean).length,
+            layers: layerNames(load.layers)
+              .filter((_, i) => unseen[i])
+              .slice(0, 8)
+              .map(({ short }) => short)
+              .join(", "),
+          })}{" "}
+          <button type="button" className="link" onClick={() => useApp.setState({ sidebar: "capture" })}>
+            {t("health.title")}
+          </button>
+        </p>
+      )}
       {load && isEmpty && (
         <p className="notice" role="status">
           {mode === "recent"
@@ -72,12 +118,17 @@ export function Heatmap() {
         </p>
       )}
       {load && isTable && (
-        <LoadTable load={load} range={range} cellTestId={mode === "whole" ? "expert-cell" : "recent-expert-cell"} />
+        <LoadTable
+          load={load}
+          unseen={unseen}
+          range={range}
+          cellTestId={mode === "whole" ? "expert-cell" : "recent-expert-cell"}
+        />
       )}
       {load && !isTable && <HeatmapCanvas />}
       {picture && !(isTable && mode === "whole") && numCells <= ALWAYS_TABLE_CELLS && (
         <div className="visually-hidden">
-          <LoadTable load={picture.whole} range={t("heatmap.wholeHint")} />
+          <LoadTable load={picture.whole} unseen={unseen} range={t("heatmap.wholeHint")} />
         </div>
       )}
     </section>
@@ -104,8 +155,21 @@ function RangeToggle() {
   );
 }
 
-export function Legend({ hot }: { hot: number }) {
+function Legend({ hot, end }: { hot: number; end: string }) {
   const { t } = useTranslation();
+  return <ScaleLegend hot={hot} end={end} label={t("heatmap.legend")} unusedWord={t("heatmap.unusedLegend")} />;
+}
+
+interface ScaleLegendProps {
+  /** log2 of the largest ratio. */
+  hot: number;
+  /** What the hot end is. */
+  end: string;
+  label: string;
+  unusedWord: string;
+}
+
+export function ScaleLegend({ hot, end, label: title, unusedWord }: ScaleLegendProps) {
   const theme = useTheme();
   const canvas = useRef<HTMLCanvasElement>(null);
   useEffect(() => {
@@ -116,9 +180,9 @@ export function Legend({ hot }: { hot: number }) {
     context.putImageData(image, 0, 0);
   }, [theme]);
   return (
-    <div className="legend" role="img" aria-label={t("heatmap.legend")} title={t("heatmap.legend")}>
-      <span className="swatch hatch" /> <span className="muted">{t("heatmap.unusedLegend")}</span>
-      <span className="ramp">
+    <div className="legend" role="img" aria-label={title} title={title}>
+      <span className="swatch hatch" /> <span className="muted">{unusedWord}</span>
+      <span className="ramp" style={{ marginInlineEnd: 14 + end.length * 6 }}>
         <canvas ref={canvas} width={256} height={1} />
         <span className="ticks">
           {scaleTicks(hot).map(({ at, label }) => (
@@ -127,7 +191,7 @@ export function Legend({ hot }: { hot: number }) {
               className={at === 0 ? "first" : at === 1 ? "last" : undefined}
               style={{ insetInlineStart: `${at * 100}%` }}
             >
-              {at === 1 ? `${label} ${t("heatmap.max")}` : label}
+              {at === 1 ? `${label} ${end}` : label}
             </span>
           ))}
         </span>
@@ -163,11 +227,19 @@ function HeatmapCanvas() {
   const numLayers = load.layers.length;
   const { maxExperts } = load;
   // Only the shape of the matrix matters here: its counts change ten times a second.
+  const { layers } = load;
+  const labelLength = Math.max(...layerNames(layers).map(({ short }) => short.length));
+  const hasAside = layers.some(({ numIdentity, numShared }) => numIdentity + numShared > 0);
   const g = useMemo<Geometry | null>(
     () =>
-      size && size.width > 0 ? geometry(numLayers, maxExperts, size.width, Math.max(size.height, 120), row) : null,
-    [size, numLayers, maxExperts, row],
+      size && size.width > 0
+        ? geometry(numLayers, maxExperts, size.width, Math.max(size.height, 120), row, { labelLength, hasAside })
+        : null,
+    [size, numLayers, maxExperts, row, labelLength, hasAside],
   );
+  const unseen = useUnseen();
+  const aside = useAside(layers);
+  const shape = useShapeWord(layers);
 
   const cursor = hover ?? (isFocused && expert !== null ? { row, expert } : null);
   const draw = useCallback(() => {
@@ -185,15 +257,32 @@ function HeatmapCanvas() {
     if (shown.layers.length !== load.layers.length) return;
     context.setTransform(scale, 0, 0, scale, 0, 0);
     const tokens = readTokens(element);
-    paint(context, { load: shown, geometry: g, theme, tokens, selectedRow: row, cursor, isStale });
+    const unseenWord = t("heatmap.unseen");
+    paint(context, {
+      load: shown,
+      geometry: g,
+      theme,
+      tokens,
+      selectedRow: row,
+      cursor,
+      isStale,
+      unseen,
+      unseenWord,
+      aside,
+    });
     paintHeads(
       context,
       g,
       tokens,
-      { entropy: t("heatmap.entropy"), hottest: t("heatmap.hottest"), unused: t("heatmap.unused") },
+      {
+        entropy: t("heatmap.entropy"),
+        hottest: t("heatmap.hottest"),
+        unused: t("heatmap.unused"),
+        aside: t("heatmap.aside"),
+      },
       "system-ui, sans-serif",
     );
-  }, [app, g, theme, row, cursor, mode, isPaused, load, isStale, t]);
+  }, [app, g, theme, row, cursor, mode, isPaused, load, isStale, unseen, aside, t]);
 
   useEffect(() => {
     draw();
@@ -202,11 +291,12 @@ function HeatmapCanvas() {
 
   const describe = (at: Hover): string => {
     const counts = rowOf(load, at.row);
-    const layer = load.layers[at.row];
+    const { title } = layerName(load.layers, at.row);
+    if (unseen[at.row]) return t("heatmap.cellUnseen", { layer: title });
     const count = counts[at.expert] ?? 0;
     const total = counts.reduce((sum, value) => sum + value, 0);
     return t(count === 0 ? "heatmap.cellUnused" : "heatmap.cell", {
-      layer: layer?.layerIndex,
+      layer: title,
       expert: at.expert,
       ratio: formatRatio(loadRatio(count, total, counts.length)),
       count: formatInteger(count),
@@ -268,7 +358,7 @@ function HeatmapCanvas() {
         role="img"
         // biome-ignore lint/a11y/noNoninteractiveTabindex: a focusable picture; its cursor is spoken, its table is one key away
         tabIndex={0}
-        aria-label={t("heatmap.label", { layers: load.layers.length, experts: load.maxExperts })}
+        aria-label={t("heatmap.label", { shape })}
         onKeyDown={onKeyDown}
         onFocus={() => setFocused(true)}
         onBlur={() => setFocused(false)}
@@ -284,7 +374,7 @@ function HeatmapCanvas() {
         }}
       >
         <canvas ref={canvas} style={g ? { width: g.width, height: g.height } : undefined} />
-        {g && cursor && <Tooltip geometry={g} load={load} at={cursor} />}
+        {g && cursor && <Tooltip geometry={g} load={load} at={cursor} isUnseen={unseen[cursor.row] ?? false} />}
       </div>
       {g && g.bin > 1 && <p className="muted small">{t("heatmap.shapeBinned", { bin: g.bin })}</p>}
       <div className="visually-hidden" aria-live="polite">
@@ -294,7 +384,35 @@ function HeatmapCanvas() {
   );
 }
 
-function Tooltip({ geometry: g, load, at }: { geometry: Geometry; load: LoadMatrix; at: Hover }) {
+/** By row: its zero and shared experts, which are no load. */
+function useAside(layers: readonly LayerShape[]): string[] {
+  const { t } = useTranslation();
+  const snapshot = useApp((state) => state.picture?.snapshot);
+  return useMemo(
+    () =>
+      layers.map(({ numIdentity, numShared, topK }, i) => {
+        const layer = snapshot?.layers[i];
+        const numSlots = Number(layer?.numTokens ?? 0n) * topK;
+        const share = numSlots > 0 ? Number(layer?.numIdentitySlots ?? 0n) / numSlots : Number.NaN;
+        return [
+          numIdentity > 0 ? t("heatmap.asideZero", { count: numIdentity, share: formatPercent(share) }) : "",
+          numShared > 0 ? t("heatmap.asideShared", { count: numShared }) : "",
+        ]
+          .filter(Boolean)
+          .join(" ");
+      }),
+    [layers, snapshot, t],
+  );
+}
+
+interface TooltipProps {
+  geometry: Geometry;
+  load: LoadMatrix;
+  at: Hover;
+  isUnseen: boolean;
+}
+
+function Tooltip({ geometry: g, load, at, isUnseen }: TooltipProps) {
   const { t } = useTranslation();
   const counts = rowOf(load, at.row);
   const layer = load.layers[at.row];
@@ -302,6 +420,7 @@ function Tooltip({ geometry: g, load, at }: { geometry: Geometry; load: LoadMatr
   const count = counts[at.expert] ?? 0;
   const total = counts.reduce((sum, value) => sum + value, 0);
   const numTokens = load.numTokens[at.row] ?? 0;
+  const { place } = layerName(load.layers, at.row);
   const x = g.left + (Math.floor(at.expert / g.bin) + 0.5) * g.columnWidth;
   const below = (g.rowEdges[at.row + 1] ?? 0) + 6;
   const isAbove = below + 70 > g.height;
@@ -314,17 +433,22 @@ function Tooltip({ geometry: g, load, at }: { geometry: Geometry; load: LoadMatr
       }}
     >
       <strong>{t("heatmap.tooltipTitle", { layer: layer.layerIndex, expert: at.expert })}</strong>
+      {place && <span className="muted">{place}</span>}
       <span>
-        {count === 0
-          ? t("heatmap.tooltipUnused")
-          : t("heatmap.tooltipLoad", {
-              ratio: formatRatio(loadRatio(count, total, layer.numExperts)),
-              share: formatPercent(numTokens ? count / numTokens : Number.NaN, 1),
-            })}
+        {isUnseen
+          ? t("heatmap.tooltipUnseen")
+          : count === 0
+            ? t("heatmap.tooltipUnused")
+            : t("heatmap.tooltipLoad", {
+                ratio: formatRatio(loadRatio(count, total, layer.numExperts)),
+                share: formatPercent(numTokens ? count / numTokens : Number.NaN, 1),
+              })}
       </span>
-      <span className="muted">
-        {t("heatmap.tooltipCount", { count: formatInteger(count), total: formatInteger(total) })}
-      </span>
+      {!isUnseen && (
+        <span className="muted">
+          {t("heatmap.tooltipCount", { count: formatInteger(count), total: formatInteger(total) })}
+        </span>
+      )}
     </div>
   );
 }

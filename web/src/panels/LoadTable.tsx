@@ -1,6 +1,7 @@
 import { type UIEvent, useState } from "react";
 import { useTranslation } from "react-i18next";
 import { formatFixed, formatInteger } from "../format";
+import { layerName } from "../layers";
 import { type LoadMatrix, rowOf, rowStats } from "../model/load";
 
 // Above this many cells only the rows in view are in the document.
@@ -11,10 +12,13 @@ const ROWS_IN_VIEW = 24;
 /** The numbers behind the heatmap: exact assignments, one row per layer. */
 export function LoadTable({
   load,
+  unseen = [],
   range,
   cellTestId = "expert-cell",
 }: {
   load: LoadMatrix;
+  /** Rows whose load is not known. */
+  unseen?: readonly boolean[];
   range: string;
   cellTestId?: string;
 }) {
@@ -60,11 +64,16 @@ export function LoadTable({
                   data-layer={layer.layerIndex}
                   data-count={load.numTokens[row]}
                 >
-                  L{layer.layerIndex}
+                  {layerName(load.layers, row).short}
                 </th>
-                <td>{formatInteger(load.numTokens[row] ?? 0)}</td>
+                <td>{unseen[row] ? "–" : formatInteger(load.numTokens[row] ?? 0)}</td>
                 <td>{formatFixed(rowStats(counts).entropy, 3)}</td>
-                {Array.from(counts, (count, expert) => (
+                {unseen[row] && (
+                  <td className="unseen" colSpan={counts.length} data-testid="unseen-row" data-layer={layer.layerIndex}>
+                    {t("heatmap.unseen")}
+                  </td>
+                )}
+                {Array.from(unseen[row] ? [] : counts, (count, expert) => (
                   <td
                     // biome-ignore lint/suspicious/noArrayIndexKey: the index is the expert's id
                     key={expert}
@@ -77,6 +86,7 @@ export function LoadTable({
                     {formatInteger(count)}
                   </td>
                 ))}
+                {counts.length < load.maxExperts && <td className="absent" colSpan={load.maxExperts - counts.length} />}
               </tr>
             );
           })}

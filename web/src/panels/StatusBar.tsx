@@ -1,7 +1,7 @@
 import { useTranslation } from "react-i18next";
+import { accountNumbers, componentClass, formatSampling } from "../account";
 import { formatInteger, formatPercent } from "../format";
 import { useApp } from "../store";
-import { accountNumbers, componentClass, formatSampling } from "./Sidebar";
 
 export function StatusBar() {
   const { t } = useTranslation();

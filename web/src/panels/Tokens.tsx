@@ -2,10 +2,11 @@ import { type FormEvent, type KeyboardEvent, memo, useEffect, useMemo, useRef } 
 import { useTranslation } from "react-i18next";
 import { useServices } from "../context";
 import { formatClock, formatFixed, formatInteger, formatPercent } from "../format";
-import { CaptureLevel } from "../gen/moe_debugger/v1/routing_pb";
+import { i18n } from "../i18n";
+import { layerName, layerNames } from "../layers";
 import { decodePieces, type TokenText, visibleText } from "../model/pieces";
 import { type Colouring, colourExperts, expertName, type Routes, slotsOf, topExpert } from "../model/routes";
-import { useApp } from "../store";
+import { useApp, useIsCountsOnly } from "../store";
 import { expectedRows, type OpenRequest, piecesOf, useTokens } from "../tokens";
 
 const MAX_DRAWN = 4000;
@@ -14,17 +15,26 @@ const MAX_DRAWN = 4000;
 export function TokensPanel({ isFull }: { isFull: boolean }) {
   const { t } = useTranslation();
   const request = useTokens((state) => (state.currentId ? state.requests[state.currentId] : undefined));
-  const layerIndex = useApp((state) => state.picture?.whole.layers[state.row]?.layerIndex ?? 0);
+  const layers = useApp((state) => state.picture?.whole.layers);
+  const row = useApp((state) => state.row);
+  const isCountsOnly = useIsCountsOnly();
   return (
     <section className={`tokens ${isFull ? "full" : "compact"}`} aria-label={t("tokens.title")}>
       {isFull && <RequestList />}
       <div className="tokens-main">
         <header className="panel-head">
           <h2>{t("tokens.title")}</h2>
-          <span className="muted">{t("tokens.colouredAt", { layer: layerIndex })}</span>
+          <span className="muted">
+            {t("tokens.colouredAt", { layer: layers ? layerName(layers, row).short : row })}
+          </span>
           <span className="spacer" />
           {isFull && <LayerPicker />}
         </header>
+        {isCountsOnly && (
+          <p className="notice" data-testid="counts-only">
+            {t("tokens.noRowsAtCounts")}
+          </p>
+        )}
         <PromptBox rows={isFull ? 4 : 2} />
         <RequestLine request={request} />
         <TokenRun request={request} />
@@ -48,7 +58,7 @@ function LayerPicker() {
       <select className="select" value={row} onChange={(event) => useApp.setState({ row: Number(event.target.value) })}>
         {layers.map((layer, i) => (
           <option key={layer.layerIndex} value={i}>
-            L{layer.layerIndex}
+            {layerNames(layers)[i]?.short}
           </option>
         ))}
       </select>
@@ -202,6 +212,11 @@ function RequestLine({ request }: { request: OpenRequest | undefined }) {
   );
 }
 
+function spokenExpert(layer: { numExperts: number }, expert: number): string {
+  const name = expertName(layer, expert);
+  return expert < layer.numExperts ? name : i18n.t("tokens.zeroExpert", { name });
+}
+
 interface Drawn {
   position: number;
   tokenId: number | undefined;
@@ -300,10 +315,11 @@ function TokenRun({ request }: { request: OpenRequest | undefined }) {
               isPrompt={token.isPrompt}
               isFirstGenerated={!token.isPrompt && (drawn[i - 1]?.isPrompt ?? false)}
               expert={expert}
+              expertName={expert !== null && layer ? spokenExpert(layer, expert) : ""}
               colour={expert === null ? -2 : (colouring.colourOf.get(expert) ?? -1)}
               isSelected={selected === token.position}
               isTabStop={selected === token.position || (selected === null && i === 0)}
-              isPending={expert === null}
+              isWithoutExpert={expert === null && routeRow !== undefined}
               isUnrouted={routeRow === undefined && request.isFinal}
             />
           );
@@ -338,10 +354,13 @@ interface TokenSpanProps {
   isPrompt: boolean;
   isFirstGenerated: boolean;
   expert: number | null;
+  /** "E3", "zero expert Z0"; empty without an expert. */
+  expertName: string;
   colour: number;
   isSelected: boolean;
   isTabStop: boolean;
-  isPending: boolean;
+  /** Its route is there, and holds no expert at this layer. */
+  isWithoutExpert: boolean;
   isUnrouted: boolean;
 }
 
@@ -352,7 +371,10 @@ const TokenSpan = memo(function TokenSpan(props: TokenSpanProps) {
   const isBreak = kind === "text" && text.endsWith("\n");
   const isPlain = kind === "text" && text.trim() !== "" && !/\p{Cc}/u.test(text);
   const shown = kind === "special" && tokenId === undefined ? `${position} ` : isPlain || text === " " ? text : label;
-  const state = expert !== null ? `E${expert}` : props.isUnrouted ? t("tokens.notRouted") : t("tokens.routePending");
+  const state =
+    expert !== null
+      ? props.expertName
+      : t(props.isUnrouted ? "tokens.notRouted" : props.isWithoutExpert ? "tokens.noExpert" : "tokens.routePending");
   const part = kind === "part" ? ` ${t("tokens.partOf", { text })}` : "";
   const tone = colour === -2 ? "none" : colour === -1 ? "other" : String(colour);
   return (
@@ -376,12 +398,22 @@ const TokenSpan = memo(function TokenSpan(props: TokenSpanProps) {
   );
 });
 
+/** Short names of the layers that routes speak of. */
+function useLayerName(): (layerIndex: number) => string {
+  const layers = useApp((state) => state.picture?.whole.layers);
+  return (layerIndex) => {
+    const row = layers?.findIndex((layer) => layer.layerIndex === layerIndex) ?? -1;
+    return layers && row >= 0 ? layerName(layers, row).short : `L${layerIndex}`;
+  };
+}
+
 function RoutePanel({ request, isFull }: { request: OpenRequest | undefined; isFull: boolean }) {
   const { t } = useTranslation();
   const position = useTokens((state) => state.position);
   const selectedRow = useApp((state) => state.row);
   const routes = request?.routes;
   const routeRow = position === null ? undefined : routes?.rowOfPosition.get(position);
+  const nameOfLayer = useLayerName();
   const name = useMemo(() => {
     if (!request || position === null) return "";
     const { pieces } = piecesOf(request);
@@ -414,13 +446,14 @@ function RoutePanel({ request, isFull }: { request: OpenRequest | undefined; isF
                   <tr key={layer.layerIndex} className={i === selectedRow ? "selected" : undefined}>
                     <th scope="row" className="num">
                       <button type="button" className="link" onClick={() => useApp.setState({ row: i })}>
-                        L{layer.layerIndex}
+                        {nameOfLayer(layer.layerIndex)}
                       </button>
                     </th>
                     <td>
+                      {slotsOf(layer, routeRow).length === 0 && <span className="muted">{t("tokens.noExpert")}</span>}
                       {slotsOf(layer, routeRow).map(({ expert, weight }) => (
                         <span className="slot num" key={expert}>
-                          <b>{expertName(layer, expert)}</b> {formatFixed(weight)}
+                          <b title={spokenExpert(layer, expert)}>{expertName(layer, expert)}</b> {formatFixed(weight)}
                           <span className="weight" aria-hidden="true">
                             <span style={{ inlineSize: `${Number.isNaN(weight) ? 0 : Math.min(1, weight) * 100}%` }} />
                           </span>
@@ -440,6 +473,7 @@ function RoutePanel({ request, isFull }: { request: OpenRequest | undefined; isF
 
 function RoutePlot({ routes, row }: { routes: Routes; row: number }) {
   const { t } = useTranslation();
+  const nameOfLayer = useLayerName();
   const selectedRow = useApp((state) => state.row);
   const width = 380;
   const height = 96;
@@ -458,7 +492,10 @@ function RoutePlot({ routes, row }: { routes: Routes; row: number }) {
   const nameOf = (i: number, expert: number) => expertName(routes.layers[i] ?? { numExperts: maxExperts }, expert);
   const each = Math.ceil(routes.layers.length / 8);
   const summary = slots
-    .map((own, i) => `L${routes.layers[i]?.layerIndex}: ${own.map(({ expert }) => nameOf(i, expert)).join(" ")}`)
+    .map(
+      (own, i) =>
+        `${nameOfLayer(routes.layers[i]?.layerIndex ?? i)}: ${own.map(({ expert }) => nameOf(i, expert)).join(" ")}`,
+    )
     .join(", ");
   return (
     <svg
@@ -491,7 +528,7 @@ function RoutePlot({ routes, row }: { routes: Routes; row: number }) {
       {routes.layers.map((layer, i) =>
         i % each === 0 ? (
           <text className="tick" key={layer.layerIndex} x={x(i)} y={height - 3} textAnchor="middle">
-            L{layer.layerIndex}
+            {routes.layers.length <= 16 ? nameOfLayer(layer.layerIndex) : `L${layer.layerIndex}`}
           </text>
         ) : null,
       )}
@@ -504,10 +541,7 @@ function RequestList() {
   const { generator } = useServices();
   const { list, listError, currentId } = useTokens();
   const known = useTokens((state) => state.requests);
-  const isCountsOnly = useApp((state) => {
-    const sources = state.picture?.snapshot.sources ?? [];
-    return sources.length > 0 && sources.every(({ level }) => level === CaptureLevel.COUNTS);
-  });
+  const isCountsOnly = useIsCountsOnly();
   const textOf = (requestId: string) => {
     const request = known[requestId];
     if (!request || request.prompt.length === 0) return "";
@@ -521,7 +555,7 @@ function RequestList() {
       </header>
       {listError && <p className="warning small">{listError}</p>}
       {list.length === 0 && !listError && (
-        <p className="empty-line muted">{t(isCountsOnly ? "tokens.noRowsAtCounts" : "tokens.requestsEmpty")}</p>
+        <p className="empty-line muted">{t(isCountsOnly ? "tokens.noRequestsAtCounts" : "tokens.requestsEmpty")}</p>
       )}
       <ul>
         {list.map((item) => (
@@ -554,6 +588,7 @@ function RequestList() {
 
 function RequestCounts({ routes }: { routes: Routes }) {
   const { t } = useTranslation();
+  const nameOfLayer = useLayerName();
   const numExperts = Math.max(0, ...routes.layers.map((layer) => layer.numExperts));
   if (numExperts > 64) return null;
   return (
@@ -578,7 +613,7 @@ function RequestCounts({ routes }: { routes: Routes }) {
           <tbody>
             {routes.layers.map((layer) => (
               <tr key={layer.layerIndex}>
-                <th scope="row">L{layer.layerIndex}</th>
+                <th scope="row">{nameOfLayer(layer.layerIndex)}</th>
                 {Array.from(layer.expertCounts, (count, expert) => (
                   <td
                     // biome-ignore lint/suspicious/noArrayIndexKey: the index is the expert's id

@@ -1,6 +1,7 @@
 // Geometry and painting of the load heatmap: one canvas with the cells and the row margins, so that they stay aligned.
 
 import { formatCompact, formatFixed, formatRatio } from "../format";
+import { layerNames } from "../layers";
 import { type LoadMatrix, loadRatio, rowOf, rowStats } from "../model/load";
 import { hotEnd, inkOn, LUTS, lutRgb, scaleIndex, type Theme } from "../model/scale";
 
@@ -20,6 +21,15 @@ export interface Geometry {
   hottestX: number;
   hottestWidth: number;
   unusedRight: number;
+  /** What is no load: zero and shared experts. No column where the model has none, or no room. */
+  asideX: number;
+  asideWidth: number;
+}
+
+export interface GeometryOptions {
+  /** Characters of the longest row label. */
+  labelLength?: number;
+  hasAside?: boolean;
 }
 
 const TOP = 18;
@@ -43,14 +53,16 @@ export function geometry(
   width: number,
   available: number,
   selected: number,
+  { labelLength = 3, hasAside = false }: GeometryOptions = {},
 ): Geometry {
   const isNarrow = width < 560;
-  const left = isNarrow ? 34 : 44;
+  const left = Math.max(isNarrow ? 34 : 44, Math.ceil(labelLength * 6.7) + 16);
   const entropyWidth = isNarrow ? 44 : 96;
   const hottestWidth = isNarrow ? 58 : 104;
   const unusedWidth = isNarrow ? 0 : 52;
   const gap = isNarrow ? 8 : 14;
-  const plotWidth = Math.max(40, width - left - entropyWidth - hottestWidth - unusedWidth - gap * 2 - 4);
+  const asideWidth = hasAside && !isNarrow ? 100 : 0;
+  const plotWidth = Math.max(40, width - left - entropyWidth - hottestWidth - unusedWidth - asideWidth - gap * 2 - 4);
   const heights = rowHeights(numLayers, Math.max(40, available - TOP - BOTTOM), selected);
   const rowEdges = [TOP];
   for (const height of heights) rowEdges.push((rowEdges.at(-1) as number) + height);
@@ -65,12 +77,19 @@ export function geometry(
     bin,
     numColumns,
     columnWidth: plotWidth / Math.max(1, numColumns),
-    entropyX: left + plotWidth + gap,
+    asideX: left + plotWidth + gap,
+    asideWidth,
+    entropyX: left + plotWidth + asideWidth + gap,
     entropyWidth,
-    hottestX: left + plotWidth + gap * 2 + entropyWidth,
+    hottestX: left + plotWidth + asideWidth + gap * 2 + entropyWidth,
     hottestWidth,
     unusedRight: width - 4,
   };
+}
+
+/** Right end of a row's cells: layers may differ in the number of their experts. */
+export function rowRight(g: Geometry, numExperts: number): number {
+  return g.left + Math.ceil(numExperts / g.bin) * g.columnWidth;
 }
 
 /** The cell below a point of the canvas. */
@@ -132,25 +151,52 @@ export function readTokens(element: HTMLElement): Tokens {
   };
 }
 
-let hatchCache: { key: string; pattern: CanvasPattern | null } | null = null;
+const patterns = new Map<string, CanvasPattern | null>();
 
-function hatchPattern(context: CanvasRenderingContext2D, tokens: Tokens): CanvasPattern | string {
-  const key = `${tokens.hatch}${tokens.hatchGround}`;
-  if (hatchCache?.key !== key) {
+function pattern(
+  context: CanvasRenderingContext2D,
+  tokens: Tokens,
+  kind: string,
+  size: number,
+  draw: (ink: CanvasRenderingContext2D) => void,
+): CanvasPattern | string {
+  const key = `${kind}${tokens.hatch}${tokens.hatchGround}`;
+  if (!patterns.has(key)) {
     const tile = document.createElement("canvas");
-    tile.width = 4;
-    tile.height = 4;
+    tile.width = size;
+    tile.height = size;
     const ink = tile.getContext("2d");
     if (ink) {
       ink.fillStyle = tokens.hatchGround;
-      ink.fillRect(0, 0, 4, 4);
+      ink.fillRect(0, 0, size, size);
       ink.fillStyle = tokens.hatch;
-      ink.fillRect(0, 0, 1.5, 1.5);
-      ink.fillRect(2, 2, 1.5, 1.5);
+      ink.strokeStyle = tokens.hatch;
+      draw(ink);
     }
-    hatchCache = { key, pattern: context.createPattern(tile, "repeat") };
+    patterns.set(key, context.createPattern(tile, "repeat"));
   }
-  return hatchCache.pattern ?? tokens.hatch;
+  return patterns.get(key) ?? tokens.hatch;
+}
+
+/** Dots: no token chose this expert. */
+export function hatchPattern(context: CanvasRenderingContext2D, tokens: Tokens): CanvasPattern | string {
+  return pattern(context, tokens, "dots", 4, (ink) => {
+    ink.fillRect(0, 0, 1.5, 1.5);
+    ink.fillRect(2, 2, 1.5, 1.5);
+  });
+}
+
+/** Stripes: what happened here was not seen. */
+export function stripePattern(context: CanvasRenderingContext2D, tokens: Tokens): CanvasPattern | string {
+  return pattern(context, tokens, "stripes", 10, (ink) => {
+    ink.lineWidth = 1.2;
+    for (const at of [-10, 0, 10]) {
+      ink.beginPath();
+      ink.moveTo(at, 10);
+      ink.lineTo(at + 10, 0);
+      ink.stroke();
+    }
+  });
 }
 
 const cells = { canvas: null as HTMLCanvasElement | null };
@@ -163,6 +209,11 @@ export interface PaintInput {
   selectedRow: number;
   cursor: { row: number; expert: number } | null;
   isStale: boolean;
+  /** Rows whose load is not known. */
+  unseen: readonly boolean[];
+  unseenWord: string;
+  /** By row: zero and shared experts in words. */
+  aside: readonly string[];
 }
 
 export function paint(context: CanvasRenderingContext2D, input: PaintInput): void {
@@ -181,7 +232,8 @@ export function paint(context: CanvasRenderingContext2D, input: PaintInput): voi
   if (top !== undefined && bottom !== undefined) {
     context.strokeStyle = tokens.accent;
     context.lineWidth = 2;
-    context.strokeRect(g.left - 1, top - 0.5, g.plotWidth + 2, bottom - top);
+    const right = rowRight(g, load.layers[input.selectedRow]?.numExperts ?? load.maxExperts);
+    context.strokeRect(g.left - 1, top - 0.5, right - g.left + 2, bottom - top);
   }
   if (input.cursor) {
     const { row, expert } = input.cursor;
@@ -194,7 +246,8 @@ export function paint(context: CanvasRenderingContext2D, input: PaintInput): voi
   }
 }
 
-function paintCells(context: CanvasRenderingContext2D, { load, geometry: g, theme, tokens }: PaintInput): void {
+function paintCells(context: CanvasRenderingContext2D, input: PaintInput): void {
+  const { load, geometry: g, theme, tokens, unseen } = input;
   const lut = LUTS[theme];
   cells.canvas ??= document.createElement("canvas");
   const source = cells.canvas;
@@ -206,12 +259,17 @@ function paintCells(context: CanvasRenderingContext2D, { load, geometry: g, them
   const words = new Uint32Array(image.data.buffer);
   const hatched = new Path2D();
   const idle = new Path2D();
+  const striped = new Path2D();
   load.layers.forEach((layer, row) => {
     const counts = rowOf(load, row);
     const total = counts.reduce((sum, count) => sum + count, 0);
     const hot = hotEnd(layer.numExperts, layer.topK);
     const y = g.rowEdges[row] as number;
     const height = (g.rowEdges[row + 1] as number) - y;
+    if (unseen[row]) {
+      striped.rect(g.left, y, rowRight(g, layer.numExperts) - g.left, height);
+      return;
+    }
     for (let column = 0; column < g.numColumns; column++) {
       const first = column * g.bin;
       const last = Math.min(layer.numExperts, first + g.bin);
@@ -246,7 +304,25 @@ function paintCells(context: CanvasRenderingContext2D, { load, geometry: g, them
   context.fillStyle = hatchPattern(context, tokens);
   context.fill(hatched);
   paintGaps(context, g, load.layers.length, tokens);
+  context.fillStyle = stripePattern(context, tokens);
+  context.fill(striped);
   paintNumbers(context, { load, g, theme, tokens });
+  paintUnseen(context, input);
+}
+
+function paintUnseen(context: CanvasRenderingContext2D, { geometry: g, unseen, unseenWord, tokens }: PaintInput): void {
+  context.font = `11px ${tokens.mono}`;
+  context.textAlign = "left";
+  context.textBaseline = "middle";
+  unseen.forEach((isUnseen, row) => {
+    const y = g.rowEdges[row] as number;
+    const height = (g.rowEdges[row + 1] as number) - y;
+    if (!isUnseen || height < 11) return;
+    context.fillStyle = tokens.background;
+    context.fillRect(g.left + 6, y + height / 2 - 8, context.measureText(unseenWord).width + 10, Math.min(16, height));
+    context.fillStyle = tokens.text;
+    context.fillText(unseenWord, g.left + 11, y + height / 2);
+  });
 }
 
 function paintGaps(context: CanvasRenderingContext2D, g: Geometry, numLayers: number, tokens: Tokens): void {
@@ -275,7 +351,7 @@ function paintNumbers(
   context: CanvasRenderingContext2D,
   { load, g, theme, tokens }: { load: LoadMatrix; g: Geometry; theme: Theme; tokens: Tokens },
 ): void {
-  if (g.columnWidth < 34 || g.bin > 1) return;
+  if (g.columnWidth < 40 || g.bin > 1) return;
   context.textAlign = "center";
   context.textBaseline = "middle";
   load.layers.forEach((layer, row) => {
@@ -307,9 +383,14 @@ function paintAxes(context: CanvasRenderingContext2D, { load, geometry: g, token
   context.textBaseline = "middle";
   context.textAlign = "right";
   let lastLabel = Number.NEGATIVE_INFINITY;
+  const names = layerNames(load.layers);
   load.layers.forEach((layer, row) => {
+    if (row > 0 && layer.stack !== load.layers[row - 1]?.stack) {
+      context.fillStyle = tokens.muted;
+      context.fillRect(4, Math.round(g.rowEdges[row] as number) - 1, g.left + g.plotWidth - 4, 1);
+    }
     const y = ((g.rowEdges[row] as number) + (g.rowEdges[row + 1] as number)) / 2;
-    const label = `L${layer.layerIndex}`;
+    const label = names[row]?.short ?? "";
     if (row === selectedRow) {
       const height = 18;
       context.fillStyle = tokens.accent;
@@ -343,7 +424,8 @@ function paintAxes(context: CanvasRenderingContext2D, { load, geometry: g, token
   }
 }
 
-function paintMargins(context: CanvasRenderingContext2D, { load, geometry: g, tokens }: PaintInput, row: number): void {
+function paintMargins(context: CanvasRenderingContext2D, input: PaintInput, row: number): void {
+  const { load, geometry: g, tokens } = input;
   const stats = rowStats(rowOf(load, row));
   const layer = load.layers[row];
   if (!layer) return;
@@ -356,6 +438,10 @@ function paintMargins(context: CanvasRenderingContext2D, { load, geometry: g, to
   context.textBaseline = "middle";
   context.font = `11px ${tokens.mono}`;
   context.textAlign = "left";
+  if (g.asideWidth > 0 && !isThin) {
+    context.fillStyle = tokens.muted;
+    context.fillText(input.aside[row] ?? "", g.asideX, y);
+  }
   if (!(stats.total > 0)) {
     if (!isThin) {
       context.fillStyle = tokens.muted;
@@ -369,7 +455,7 @@ function paintMargins(context: CanvasRenderingContext2D, { load, geometry: g, to
     context.fillStyle = tokens.faint;
     context.fillRect(x, top, 1, height);
     context.fillStyle = colour;
-    context.fillRect(x, barTop, Math.max(1, share * width), barHeight);
+    context.fillRect(x, barTop, Math.max(1, share * Math.max(0, width)), barHeight);
   };
   const hot = hotEnd(layer.numExperts, layer.topK);
   const hotShare = Math.max(0, Math.min(1, Math.log2(Math.max(1, stats.hottestRatio)) / hot));
@@ -395,7 +481,7 @@ function paintMargins(context: CanvasRenderingContext2D, { load, geometry: g, to
   );
   const hotText =
     g.hottestWidth < 80 ? `E${stats.hottestExpert}` : `${formatRatio(stats.hottestRatio)} E${stats.hottestExpert}`;
-  context.fillText(hotText, g.hottestX + hotShare * (g.hottestWidth - labelWidth - 34) + 6, y);
+  context.fillText(hotText, g.hottestX + hotShare * Math.max(0, g.hottestWidth - labelWidth - 34) + 6, y);
   if (g.unusedRight > g.hottestX + g.hottestWidth) {
     context.textAlign = "right";
     context.fillStyle = stats.numUnused > 0 ? tokens.text : tokens.muted;
@@ -408,7 +494,7 @@ export function paintHeads(
   context: CanvasRenderingContext2D,
   g: Geometry,
   tokens: Tokens,
-  words: { entropy: string; hottest: string; unused: string },
+  words: { entropy: string; hottest: string; unused: string; aside: string },
   sans: string,
 ): void {
   context.font = `11px ${sans}`;
@@ -418,6 +504,7 @@ export function paintHeads(
   const isNarrow = g.entropyWidth < 60;
   context.fillText(isNarrow ? "1−H" : words.entropy, g.entropyX, 8);
   context.fillText(words.hottest, g.hottestX, 8);
+  if (g.asideWidth > 0) context.fillText(words.aside, g.asideX, 8);
   if (g.unusedRight > g.hottestX + g.hottestWidth) {
     context.textAlign = "right";
     context.fillText(words.unused, g.unusedRight, 8);

@@ -100,6 +100,13 @@ export const TokensIcon = () => (
   </Icon>
 );
 
+export const TrainingIcon = () => (
+  <Icon size={20}>
+    <path d="M2 2v12h12" />
+    <path d="M4.5 4.5c1.5 5 3 6.5 9 7" />
+  </Icon>
+);
+
 /** Severity is a shape and a word; the colour only repeats it. */
 export function SeverityGlyph({ severity, size = 14 }: { severity: Severity; size?: number }) {
   if (severity === Severity.CRITICAL) {
