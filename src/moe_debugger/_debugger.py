@@ -4,7 +4,8 @@ import dataclasses
 import importlib.metadata
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, get_args
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ from moe_debugger.parallel import (
     is_pipeline_stage,
     layer_numbers,
 )
-from moe_debugger.publish import Publisher, SourceDescription, redact_url
+from moe_debugger.publish import Health, Publisher, SourceDescription, redact_url
 from moe_debugger.training.step import StepScope
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.ids import DEFAULT_TENANT, check_id, check_tenant
@@ -185,7 +186,7 @@ class MoEDebugger:
         session = Session(name, self._capture, self._options, publisher)
         self._session = session
         if publisher is not None:
-            publisher.set_health_source(session.health)
+            publisher.set_health_source(_health_of(session))
             publisher.start()
             if wait_s > 0:
                 try:
@@ -482,6 +483,17 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _health_of(session: Session) -> Callable[[], Health]:
+    """Return what gives the session's health, without keeping alive a session that everyone has lost."""
+    reference = weakref.ref(session)
+
+    def health() -> Health:
+        held = reference()
+        return Health() if held is None else held.health()
+
+    return health
 
 
 def _eos_token_ids(model: Any) -> tuple[int, ...]:

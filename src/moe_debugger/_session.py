@@ -3,9 +3,11 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,7 +142,10 @@ class Session:
         self._status_mark = (time.monotonic_ns(), capture.hook_ns)
         self._lost_reported = 0
         self._series = SeriesRecorder(self._make_probe, self._send_series)
-        self._intake = Intake(self._process, self._failed, options.buffer_bytes)
+        # The threads that serve a session do not keep it, and with it the model, alive where everyone has lost it.
+        self._intake = Intake(_weakly(self._process), _weakly(self._failed), options.buffer_bytes)
+        self._if_lost = weakref.finalize(self, _end_lost_session, self._intake, publisher)
+        self._if_lost.atexit = False
 
     @property
     def session_id(self) -> str | None:
@@ -329,6 +334,7 @@ class Session:
             return
         self.stop(timeout_s=timeout_s, ends_session=ends_session, reason=reason)
         self._intake.close(timeout_s)
+        self._if_lost.detach()
         self._is_closed = True
         self._rows.close()
 
@@ -586,6 +592,26 @@ class Session:
             # Rows that are not kept are no fault of the capture, so they are no part of its health.
             problems={**self._problems(), **self._rows.problems},
         )
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls a bound method as long as its object is there."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        held = reference()
+        if held is not None:
+            held(*arguments)
+
+    return call
+
+
+def _end_lost_session(intake: Intake, publisher: Publisher | None) -> None:
+    intake.close(0.0)
+    if publisher is not None:
+        # Not waited for: this runs wherever garbage is collected.
+        stop = partial(publisher.stop, reason="the debugger was lost without close()")
+        threading.Thread(target=stop, name="moe-debugger-goodbye", daemon=True).start()
 
 
 def _shape(info: LayerInfo) -> LayerShape:

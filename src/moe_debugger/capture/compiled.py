@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-__all__ = ["Receivers", "is_compiling", "pack", "reset_compiled_code", "unpack"]
+__all__ = ["Receivers", "is_compiling", "is_exporting", "pack", "reset_compiled_code", "unpack"]
 
 # (tensors by name, plain numbers by name)
 Receive = Callable[[dict[str, Any]], None]
@@ -28,6 +28,13 @@ def is_compiling() -> bool:
     from torch import compiler
 
     return compiler.is_compiling()
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export traces: what it makes goes elsewhere, and must hold no operator of ours."""
+    from torch import compiler
+
+    return compiler.is_exporting()
 
 
 class Receivers:

@@ -4,13 +4,14 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moe_debugger.errors import AlreadyAttachedError
 
-from .compiled import Receivers, is_compiling, reset_compiled_code
+from .compiled import Receivers, reset_compiled_code
 from .context import (
     CacheLength,
     RequestScope,
@@ -18,9 +19,10 @@ from .context import (
     fallback_frame,
     input_names,
     read_frame,
-    traced_inputs,
 )
 from .discovery import Discovery, find_sites
+from .model_hooks import EnterHook, LeaveHook, TapHook
+from .open_calls import OpenForward, ThreadState
 from .raw import RawForward, RawLayer, TokenFrame
 from .sites import Kept, Site, Tap
 from .transfer import HostTransfer
@@ -34,32 +36,6 @@ __all__ = ["Capture", "detach"]
 _watched: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]]" = weakref.WeakKeyDictionary()
 _watched_lock = threading.Lock()
 _MAX_PROBLEMS = 64
-
-
-class _ThreadState(threading.local):
-    """What one thread of the caller is doing; models may run on several."""
-
-    depth: int = 0
-    forward: RawForward | None = None
-    started_ns: int = 0
-    scope: RequestScope | None = None
-    is_training: bool = False
-
-    def __init__(self) -> None:
-        self.outer: dict[str, Any] = {}
-        self.frames: dict[str, TokenFrame] = {}
-        # Stacks whose tokens could not be read because of an error of ours: their rows are lost, not guessed.
-        self.broken: set[str] = set()
-        self.minted: dict[int, tuple[str, ...]] = {}
-        self.parts: dict[int, tuple[dict[str, Any], int]] = {}
-
-    def clear(self) -> None:
-        self.forward = None
-        self.outer = {}
-        self.frames = {}
-        self.broken = set()
-        self.minted = {}
-        self.parts = {}
 
 
 class Capture:
@@ -81,18 +57,14 @@ class Capture:
         self.discovery: Discovery = find_sites(model)
         self._model = model
         self._sink = sink
-        self._num_experts = {
-            site.info.layer_index: site.info.num_experts + site.info.num_identity_experts
-            for site in self.discovery.sites
-        }
         self._layers_of: dict[str, list[int]] = {}
         for site in self.discovery.sites:
             self._layers_of.setdefault(site.root, []).append(site.info.layer_index)
         self._handles: list[Any] = []
         self._receivers = Receivers()
-        self._local = _ThreadState()
+        self._local = ThreadState()
         self._tracker = RequestTracker()
-        self._transfer = HostTransfer()
+        self._transfer = HostTransfer(self.discovery.sites)
         self._lock = threading.Lock()
         self._next_forward = 0
         self.step: int | None = None
@@ -103,6 +75,9 @@ class Capture:
         self.num_lost_decisions = 0
         self.problems: Counter[str] = Counter()
         self._reserve()
+        # The hooks do not keep a capture alive; where everyone lost it, they go with it.
+        self._unhook = weakref.finalize(self, _unhook, self._handles, self._receivers)
+        self._unhook.atexit = False
 
     @property
     def model(self) -> "nn.Module":
@@ -124,29 +99,17 @@ class Capture:
             return
         self._reserve()
         for module, root in self._entries():
-            names = input_names(getattr(module, "_orig_mod", module))
-            enter, leave = self._enter_hook(names, root), self._exit_hook()
-            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+            self._add_entry(module, root)
         for site in self.discovery.sites:
             for tap in site.taps:
-                if tap.moment == "before":
-                    hook = self._before_hook(site, tap)
-                    self._handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
-                else:
-                    self._handles.append(
-                        tap.module.register_forward_hook(self._after_hook(site, tap), with_kwargs=True)
-                    )
+                self._add_tap(site, tap)
         reset_compiled_code()
 
     def detach(self) -> None:
         """Remove every hook, and let another capture watch the model."""
-        if self._handles:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
-            self._receivers.close()
-            reset_compiled_code()
+        _unhook(self._handles, self._receivers)
+        # Where a hook of someone else closes the debugger amid a forward, that forward never ends for us.
+        self._abandon(self._local.abandon(), "the capture ended amid a forward of the model")
         with _watched_lock:
             for site in self.discovery.sites:
                 held = _watched.get(site.experts)
@@ -161,6 +124,10 @@ class Capture:
             yield
         finally:
             self._local.scope = outer
+
+    def reduce_rows_with(self, scoring: Mapping[int, str | None] | None) -> None:
+        """Have rows reduced to sums on their device, with how each layer's logits are read; None = copy the rows."""
+        self._transfer.reduces_with = scoring
 
     def wait_for_copies(self, raw: RawForward) -> None:
         """Wait until the tensors of `raw` are on the host; for the capture's own thread."""
@@ -181,20 +148,38 @@ class Capture:
     def _entries(self) -> "list[tuple[nn.Module, str | None]]":
         """Return the modules whose call may open a forward, with the stack's name where they are one.
 
-        A caller may run the whole model, the model without its head, or one stack (`generate` runs an encoder alone):
-        the outermost one that runs opens the forward.
+        A caller may run the whole model, the one inside a wrapper, the model without its head, or one stack (`generate`
+        runs an encoder alone): the outermost one that runs opens the forward.
         """
-        modules = dict(self._model.named_modules())
+        modules = dict(self._model.named_modules(remove_duplicate=False))
         roots = {id(modules[root]): root for root in self._layers_of if root in modules}
-        entries: dict[int, tuple[nn.Module, str | None]] = {}
-        for module in (
-            self._model,
-            getattr(self._model, "base_model", None),
-            *(modules.get(r) for r in self._layers_of),
-        ):
-            if module is not None:
-                entries.setdefault(id(module), (module, roots.get(id(module))))
-        return list(entries.values())
+        found = [self._model, getattr(self._model, "base_model", None)]
+        for root in self._layers_of:
+            parts = root.split(".")
+            found += [modules.get(".".join(parts[:length])) for length in range(1, len(parts) + 1)]
+        return list({id(each): (each, roots.get(id(each))) for each in found if _is_module(each)}.values())
+
+    def _add_entry(self, module: "nn.Module", root: str | None) -> None:
+        deliver_enter = self._receivers.add(
+            _weakly(self, lambda capture, values: capture._receive(module, values, root))
+        )
+        # What compiled code made is not seen: only that the forward ended.
+        deliver_leave = self._receivers.add(_weakly(self, lambda capture, values: capture.leave(module, values)))
+        enter = EnterHook(self, input_names(getattr(module, "_orig_mod", module)), root, deliver_enter)
+        leave = LeaveHook(self, deliver_leave)
+        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+
+    def _add_tap(self, site: Site, tap: Tap) -> None:
+        def received(capture: "Capture", values: dict[str, Any]) -> None:
+            num_rows = values.pop("num_rows")
+            capture.keep(site, tap, lambda: (values, num_rows), ())
+
+        hook = TapHook(self, site, tap, self._receivers.add(_weakly(self, received)))
+        if tap.moment == "before":
+            self._handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            self._handles.append(tap.module.register_forward_hook(hook, with_kwargs=True))
 
     def _problem(self, text: str) -> None:
         with self._lock:
@@ -205,138 +190,131 @@ class Capture:
     def _spent(self, started_ns: int) -> None:
         self.hook_ns += time.perf_counter_ns() - started_ns
 
-    def _enter_hook(self, names: tuple[str, ...], root: str | None) -> Callable[..., None]:
-        def received(values: dict[str, Any]) -> None:
-            # Compiled code brings the tensors of the inputs and the length of the cache, but not the cache itself.
-            is_training, length = bool(values.pop("is_training")), values.pop("past_length")
-            if length >= 0:
-                values["past_key_values"] = CacheLength(length)
-            self._enter(values, root, is_training=is_training)
+    def _receive(self, entry: object, values: dict[str, Any], root: str | None) -> None:
+        # Compiled code brings the tensors of the inputs and the length of the cache, but not the cache itself.
+        is_training, length = bool(values.pop("is_training")), values.pop("past_length")
+        if length >= 0:
+            values["past_key_values"] = CacheLength(length)
+        self.enter(entry, values, root, None, is_training=is_training)
 
-        deliver = self._receivers.add(received)
+    def enter(
+        self, entry: object, inputs: dict[str, Any], root: str | None, caller: FrameType | None, *, is_training: bool
+    ) -> None:
+        """Open a forward where none is under way on this thread, and read the tokens where the module is a stack.
 
-        def enter(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-            if is_compiling():
-                deliver(traced_inputs(inputs, is_training=module.training))
-            else:
-                self._enter(inputs, root, is_training=module.training)
-
-        return enter
-
-    def _enter(self, inputs: dict[str, Any], root: str | None, *, is_training: bool) -> None:
+        Args:
+            entry: the module that is called.
+            inputs: by name.
+            root: name of the stack that the module is; None = it is none.
+            caller: the frame that runs the module's hooks; None in compiled code.
+            is_training: the module's mode.
+        """
         started_ns = time.perf_counter_ns()
-        local = self._local
         try:
             if _is_recomputing():
                 return
-            local.depth += 1
-            if local.depth == 1:
-                self._open(local, inputs, started_ns, is_training=is_training)
-            if root is not None and local.forward is not None:
-                self._add_frame(local, inputs, root)
+            forward, is_new, abandoned = self._local.begin(entry, caller, started_ns)
+            self._abandon(abandoned, "a forward of the model was interrupted; its routes so far were not kept")
+            if is_new:
+                self._open(forward, inputs, is_training=is_training)
+            if root is not None and forward.raw is not None:
+                self._add_frame(forward, inputs, root)
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
             self._problem(f"forward hook: {type(error).__name__}: {error}")
         finally:
             self._spent(started_ns)
 
-    def _open(self, local: _ThreadState, inputs: dict[str, Any], started_ns: int, *, is_training: bool) -> None:
-        local.clear()
-        local.started_ns = started_ns
-        local.outer = inputs
-        local.is_training = is_training
+    def _open(self, forward: OpenForward, inputs: dict[str, Any], *, is_training: bool) -> None:
+        forward.outer = inputs
+        forward.is_training = is_training
+        forward.is_batched = _is_batched()
         with self._lock:
             index = self._next_forward
             self._next_forward += 1
-        local.forward = RawForward(
+        forward.raw = RawForward(
             forward_index=index,
             step=index if self.step is None else self.step,
             captured_at_unix_ns=time.time_ns(),
         )
 
-    def _add_frame(self, local: _ThreadState, inputs: dict[str, Any], root: str) -> None:
-        assert local.forward is not None
+    def _abandon(self, forwards: list[OpenForward], why: str) -> None:
+        for forward in forwards:
+            self._lose(0 if forward.raw is None else forward.raw.num_decisions)
+            self._problem(why)
+
+    def _add_frame(self, forward: OpenForward, inputs: dict[str, Any], root: str) -> None:
+        assert forward.raw is not None
         stack = self.discovery.sites[self._layers_of[root][0]].info.stack
         if stack == "vision":
             return  # Patches: their number is known only at the layers.
-        local.broken.add(root)
+        forward.broken.add(root)
         frame, problem = read_frame(
             inputs,
-            local.outer,
+            forward.outer,
             stack=stack,
-            is_training=local.is_training,
+            is_training=forward.is_training,
             tracker=self._tracker,
-            scope=local.scope,
-            minted=local.minted,
+            scope=self._local.scope,
+            minted=forward.minted,
         )
-        local.broken.discard(root)
+        forward.broken.discard(root)
         if problem:
             self._problem(problem)
         if frame is not None:
-            local.frames[root] = frame
-            local.forward.frames.append(frame)
+            frame.root = root
+            forward.frames[root] = frame
+            forward.raw.frames.append(frame)
 
-    def _exit_hook(self) -> Callable[..., None]:
-        # What compiled code made is not seen: only that the forward ended.
-        deliver = self._receivers.add(lambda values: self._exit(values))
+    def leave(self, entry: object, output: Any) -> None:
+        """Hand the forward on where its outermost call ends.
 
-        def leave(module: "nn.Module", args: Any, kwargs: Any, output: Any) -> None:
-            if is_compiling():
-                deliver({})
-            else:
-                self._exit(output)
-
-        return leave
-
-    def _exit(self, output: Any) -> None:
+        Args:
+            entry: the module whose call ends.
+            output: what it returned; anything in compiled code.
+        """
         started_ns = time.perf_counter_ns()
-        local = self._local
         try:
             if _is_recomputing():
                 return
-            local.depth = max(0, local.depth - 1)
-            if local.depth > 0:
+            forward, is_error = self._local.end(entry)
+            if forward is None or forward.raw is None:
                 return
-            raw, minted = local.forward, local.minted
-            local.clear()
-            if raw is None:
+            raw = forward.raw
+            raw.duration_ns = started_ns - forward.started_ns
+            if is_error:
+                self._abandon([forward], "a forward of the model raised; its routes so far were not kept")
                 return
-            raw.duration_ns = started_ns - local.started_ns
-            if output is None:
-                with self._lock:
-                    self.num_lost_decisions += raw.num_decisions
-                self._problem("a forward of the model raised; its routes so far were not kept")
+            if forward.is_batched:
+                text = "a forward under torch.func.vmap is not captured: its tensors cannot be read outside of it"
+                self._abandon([forward], text)
                 return
             self.num_forwards += 1
             self.forward_ns += raw.duration_ns
-            self._finish(raw, minted, output)
+            self._finish(forward, raw, output)
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
             self._problem(f"end of forward hook: {type(error).__name__}: {error}")
         finally:
             self._spent(started_ns)
 
-    def _finish(self, raw: RawForward, minted: dict[int, tuple[str, ...]], output: Any) -> None:
+    def _finish(self, forward: OpenForward, raw: RawForward, output: Any) -> None:
         # What the model made itself carries these requests on: its cache, or an encoder's output.
         for name in ("past_key_values", "last_hidden_state"):
             carrier = getattr(output, name, None)
             for frame in raw.frames:
-                ids = minted.get(frame.num_rows)
+                ids = forward.minted.get(frame.num_rows)
                 if carrier is not None and frame.are_ids_minted and ids and frame.past_length == 0:
                     self._tracker.remember(carrier, ids)
-        self._note_unseen(raw)
-        self._transfer.start(raw, self._num_experts)
+        self._note_unseen(forward, raw)
+        self._transfer.start(raw)
         self._sink(raw)
 
-    def _note_unseen(self, raw: RawForward) -> None:
+    def _note_unseen(self, forward: OpenForward, raw: RawForward) -> None:
         """Compare the tokens that each stack was given with those that were seen at its MoE layers."""
-        seen: dict[int, int] = {}
-        for layer in raw.layers:
-            seen[layer.layer_index] = seen.get(layer.layer_index, 0) + layer.num_rows
-        by_stack = {frame.stack: frame.num_tokens for frame in raw.frames}
+        seen = {layer.layer_index for layer in raw.layers}
         for site in self.discovery.sites:
             index = site.info.layer_index
-            if index not in seen and site.info.stack in by_stack:
-                raw.unseen[index] = by_stack[site.info.stack]
+            if index not in seen and site.root in forward.frames:
+                raw.unseen[index] = forward.frames[site.root].num_tokens
         # A pool of experts that got no token of its kind is called by no one: its sibling saw them all.
         pools = {self.discovery.sites[index].pool for index in seen}
         raw.unseen = {i: n for i, n in raw.unseen.items() if self.discovery.sites[i].pool not in pools - {""}}
@@ -347,72 +325,48 @@ class Capture:
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             )
 
-    def _before_hook(self, site: Site, tap: Tap) -> Callable[..., None]:
-        deliver = self._deliver(site, tap)
+    def keep(self, site: Site, tap: Tap, keep: Callable[[], Kept | None], shown: tuple[Any, ...]) -> None:
+        """Keep what a tap picked from a call of its module.
 
-        def hook(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if is_compiling():
-                deliver(tap.keep(args, kwargs, None))
-            else:
-                self._keep(site, tap, args, kwargs, None)
-
-        return hook
-
-    def _after_hook(self, site: Site, tap: Tap) -> Callable[..., None]:
-        deliver = self._deliver(site, tap)
-
-        def hook(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if is_compiling():
-                deliver(tap.keep(args, kwargs, output))
-            else:
-                self._keep(site, tap, args, kwargs, output)
-
-        return hook
-
-    def _deliver(self, site: Site, tap: Tap) -> Callable[[Kept | None], None]:
-        def received(values: dict[str, Any]) -> None:
-            num_rows = values.pop("num_rows")
-            self._run(site, tap, lambda: (values, num_rows), ())
-
-        send = self._receivers.add(received)
-
-        def deliver(kept: Kept | None) -> None:
-            if kept is not None:
-                send({**kept[0], "num_rows": kept[1]})
-
-        return deliver
-
-    def _keep(self, site: Site, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._run(site, tap, lambda: tap.keep(args, kwargs, output), args if output is None else (output,))
-
-    def _run(self, site: Site, tap: Tap, keep: Callable[[], Kept | None], shown: tuple[Any, ...]) -> None:
+        Args:
+            site: the layer.
+            tap: which of its taps.
+            keep: gives the references; may raise.
+            shown: the tensors of the call, to say what was not expected.
+        """
         started_ns = time.perf_counter_ns()
         try:
             if _is_recomputing():
                 self.num_recomputed_calls += tap.completes
                 return
-            local, index = self._local, site.info.layer_index
+            forward, index = self._local.forward, site.info.layer_index
             kept = keep()
             if kept is None:
-                local.parts.pop(index, None)
+                if forward is not None:
+                    forward.parts.pop(index, None)
                 self._problem(f"{site.info.module_name}: {_unexpected(shown)}")
                 return
             tensors, num_rows = kept
-            if local.forward is None:
+            if forward is None or forward.raw is None:
                 if tap.completes:
                     self._lose(num_rows)
-                    if local.depth == 0:
-                        self._problem("experts were called outside of a forward of the watched model")
+                    if forward is None:
+                        self._problem(
+                            "experts were called outside of a forward of the watched model: their tokens are not known "
+                            "(call the model, or give the debugger the part that is called)"
+                        )
                 return
-            if index in local.parts:
-                before, rows_before = local.parts.pop(index)
+            if index in forward.parts:
+                before, rows_before = forward.parts.pop(index)
                 tensors, num_rows = {**before, **tensors}, max(num_rows, rows_before)
+            elif tap.completes and site.is_shared:
+                return  # Experts that several layers share: this call is of a layer whose own router was just seen.
             if not tap.completes:
-                local.parts[index] = (tensors, num_rows)
+                forward.parts[index] = (tensors, num_rows)
                 return
-            frame = self._frame_of(local, site, num_rows, shown, has_subset="row_mask" in tensors)
+            frame = self._frame_of(forward, site, num_rows, shown, has_subset="row_mask" in tensors)
             if frame is not None:
-                local.forward.layers.append(RawLayer(index, frame, tensors, num_rows))
+                forward.raw.layers.append(RawLayer(index, frame, tensors, num_rows))
             else:
                 self._lose(num_rows)
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
@@ -421,13 +375,12 @@ class Capture:
             self._spent(started_ns)
 
     def _frame_of(
-        self, local: _ThreadState, site: Site, num_rows: int, args: tuple[Any, ...], *, has_subset: bool
+        self, forward: OpenForward, site: Site, num_rows: int, args: tuple[Any, ...], *, has_subset: bool
     ) -> TokenFrame | None:
-        forward = local.forward
-        assert forward is not None
-        if site.root in local.broken:
+        assert forward.raw is not None
+        if site.root in forward.broken:
             return None
-        frame = local.frames.get(site.root)
+        frame = forward.frames.get(site.root)
         if frame is not None and (frame.num_tokens == num_rows or (has_subset and num_rows < frame.num_tokens)):
             return frame
         if frame is not None and site.info.stack != "vision":
@@ -439,13 +392,14 @@ class Capture:
         frame = fallback_frame(
             num_rows,
             args[0] if args else None,
-            forward.frames,
+            forward.raw.frames,
             stack=site.info.stack,
-            is_training=local.is_training,
-            minted=local.minted,
+            is_training=forward.is_training,
+            minted=forward.minted,
         )
-        local.frames[site.root] = frame
-        forward.frames.append(frame)
+        frame.root = site.root
+        forward.frames[site.root] = frame
+        forward.raw.frames.append(frame)
         return frame
 
     def _lose(self, num_rows: int) -> None:
@@ -466,6 +420,35 @@ def detach(model: "nn.Module") -> bool:
     return bool(captures)
 
 
+def _unhook(handles: list[Any], receivers: Receivers) -> None:
+    """Remove hooks, and have torch compile again without them."""
+    if not handles:
+        return
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    receivers.close()
+    reset_compiled_code()
+
+
+def _weakly(capture: Capture, call: Callable[[Capture, dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """Return a function that calls `call` as long as the capture is there."""
+    reference = weakref.ref(capture)
+
+    def received(values: dict[str, Any]) -> None:
+        held = reference()
+        if held is not None:
+            call(held, values)
+
+    return received
+
+
+def _is_module(value: Any) -> "TypeGuard[nn.Module]":
+    from torch import nn
+
+    return isinstance(value, nn.Module)
+
+
 def _unexpected(given: tuple[Any, ...]) -> str:
     shown = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
     return f"the call does not look as expected of this layer: got {', '.join(_shape(value) for value in shown)}"
@@ -480,3 +463,11 @@ def _is_recomputing() -> bool:
     from torch import _C
 
     return bool(_C._current_graph_task_id() != -1)
+
+
+def _is_batched() -> bool:
+    """Whether torch.func.vmap runs this call: every tensor then stands for a batch of them, and ends with it."""
+    from torch import _C
+
+    level = _C._functorch.peek_interpreter_stack()
+    return level is not None and level.key() == _C._functorch.TransformType.Vmap
