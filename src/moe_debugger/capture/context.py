@@ -158,7 +158,7 @@ def read_frame(
         ids = _request_ids(tracker, minted, outer, cache if past_length else None, num_rows)
         if cache is not None and stack != "encoder":
             tracker.remember(cache, tuple(name for name in ids if name is not None))
-    phase = _phase(is_training, cache, past_length, num_columns, outer, stack)
+    phase = _phase(is_training, cache, past_length, num_columns, outer, stack, is_outermost=inputs is outer)
     frame = TokenFrame(
         stack=stack,
         num_rows=num_rows,
@@ -283,11 +283,19 @@ def _full_attention(mask: Any, num_rows: int, num_columns: int) -> Any:
 
 
 def _phase(
-    is_training: bool, cache: Any, past_length: int, num_columns: int, outer: Mapping[str, Any], stack: str
+    is_training: bool,
+    cache: Any,
+    past_length: int,
+    num_columns: int,
+    outer: Mapping[str, Any],
+    stack: str,
+    *,
+    is_outermost: bool,
 ) -> int:
     if is_training:
         return PHASES["train"]
-    if stack == "encoder":
+    if stack == "encoder" and is_outermost:
+        # generate() runs the encoder by itself, for the tokens that will follow.
         return PHASES["prefill"]
     if cache is None and outer.get("use_cache") is True:
         # The model will make the cache itself, for the tokens that follow.
