@@ -242,6 +242,38 @@ class SequenceFirstAdapter(DenseAdapter):
         return inner @ module.experts.weight2[expert_id]
 
 
+class MixtralAdapter(Adapter):
+    """Reads the arguments of fused experts, as a person may for an architecture of transformers."""
+
+    name = "mine"
+    moment = "before"
+
+    def matches(self, name: str, module: nn.Module) -> bool:
+        return type(module).__name__ == "MixtralSparseMoeBlock"
+
+    def describe(self, module: Any) -> LayerShape:
+        return LayerShape(module.experts.num_experts, module.top_k)
+
+    def hooked(self, module: Any) -> nn.Module:
+        return module.experts  # type: ignore[no-any-return]
+
+    def read(self, call: Call) -> Routing:
+        return Routing(expert_ids=call.args[1], gate_weights=call.args[2])
+
+    def expert_output_weights(self, module: Any, expert_id: int) -> Sequence[Tensor]:
+        return [module.experts.down_proj[expert_id]]
+
+
+def make_mixtral() -> Any:
+    """Return a random Mixtral of two layers."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes, **heads)).eval()
+
+
 def make(model: nn.Module, seed: int = 0) -> Any:
     """Give `model` random parameters that are large enough for experts to differ."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,5 @@
 """Adapters that are right are proven, and the model is left as it was."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,12 +12,14 @@ from unit.adapters.stand_ins import (
     Decoder,
     DenseAdapter,
     DenseLayer,
+    MixtralAdapter,
     SequenceFirstAdapter,
     example,
     make,
+    make_mixtral,
 )
 
-from moe_debugger import Adapter, Call, InvalidInputError, LayerShape, ModelNotSupportedError, Routing, check_adapter
+from moe_debugger import Adapter, Call, InvalidInputError, ModelNotSupportedError, Routing, check_adapter
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -92,40 +93,8 @@ def test_an_adapter_that_computes_the_choice_itself_is_proven_by_the_experts_mod
 
 
 def test_the_arguments_of_fused_experts_are_read_before_their_call() -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    class Mixtral(Adapter):
-        name = "mine"
-        moment = "before"
-
-        def matches(self, name: str, module: nn.Module) -> bool:
-            return type(module).__name__ == "MixtralSparseMoeBlock"
-
-        def describe(self, module: Any) -> LayerShape:
-            return LayerShape(module.experts.num_experts, module.top_k)
-
-        def hooked(self, module: Any) -> nn.Module:
-            return module.experts  # type: ignore[no-any-return]
-
-        def read(self, call: Call) -> Routing:
-            return Routing(expert_ids=call.args[1], gate_weights=call.args[2])
-
-        def expert_output_weights(self, module: Any, expert_id: int) -> Sequence[Tensor]:
-            return [module.experts.down_proj[expert_id]]
-
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        )
-    )
-    result = check_adapter(Mixtral(), model)
+    model = make_mixtral().train()
+    result = check_adapter(MixtralAdapter(), model)
     assert result.agrees, result
     assert [layer.num_slots for layer in result.layers] == [112, 112]
     assert model.training

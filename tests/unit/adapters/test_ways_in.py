@@ -18,12 +18,22 @@ from unit.adapters.stand_ins import (
     BlockAdapter,
     Decoder,
     DenseLayer,
+    MixtralAdapter,
     SequenceFirstAdapter,
     example,
     make,
+    make_mixtral,
 )
 
-from moe_debugger import InvalidInputError, ModelNotSupportedError, MoEDebugger, check_adapter, register_adapter
+from moe_debugger import (
+    InvalidInputError,
+    ModelNotSupportedError,
+    MoEDebugger,
+    check_adapter,
+    register_adapter,
+    unregister_adapter,
+)
+from moe_debugger.capture import find_sites
 
 DROPPED = 2
 
@@ -138,15 +148,14 @@ def test_an_installed_package_offers_its_adapter_by_an_entry_point(distribution:
     ("value", "expected"),
     [
         ("no_such_module:Adapter", "ModuleNotFoundError: No module named 'no_such_module'; repair or uninstall"),
-        ("modeling_glam:GlamConfig", "is no moe_debugger.Adapter; subclass it"),
+        ("string:digits", "'0123456789' is no moe_debugger.Adapter; subclass it"),
     ],
 )
 def test_an_entry_point_that_is_broken_is_named(distribution: Path, value: str, expected: str) -> None:
-    entry = f"glam = {value}"
     (distribution / "glam_debugging-1.0.dist-info" / "entry_points.txt").write_text(
-        f"[moe_debugger.adapters]\n{entry}\n"
+        f"[moe_debugger.adapters]\nglam = {value}\n"
     )
-    text = run_python(ATTACH, distribution)
+    text = run_python("from moe_debugger.capture import registered_adapters as all; all()", distribution)
     assert "InvalidInputError: entry point glam = " + value in text
     assert expected in text
 
@@ -179,6 +188,29 @@ def test_the_adapter_that_a_refusal_shows_works_once_it_is_filled_in() -> None:
     assert "return module.router" in code
     exec("import moe_debugger\n" + code, {})
     glam_routes_are_right(glam.tiny_model())
+
+
+def test_what_lies_inside_a_layer_of_an_adapter_is_the_adapters_alone() -> None:
+    glam = example("modeling_glam").tiny_model()
+    register_adapter(example("glam_adapter").GlamAdapter())
+    assert find_sites(glam).unreadable == ()
+    # A built-in reader would know these experts.
+    model, inputs = make_mixtral(), {"input_ids": torch.arange(12).view(2, 6)}
+    register_adapter(MixtralAdapter())
+    decisions, layers = routed(model, inputs)
+    assert [layer.adapter for layer in layers] == ["mine", "mine"]
+    assert len(decisions) == 24
+    unregister_adapter("mine")
+    expected, _ = routed(model, inputs)
+    assert np.array_equal(decisions.expert_ids, expected.expert_ids)
+    assert np.array_equal(decisions.gate_weights, expected.gate_weights)
+
+
+def test_the_layer_may_be_all_of_the_model() -> None:
+    register_adapter(MixtralAdapter())
+    layer = make_mixtral().model.layers[0].mlp
+    sites = find_sites(layer).sites
+    assert [(site.info.module_name, site.info.adapter) for site in sites] == [("", "mine")]
 
 
 def test_a_name_and_an_instance_are_asked_for() -> None:
