@@ -173,8 +173,15 @@ def read_frame(
     mask, is_unknown = _mask(inputs, outer, num_rows, num_columns, is_decoder=is_decoder)
     if mask is not None:
         frame.is_padding = mask[:, -num_columns:] == 0
-    elif is_unknown and _first(inputs, outer, "cu_seq_lens_q") is None:
-        problem = problem or "attention_mask is not [batch, length], so padding is not known"
+    elif is_unknown:
+        prepared = (each for source in (inputs, outer) for each in _prepared(source, is_decoder=is_decoder))
+        padding = (_diagonal(each, num_rows, num_columns, past_length) for each in prepared)
+        frame.is_padding = next((each for each in padding if each is not None), None)
+        if frame.is_padding is None and _first(inputs, outer, "cu_seq_lens_q") is None:
+            problem = (
+                problem
+                or "attention_mask is neither [batch, length] nor [batch, 1, tokens, keys], so padding is not known"
+            )
     ends = _first(inputs, outer, "cu_seq_lens_q")
     # Continuous batching has a paged cache of its own; packed rows without one are plain evaluation.
     if ends is not None and num_rows == 1 and not is_training and _first(inputs, outer, "cache") is not None:
@@ -280,6 +287,25 @@ def _full_attention(mask: Any, num_rows: int, num_columns: int) -> Any:
     last = prepared[:, 0, -1, -num_columns:]
     seen = last if str(last.dtype) == "torch.bool" else last == 0
     return seen.expand(num_rows, -1)
+
+
+def _prepared(source: Mapping[str, Any], *, is_decoder: bool) -> list[Any]:
+    """Return the masks of attention that a call was given; a model with several kinds of layers has one for each."""
+    masks = [source.get(_DECODER + "attention_mask") if is_decoder else None, source.get("attention_mask")]
+    return [each for mask in masks for each in (mask.values() if isinstance(mask, Mapping) else (mask,))]
+
+
+def _diagonal(mask: Any, num_rows: int, num_columns: int, past_length: int) -> Any:
+    """Return which tokens may not attend to themselves: in a mask [batch, 1, tokens, keys] those are the padded ones.
+
+    `generate` prepares such masks for static caches. The keys of a sliding window are not told apart: None.
+    """
+    if getattr(mask, "ndim", 0) != 4 or mask.shape[0] not in (1, num_rows):
+        return None
+    own = mask[:, 0].diagonal(offset=past_length, dim1=1, dim2=2)
+    if own.shape[1] != num_columns:
+        return None
+    return ((own < 0) if own.is_floating_point() else (own == 0)).expand(num_rows, num_columns).clone()
 
 
 def _phase(

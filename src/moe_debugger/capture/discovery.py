@@ -1,7 +1,8 @@
 """Finds the MoE layers of a model by their structure, never by the names of their classes."""
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_debugger.errors import ModelNotSupportedError
@@ -17,7 +18,7 @@ __all__ = ["Discovery", "LayerInfo", "Site", "find_sites"]
 
 # The first of these that a number follows holds a stack's layers, in every architecture of transformers 5.
 _LAYERS = ("layers", "blocks", "block", "layer", "h")
-_VISION = ("vision_tower", "visual", "vision_model", "vision_encoder", "backbone")
+_VISION = ("vision_tower", "visual", "vision_model", "vision_encoder")
 _MAX_NAMES_IN_ERROR = 12
 _ADAPTER_TEXT = """To watch it all the same, say how its layers are read and attach again:
 
@@ -63,27 +64,44 @@ def find_sites(model: "nn.Module") -> Discovery:
         raise ModelNotSupportedError(
             f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself, not a pipeline or a path"
         )
-    modules = dict(model.named_modules())
+    # A module that stands in several places of the model has several names.
+    modules = dict(model.named_modules(remove_duplicate=False))
     searched = Model(modules, _text_config(model))
     sites: list[Site] = []
     unreadable: list[tuple[str, str]] = []
     read: list[str] = []
+    done: set[tuple[int, int]] = set()
     for name, module in modules.items():
-        if any(name.startswith(f"{inside}.") for inside in read):
+        # A shared layer is one site. Experts that blocks share are one for each block, which has its own router.
+        place = (id(module), id(modules[name.rpartition(".")[0]]) if _is_named_experts(name, module) else 0)
+        if place in done or any(name.startswith(f"{inside}." if inside else "") for inside in read):
             continue
+        done.add(place)
         reading = _by_adapters(searched, name, module)
+        is_adapters = reading is not None
         if reading is None:
-            candidate = name.rpartition(".")[2] == "experts" or hasattr(module, "_is_expert_parallel")
+            candidate = _is_named_experts(name, module)
             reading = _by_structure(searched, name, module, is_named_experts=candidate)
             if reading is None and candidate:
                 unreadable.append((name, _unreadable_reason(module)))
         if reading is not None:
             sites.append(_site(searched, reading, len(sites)))
-            # What lies inside the experts is theirs.
-            read.append(next((n for n, m in modules.items() if m is reading.experts), name))
+            # What lies inside the experts is theirs, and inside a layer that an adapter reads it is the adapter's.
+            owner = module if is_adapters else reading.experts
+            read += [other for other, held in modules.items() if held is owner] or [name]
     if not sites:
         raise ModelNotSupportedError(_nothing_found_text(model, modules, unreadable))
-    return Discovery(tuple(sites), tuple(unreadable))
+    return Discovery(_told_apart(sites), tuple(unreadable))
+
+
+def _is_named_experts(name: str, module: "nn.Module") -> bool:
+    return name.rpartition(".")[2] == "experts" or hasattr(module, "_is_expert_parallel")
+
+
+def _told_apart(sites: list[Site]) -> tuple[Site, ...]:
+    """Mark the sites that share their experts module: a call of it belongs to the one whose router was just seen."""
+    number = Counter(id(site.experts) for site in sites)
+    return tuple(replace(site, is_shared=True) if number[id(site.experts)] > 1 else site for site in sites)
 
 
 def _by_adapters(model: Model, name: str, module: "nn.Module") -> Reading | None:
@@ -107,9 +125,7 @@ def _by_structure(model: Model, name: str, module: "nn.Module", *, is_named_expe
 
 def _site(model: Model, reading: Reading, layer_index: int) -> Site:
     root, number = _place(reading.module_name)
-    # A vision tower that is watched by itself has no name, but says what it takes.
-    sees = getattr(model.modules.get(root), "main_input_name", "")
-    stack = "vision" if sees == "pixel_values" else _stack(reading.module_name)
+    stack = _stack(model, reading.module_name, root)
     info = LayerInfo(
         layer_index=layer_index,
         model_layer_index=layer_index if number is None else number,
@@ -148,8 +164,13 @@ def _place(module_name: str) -> tuple[str, int | None]:
     return "", None
 
 
-def _stack(name: str) -> str:
+def _stack(model: Model, name: str, root: str) -> str:
     parts = name.split(".")
+    # A vision tower may have any name (or none, watched by itself), but says what it takes; so does what holds it.
+    around = [".".join(root.split(".")[:length]) for length in range(len(root.split(".")), -1, -1)]
+    says = (getattr(model.modules.get(each), "main_input_name", None) for each in around)
+    if next((main for main in says if isinstance(main, str)), "") == "pixel_values":
+        return "vision"
     if any(part in _VISION for part in parts):
         return "vision"
     return "encoder" if "encoder" in parts else "decoder"

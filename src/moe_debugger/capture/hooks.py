@@ -36,6 +36,7 @@ __all__ = ["Capture", "detach"]
 _watched: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]]" = weakref.WeakKeyDictionary()
 _watched_lock = threading.Lock()
 _MAX_PROBLEMS = 64
+_MAX_NAMES = 3
 
 
 class Capture:
@@ -74,6 +75,8 @@ class Capture:
         self.num_recomputed_calls = 0
         self.num_lost_decisions = 0
         self.problems: Counter[str] = Counter()
+        if self.discovery.unreadable:
+            self.problems[_unreadable_text(self.discovery)] = 1
         self._reserve()
         # The hooks do not keep a capture alive; where everyone lost it, they go with it.
         self._unhook = weakref.finalize(self, _unhook, self._handles, self._receivers)
@@ -447,6 +450,15 @@ def _is_module(value: Any) -> "TypeGuard[nn.Module]":
     from torch import nn
 
     return isinstance(value, nn.Module)
+
+
+def _unreadable_text(discovery: Discovery) -> str:
+    shown = "; ".join(f"{name}: {reason}" for name, reason in discovery.unreadable[:_MAX_NAMES])
+    more = f" and {len(discovery.unreadable) - _MAX_NAMES} more" if len(discovery.unreadable) > _MAX_NAMES else ""
+    return (
+        f"{len(discovery.unreadable)} MoE-like modules cannot be read and are not captured ({shown}{more}); "
+        "say how they are read with an adapter (moe_debugger.Adapter)"
+    )
 
 
 def _unexpected(given: tuple[Any, ...]) -> str:
