@@ -88,8 +88,8 @@ def _matching(adapter: Adapter, model: "nn.Module") -> list[Layer]:
         reading = read_by_adapter(adapter, searched, name, module)
         if reading is not None:
             layers.append(Layer(name, module, reading))
-            # As in the search for layers: what lies inside the experts is theirs.
-            inside += reading.experts.modules()
+            # As in the search for layers: what lies inside a layer of an adapter is the adapter's.
+            inside += module.modules()
     if not layers:
         kinds = list(dict.fromkeys(type(module).__name__ for module in modules.values()))
         more = f" and {len(kinds) - _MAX_KINDS_IN_ERROR} more" if len(kinds) > _MAX_KINDS_IN_ERROR else ""

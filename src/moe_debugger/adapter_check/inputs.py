@@ -16,8 +16,10 @@ _LENGTHS = (14, 14, 9, 5)
 _SEED = 0
 
 
-def make_inputs(model: "nn.Module") -> "dict[str, torch.Tensor]":
+def make_inputs(model: "nn.Module") -> dict[str, Any]:
     """Return `input_ids` [4, 14] and, where the model takes them, `attention_mask` and `decoder_input_ids`.
+
+    A model that knows `use_cache` is told to make none: a cache would grow with each call of a layer that is run alone.
 
     Raises:
         InvalidInputError: the model takes no `input_ids`, or the size of its vocabulary is not known.
@@ -43,14 +45,15 @@ def make_inputs(model: "nn.Module") -> "dict[str, torch.Tensor]":
     shape = (len(_LENGTHS), max(_LENGTHS))
     ids = torch.randint(0, vocab_size, shape, generator=generator)
     mask = torch.arange(shape[1]) >= shape[1] - torch.tensor(_LENGTHS)[:, None]
-    inputs = {"input_ids": ids}
+    inputs: dict[str, torch.Tensor] = {"input_ids": ids}
     if "attention_mask" in names:
         inputs["input_ids"] = torch.where(mask, ids, pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0)
         inputs["attention_mask"] = mask.long()
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = torch.randint(0, vocab_size, shape, generator=generator)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {**on_device, "use_cache": False} if "use_cache" in names else on_device
 
 
 def _vocab_size(model: "nn.Module") -> int:
