@@ -307,16 +307,18 @@ export class FakeGateway {
       value: encodeF64(steps.flatMap((step) => Array.from({ length: numValues }, (_, i) => of(step, i)))),
     });
     const layers = Array.from({ length: this.numLayers }, (_, layer) => layer);
-    const all = [
-      one("loss", 1, (step) => 2 + 8 * Math.exp(-step / 40)),
-      one("lr", 1, () => 3e-4),
-      ...layers.map((l) => one("router_gradient_norm", 1, (s) => (l === 1 ? Number.NaN : (l + 1) / (s + 9)), l)),
-      ...layers.map((l) => one("expert_gradient_norm", this.numExperts, (s, i) => (i + 1) / (s + 9), l)),
-    ];
-    return {
-      series: all.filter(({ name, isPerExpert }) => (names.length > 0 ? names.includes(name) : !isPerExpert)),
-      numPointsNotKept: 0n,
+    const byName = {
+      loss: () => [one("loss", 1, (step) => 2 + 8 * Math.exp(-step / 40))],
+      lr: () => [one("lr", 1, () => 3e-4)],
+      router_gradient_norm: () =>
+        layers.map((l) => one("router_gradient_norm", 1, (s) => (l === 1 ? Number.NaN : (l + 1) / (s + 9)), l)),
+      expert_gradient_norm: () =>
+        layers.map((l) => one("expert_gradient_norm", this.numExperts, (s, i) => (i + 1) / (s + 9), l)),
     };
+    const series = Object.entries(byName)
+      .filter(([name]) => (names.length > 0 ? names.includes(name) : name !== "expert_gradient_norm"))
+      .flatMap(([, make]) => make());
+    return { series, numPointsNotKept: 0n };
   }
 
   transport(): Transport {

@@ -1,5 +1,5 @@
 // One small multiple: a series over the global step, one line for each source.
-import { type KeyboardEvent, type PointerEvent, useId } from "react";
+import { type KeyboardEvent, type PointerEvent, useId, useMemo } from "react";
 import { useTranslation } from "react-i18next";
 import { formatInteger, formatValue } from "../format";
 import {
@@ -61,18 +61,23 @@ interface SeriesChartProps {
 
 export function SeriesChart({ name, title, lines, labels, domain, isLog }: SeriesChartProps) {
   const { t } = useTranslation();
-  const { cursor } = useTraining();
+  const cursor = useTraining((state) => state.cursor);
   const [box, width] = useWidth();
   const clipId = useId();
-  const bad = countUnreadable(lines);
-  // A log scale needs values above 0; a series with others stays linear.
-  const isLogHere = isLog && lines.every(({ values }) => values.every((value) => !(value <= 0)));
-  const extent = valueExtent(lines, isLogHere);
+  const { bad, isLogHere, extent } = useMemo(() => {
+    // A log scale needs values above 0; a series with others stays linear.
+    const canLog = isLog && lines.every(({ values }) => values.every((value) => !(value <= 0)));
+    return { bad: countUnreadable(lines), isLogHere: canLog, extent: valueExtent(lines, canLog) };
+  }, [lines, isLog]);
   const shown = cursor === null ? null : readAt(lines, cursor);
   const last = newestOf(lines);
   const read = shown ?? last;
-  const x = stepScale(domain, LEFT, Math.max(LEFT + 1, width - RIGHT));
-  const y = extent ? valueScale(extent, isLogHere) : () => Number.NaN;
+  // The cursor moves often: the paths are made anew only when they change.
+  const { x, y, paths } = useMemo(() => {
+    const toX = stepScale(domain, LEFT, Math.max(LEFT + 1, width - RIGHT));
+    const toY = extent ? valueScale(extent, isLogHere) : () => Number.NaN;
+    return { x: toX, y: toY, paths: lines.map((line) => seriesPath(line, toX, toY)) };
+  }, [lines, domain, extent, isLogHere, width]);
   const [longest] = [...lines].sort((a, b) => b.steps.length - a.steps.length);
   const summary =
     extent && last
@@ -127,7 +132,7 @@ export function SeriesChart({ name, title, lines, labels, domain, isLog }: Serie
                 <g key={value}>
                   <line className="grid" x1={LEFT} x2={width - RIGHT} y1={y(value)} y2={y(value)} />
                   <text className="tick" x={LEFT - 6} y={y(value) + 3.5} textAnchor="end">
-                    {formatValue(value)}
+                    {tickLabel(value, extent)}
                   </text>
                 </g>
               ))}
@@ -137,7 +142,7 @@ export function SeriesChart({ name, title, lines, labels, domain, isLog }: Serie
                 <path
                   key={`${line.sourceId}/${line.name}`}
                   className={`line series-line series-${i % MAX_COLOURS}`}
-                  d={seriesPath(line, x, y)}
+                  d={paths[i]}
                 />
               ))}
               {cursor !== null && (
@@ -225,6 +230,12 @@ function valueTicks([low, high]: Extent, isLog: boolean): number[] {
   if (!isLog) return niceTicks([low, high], 4);
   const powers = niceTicks([Math.log10(low), Math.log10(high)], 3).map((power) => Number((10 ** power).toPrecision(2)));
   return powers.filter((value) => value >= low && value <= high);
+}
+
+/** As short as it may be, and still different from its neighbours. */
+function tickLabel(value: number, [low, high]: Extent): string {
+  const isNarrow = high > low && high - low < Math.abs(high) / 100;
+  return isNarrow ? String(Number(value.toPrecision(6))) : formatValue(value);
 }
 
 function newestOf(lines: readonly SeriesLine[]): { step: number; value: number } | null {

@@ -1,5 +1,5 @@
 // Layers (or experts) x steps as a picture: colour is a value over the median of all that is shown, on the load's scale.
-import { type KeyboardEvent, type PointerEvent, useEffect, useRef } from "react";
+import { type KeyboardEvent, type PointerEvent, useEffect, useMemo, useRef } from "react";
 import { useTranslation } from "react-i18next";
 import { formatInteger, formatRatio, formatValue } from "../format";
 import { LUTS, scaleIndex } from "../model/scale";
@@ -13,6 +13,8 @@ import { LEFT, moveCursor, RIGHT, StepAxis, stepScale } from "./SeriesChart";
 // log2 of the scale's hot end: 8 times the median.
 const HOT = 3;
 const AXIS = 20;
+// Room for half of the first row's label.
+const TOP = 6;
 const MAX_COLUMNS = 400;
 
 interface SeriesHeatProps {
@@ -28,14 +30,14 @@ interface SeriesHeatProps {
 export function SeriesHeat({ name, title, rows, labels, domain, selected, onSelect }: SeriesHeatProps) {
   const { t } = useTranslation();
   const theme = useTheme();
-  const { cursor } = useTraining();
+  const cursor = useTraining((state) => state.cursor);
   const [box, width] = useWidth();
   const canvas = useRef<HTMLCanvasElement>(null);
   const rowHeight = Math.max(3, Math.min(16, Math.floor(180 / Math.max(1, rows.length))));
   const height = rowHeight * rows.length;
   const left = Math.max(LEFT, Math.max(...labels.map((label) => label.length)) * 6.2 + 12);
   const plotWidth = Math.max(1, width - left - RIGHT);
-  const median = medianOf(rows);
+  const median = useMemo(() => medianOf(rows), [rows]);
   const line = rows[selected];
   const steps = line?.steps ?? rows[0]?.steps ?? new Float64Array();
 
@@ -76,8 +78,8 @@ export function SeriesHeat({ name, title, rows, labels, domain, selected, onSele
     const share = Math.max(0, Math.min(1, (event.clientX - bounds.left - left) / plotWidth));
     const step = domain[0] + share * (domain[1] - domain[0]);
     useTraining.setState({ cursor: nearestStep(steps, step) });
-    const row = Math.floor((event.clientY - bounds.top) / rowHeight);
-    if (isPress && row < rows.length) select(row);
+    const row = Math.floor((event.clientY - bounds.top - TOP) / rowHeight);
+    if (isPress && row >= 0 && row < rows.length) select(row);
   };
   const onKeyDown = (event: KeyboardEvent) => {
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {
@@ -124,16 +126,16 @@ export function SeriesHeat({ name, title, rows, labels, domain, selected, onSele
             <canvas
               ref={canvas}
               className="series-cells"
-              style={{ width: plotWidth, height, insetInlineStart: left }}
+              style={{ width: plotWidth, height, insetInlineStart: left, insetBlockStart: TOP }}
             />
-            <svg width={width} height={height + AXIS} aria-hidden="true">
+            <svg width={width} height={height + TOP + AXIS} aria-hidden="true">
               {labels.map((label, row) =>
                 row % each === 0 || row === selected ? (
                   <text
                     key={label}
                     className={row === selected ? "tick strong" : "tick"}
                     x={left - 6}
-                    y={(row + 0.5) * rowHeight + 3.5}
+                    y={TOP + (row + 0.5) * rowHeight + 3.5}
                     textAnchor="end"
                   >
                     {row !== selected && Math.abs(row - selected) * rowHeight < 12 ? "" : label}
@@ -143,12 +145,12 @@ export function SeriesHeat({ name, title, rows, labels, domain, selected, onSele
               <rect
                 className="series-selected"
                 x={left - 1}
-                y={selected * rowHeight - 0.5}
+                y={TOP + selected * rowHeight - 0.5}
                 width={plotWidth + 2}
                 height={rowHeight}
               />
-              {cursor !== null && <line className="cursor" x1={x(cursor)} x2={x(cursor)} y1={0} y2={height} />}
-              <StepAxis domain={domain} x={x} y={height + 4} width={width} left={left} />
+              {cursor !== null && <line className="cursor" x1={x(cursor)} x2={x(cursor)} y1={TOP} y2={TOP + height} />}
+              <StepAxis domain={domain} x={x} y={TOP + height + 4} width={width} left={left} />
             </svg>
           </>
         )}

@@ -32,7 +32,8 @@ const HOT = 3;
 
 export default function TrainingPanel() {
   const { t } = useTranslation();
-  const { lines, error } = useTraining();
+  const lines = useTraining((state) => state.lines);
+  const error = useTraining((state) => state.error);
   if (!lines || lines.length === 0) {
     return (
       <section className="training" aria-label={t("panel.training")}>
@@ -55,7 +56,11 @@ function useSeriesTitle(): (name: string) => string {
 function TrainingCharts({ lines }: { lines: readonly SeriesLine[] }) {
   const { t } = useTranslation();
   const titleOf = useSeriesTitle();
-  const { error, maxPoints, numNotKept, sourceId, isLog, cursor } = useTraining();
+  const error = useTraining((state) => state.error);
+  const maxPoints = useTraining((state) => state.maxPoints);
+  const numNotKept = useTraining((state) => state.numNotKept);
+  const sourceId = useTraining((state) => state.sourceId);
+  const isLog = useTraining((state) => state.isLog);
   const isTable = useApp((state) => state.isTable);
   const layers = useApp((state) => state.picture?.whole.layers);
   const model = useMemo(() => modelSeries(lines), [lines]);
@@ -174,7 +179,7 @@ function TrainingCharts({ lines }: { lines: readonly SeriesLine[] }) {
         </>
       )}
       <div className="visually-hidden" aria-live="polite" data-testid="training-spoken">
-        {cursor !== null && <Spoken model={model} step={cursor} titleOf={titleOf} />}
+        <Spoken model={model} titleOf={titleOf} />
       </div>
     </section>
   );
@@ -182,13 +187,14 @@ function TrainingCharts({ lines }: { lines: readonly SeriesLine[] }) {
 
 interface SpokenProps {
   model: ReadonlyMap<string, readonly SeriesLine[]>;
-  step: number;
   titleOf: (name: string) => string;
 }
 
 /** What the cursor stands on, in words. */
-function Spoken({ model, step, titleOf }: SpokenProps) {
+function Spoken({ model, titleOf }: SpokenProps) {
   const { t } = useTranslation();
+  const step = useTraining((state) => state.cursor);
+  if (step === null) return null;
   const values = [...model].flatMap(([name, [line]]) => {
     const at = line ? indexAt(line.steps, step) : -1;
     const value = line?.values[at];
@@ -218,7 +224,10 @@ function LayerCharts({ perLayer, domain, labelOf, picker }: LayerChartsProps) {
     const to = layers?.findIndex((layer) => layer.layerIndex === layerIndex) ?? -1;
     if (to >= 0) useApp.setState({ row: to });
   };
-  const bias = BIAS.flatMap((name) => perLayer.get(name)?.find(({ layerIndex }) => layerIndex === selectedIndex) ?? []);
+  const bias = useMemo(
+    () => BIAS.flatMap((name) => perLayer.get(name)?.find(({ layerIndex }) => layerIndex === selectedIndex) ?? []),
+    [perLayer, selectedIndex],
+  );
   return (
     <>
       <header className="panel-head">
@@ -268,7 +277,10 @@ function ExpertSection({ perLayer, labelOf }: Pick<LayerChartsProps, "perLayer" 
   const isTable = useApp((state) => state.isTable);
   const layerIndex = useApp((state) => state.picture?.whole.layers[state.row]?.layerIndex ?? state.row);
   const label = labelOf(layerIndex);
-  const { expertLines: found, expertError, isShowingExperts, sourceId } = useTraining();
+  const found = useTraining((state) => state.expertLines);
+  const expertError = useTraining((state) => state.expertError);
+  const isShowingExperts = useTraining((state) => state.isShowingExperts);
+  const sourceId = useTraining((state) => state.sourceId);
   const expert = useApp((state) => state.expert);
   const line =
     found?.find((one) => one.layerIndex === layerIndex && (!sourceId || one.sourceId === sourceId)) ??
