@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-import nats
 import nats.errors
-import nats.js.errors
 import structlog
 from nats.aio.client import Client as NatsClient
 from nats.js import JetStreamContext
@@ -226,6 +224,8 @@ class Publisher:
             return False
         self._stop_timeout_s, self._closes_session, self._reason = timeout_s, closes_session, reason
         self._is_stopping = True
+        if self._thread.ident is None:  # never started, so nobody else closes its loop
+            self._loop.close()
         if not self._thread.is_alive():
             return False
         self._call(self._stop_asked.set)
@@ -249,6 +249,7 @@ class Publisher:
             self._is_stopping = True
             self._is_settled.set()
             with contextlib.suppress(Exception):
+                self._loop.run_until_complete(_end_tasks())
                 self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 
@@ -314,19 +315,21 @@ class Publisher:
             self._is_connected.set()
             _log.info("nats_reconnected", source_id=self.source_id)
 
+        options: dict[str, Any] = {
+            "name": f"moe-debugger-source-{self.source_id}",
+            "error_cb": on_error,
+            "disconnected_cb": on_disconnected,
+            "reconnected_cb": on_reconnected,
+            "max_reconnect_attempts": -1,
+            "reconnect_time_wait": 0.25,
+            "connect_timeout": 2,
+        }
         backoff_s = 0.1
         while True:
+            # Ours before it connects: a stop in the middle of it has something to close.
+            self._client = NatsClient()
             try:
-                self._client = await nats.connect(
-                    self._url,
-                    name=f"moe-debugger-source-{self.source_id}",
-                    error_cb=on_error,
-                    disconnected_cb=on_disconnected,
-                    reconnected_cb=on_reconnected,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.25,
-                    connect_timeout=2,
-                )
+                await self._client.connect(self._url, **options)
                 break
             except (OSError, nats.errors.Error) as error:
                 self._last_error = _error_text(error)
@@ -528,6 +531,15 @@ def redact_url(url: str) -> str:
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+async def _end_tasks() -> None:
+    """End what the NATS client left: its `close` cancels its tasks and does not wait for them."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=1.0)
 
 
 def _error_text(error: BaseException) -> str:

@@ -1,5 +1,7 @@
 """A source on a real NATS: gap-free sequences, nothing lost over a kill, drops counted, the model never blocked."""
 
+import asyncio
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nats.aio.client import Client
 from servers import eventually, free_port
 from source_broker import Broker
 from tiny_moe import build
@@ -208,6 +211,45 @@ def test_a_refusal_is_said_with_its_reason(broker: Broker) -> None:
         debugger.start_session()
     assert broker.server.password not in str(error.value)
     debugger.close()
+
+
+def test_no_task_is_left_where_closing_the_connection_takes_too_long(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never_ends(client: Client) -> None:
+        assert client._transport is not None
+        client._status = Client.CLOSED  # else it would connect again
+        client._transport.close()  # type: ignore[no-untyped-call]
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Client, "close", never_ends)
+    publisher = Publisher(broker.server.url, _description())
+    publisher.start()
+    publisher.wait_for_session(15)
+    publisher.submit(_columns(3))
+    publisher.stop(10)
+    assert publisher._loop.is_closed()
+    assert not asyncio.all_tasks(publisher._loop)
+
+
+def test_a_stop_in_the_middle_of_connecting_leaves_nothing_open() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # It accepts and says nothing, as a server does that is stuck.
+        publisher = Publisher(f"nats://127.0.0.1:{listener.getsockname()[1]}", _description())
+        publisher.start()
+        connection, _ = listener.accept()
+        with connection:
+            publisher.stop(0.1)
+            connection.settimeout(10)
+            assert connection.recv(1) == b"", "the publisher's end is closed"
+    assert publisher._loop.is_closed()
+    assert not asyncio.all_tasks(publisher._loop)
+
+
+def test_a_publisher_that_was_never_started_frees_its_loop() -> None:
+    publisher = Publisher("nats://127.0.0.1:4222", _description())
+    assert not publisher.stop()
+    assert publisher._loop.is_closed()
 
 
 def test_an_unreachable_fleet_is_named_without_its_password() -> None:
