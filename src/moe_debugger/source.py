@@ -21,7 +21,8 @@ from moe_debugger._decisions import Decisions
 from moe_debugger._stats import ExpertMetrics, RoutingStats
 from moe_debugger.analysis import Analysis, CaptureHealth, RoutingState, Thresholds, finish
 from moe_debugger.capture import LayerInfo
-from moe_debugger.engines.arrays import CheckedRoutes, RouteChecker, ZeroRows, engine_layers
+from moe_debugger.engines.arrays import CheckedRoutes, RefusedRoutesError, RouteChecker, ZeroRows, engine_layers
+from moe_debugger.engines.health import PushedHealth
 from moe_debugger.engines.local import LocalRoutes
 from moe_debugger.errors import FleetError, InvalidInputError, SessionClosedError
 from moe_debugger.publish import Health, Publisher, PublisherStatistics, SourceDescription, redact_url
@@ -40,6 +41,7 @@ LEVELS: dict[str, int] = {
 }
 _FLUSH_TIMEOUT_S = 60.0
 _MAX_PROBLEM_KINDS = 16
+_REFUSED = "arrays were refused: zero-filled, cut, out of line or out of range"
 # What the fleet shows beside a source's account: tokens are no decisions, so the counters have no place for them.
 _NOT_ROUTED_SERIES = "not_routed_tokens"
 
@@ -221,6 +223,7 @@ class Source:
         self._checker = checker
         self._local = local
         self._thresholds = thresholds
+        self._checks = PushedHealth(len(checker.layers), sum(info.top_k for info in checker.layers))
         self._local_id = new_id()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -309,18 +312,16 @@ class Source:
 
         Raises:
             SessionClosedError: the source was closed.
-            InvalidInputError: the arrays are zero-filled, cut, out of line or out of range; nothing of them is taken,
-                and their decisions are counted as dropped ("capture_error").
+            InvalidInputError: the arrays are zero-filled, cut, out of line or out of range, or the request's id is no
+                id; nothing of them is taken, and their decisions are counted as dropped ("capture_error").
         """
         started_ns = time.perf_counter_ns()
         self._check_open()
-        if request_id is not None:
-            check_id(request_id, "request_id")
-        name = request_id or new_id()
         with self._lock:
             step = self._step
             self._step += 1
         try:
+            name = new_id() if request_id is None else check_id(request_id, "request_id")
             checked = self._checker.check(
                 name,
                 expert_ids,
@@ -335,8 +336,8 @@ class Source:
                 zero_rows=zero_rows,
                 step=step,
             )
-        except InvalidInputError:
-            self.count_refused(_num_rows(expert_ids))
+        except InvalidInputError as error:
+            self._refuse(_num_rows(expert_ids), _REFUSED, error)
             raise
         published = self._take(name, checked)
         with self._lock:
@@ -371,6 +372,7 @@ class Source:
         with self._lock:
             self._num_calls += 1
             self._num_decisions += columns.num_decisions
+            self._checks.counted(sum(int(layer.expert_counts.sum()) for layer in columns.layers), len(columns.layers))
             self._step = max(self._step, columns.last_step + 1)
         return is_taken
 
@@ -381,10 +383,15 @@ class Source:
             num_tokens: how many; their decisions at every layer are dropped ("capture_error").
             problem: what is wrong, shown with the source's health.
         """
+        self._refuse(num_tokens, problem or _REFUSED)
+
+    def _refuse(self, num_tokens: int, problem: str, error: InvalidInputError | None = None) -> None:
+        check = error.check if isinstance(error, RefusedRoutesError) else "conservation"
         with self._lock:
             self._num_calls += 1
             self._num_refused += 1
-            self._note(problem or "arrays were refused: zero-filled, cut, out of line or out of range", 1)
+            self._note(problem, 1)
+            self._checks.refused(check, num_tokens, str(error or problem))
         self._drop(pb.DROP_REASON_CAPTURE_ERROR, num_tokens * len(self._checker.layers))
 
     def account(self) -> SourceAccount:
@@ -444,13 +451,17 @@ class Source:
             InvalidInputError: the source keeps nothing in this process.
         """
         state = self._settled().state()
+        return finish(state, thresholds=self._thresholds, baseline=baseline, health=self.capture_health())
+
+    def capture_health(self) -> CaptureHealth:
+        """Return how far what was pushed can be trusted; docs/engines.md says what each check means here."""
         account = self.account()
-        health = CaptureHealth(
-            num_produced=account.num_decisions + sum(account.num_dropped.values()),
-            dropped=dict(account.num_dropped),
-            problems=tuple(account.problems),
-        )
-        return finish(state, thresholds=self._thresholds, baseline=baseline, health=health)
+        dropped = dict(account.num_dropped)
+        # Refused calls are no decisions of the account; what was taken and dropped later is.
+        num_produced = account.num_decisions + dropped.get(reason_name(pb.DROP_REASON_CAPTURE_ERROR), 0)
+        with self._lock:
+            checks = self._checks.checks(num_produced=num_produced, dropped=dropped)
+        return CaptureHealth(num_produced, dropped, problems=tuple(account.problems), checks=checks)
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Wait until all that was pushed is counted, and on the broker where there is a fleet.
@@ -483,16 +494,17 @@ class Source:
     def health(self) -> Health:
         """Return what goes into the next status: called on the publisher's thread."""
         now_ns = time.monotonic_ns()
+        health = self.capture_health()
         with self._lock:
             before_ns, before_busy_ns = self._status_mark
             self._status_mark = (now_ns, self._busy_ns)
             share = (self._busy_ns - before_busy_ns) / max(1, now_ns - before_ns)
-            problems = tuple(f"{text} ({number}x)" for text, number in self._problems.items())
             return Health(
                 last_step=max(0, self._step - 1),
                 hook_time_share=min(1.0, share),
-                is_healthy=not problems,
-                problems=problems,
+                is_healthy=health.is_healthy,
+                problems=tuple(f"{text} ({number}x)" for text, number in self._problems.items()),
+                checks=health.checks,
             )
 
     def __enter__(self) -> "Source":
@@ -517,6 +529,13 @@ class Source:
             is_taken = self._forward(columns)
         with self._lock:
             self._num_calls += 1
+            self._checks.taken(
+                checked.num_tokens,
+                checked.problems,
+                with_weights=columns is not None and columns.layers[0].gate_weights is not None,
+                num_missing_tokens=checked.num_missing_tokens,
+                num_missing_layers=checked.num_missing_layers,
+            )
             self._num_tokens += checked.num_tokens
             self._num_decisions += num_decisions
             self._num_not_routed += checked.num_not_routed_tokens

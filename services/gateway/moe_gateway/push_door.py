@@ -253,14 +253,24 @@ def _push(source: Source, request: pb.PublishRoutesRequest) -> PublishedRoutes:
     num_tokens = request.num_tokens
     routes_shape = (num_tokens, len(source.layers()), source.top_k)
     phase = None if request.phase == routing_pb2.PHASE_UNSPECIFIED else int(request.phase)
+    try:
+        expert_ids = _column("expert_ids", request.expert_ids, "<i2", routes_shape)
+        position = _column("position", request.position, "<u4", (num_tokens,))
+        weights = _column("gate_weights", request.gate_weights, "<f4", routes_shape) if request.gate_weights else None
+        token_ids = _column("token_id", request.token_id, "<u4", (num_tokens,)) if request.token_id else None
+        is_padding = _column("is_padding", request.is_padding, "u1", (num_tokens,)) if request.is_padding else None
+    except InvalidInputError:
+        # What the client says it has may be anything; the bytes that came tell how many tokens' routes are lost.
+        source.count_refused(-(-len(request.expert_ids) // (2 * routes_shape[1] * routes_shape[2])))
+        raise
     return source.publish_routes(
         request.request_id or None,
-        _column("expert_ids", request.expert_ids, "<i2", routes_shape),
-        _column("position", request.position, "<u4", (num_tokens,)),
-        _column("gate_weights", request.gate_weights, "<f4", routes_shape) if request.gate_weights else None,
+        expert_ids,
+        position,
+        weights,
         phase=phase,
-        token_ids=_column("token_id", request.token_id, "<u4", (num_tokens,)) if request.token_id else None,
-        is_padding=_column("is_padding", request.is_padding, "u1", (num_tokens,)) if request.is_padding else None,
+        token_ids=token_ids,
+        is_padding=is_padding,
         num_prompt_tokens=request.num_prompt_tokens if request.HasField("num_prompt_tokens") else None,
         num_cached_tokens=request.num_cached_tokens if request.HasField("num_cached_tokens") else None,
     )

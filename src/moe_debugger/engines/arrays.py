@@ -30,7 +30,15 @@ from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import NO_EXPERT, LayerColumns, RoutingColumns
 
-__all__ = ["CheckedRoutes", "RouteChecker", "ZeroRows", "check_layers", "engine_layers", "pick_moe_layers"]
+__all__ = [
+    "CheckedRoutes",
+    "RefusedRoutesError",
+    "RouteChecker",
+    "ZeroRows",
+    "check_layers",
+    "engine_layers",
+    "pick_moe_layers",
+]
 
 ZeroRows = Literal["check", "routed", "not_routed"]
 _ZERO_ROWS = ("check", "routed", "not_routed")
@@ -111,6 +119,18 @@ def _num_ids(info: LayerInfo) -> int:
     return info.num_experts + info.num_identity_experts
 
 
+class RefusedRoutesError(InvalidInputError):
+    """Routes that cannot be those of top-k.
+
+    Attributes:
+        check: name of the check of capture health that refused them.
+    """
+
+    def __init__(self, check: str, text: str) -> None:
+        super().__init__(text)
+        self.check = check
+
+
 @dataclass(frozen=True, slots=True)
 class CheckedRoutes:
     """What an engine's array holds.
@@ -120,12 +140,16 @@ class CheckedRoutes:
         num_tokens: rows in `columns`.
         num_not_routed_tokens: tokens that were left out: from a prefix cache, or without a route at any layer.
         problems: what is suspicious, with how many tokens (or token rows of a layer) show it.
+        num_missing_tokens: tokens that were left out and that no prefix cache explains.
+        num_missing_layers: layers without routes for tokens that other layers have.
     """
 
     columns: RoutingColumns | None
     num_tokens: int
     num_not_routed_tokens: int
     problems: Mapping[str, int] = field(default_factory=dict)
+    num_missing_tokens: int = 0
+    num_missing_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +280,15 @@ class RouteChecker:
                 layers=[self._layer_columns(place, ids, gate_weights, keep) for place in range(len(self.layers))],
                 captured_at_unix_ns=time.time_ns(),
             )
-        return CheckedRoutes(columns, int(keep.sum()), int((~keep).sum()), problems)
+        partly = unrouted & ~(blank | cached | padding)
+        return CheckedRoutes(
+            columns,
+            num_tokens=int(keep.sum()),
+            num_not_routed_tokens=int((~keep).sum()),
+            problems=problems,
+            num_missing_tokens=int(blank.sum()),
+            num_missing_layers=int(partly.any(axis=1).sum()),
+        )
 
     def _checked_ids(self, expert_ids: npt.ArrayLike, num_expected: int | None) -> _I32:
         """Return a copy as [layers, tokens, k] int32."""
@@ -276,9 +308,10 @@ class RouteChecker:
         if array.size and (int(array.max()) > _MAX_EXPERTS or int(array.min()) < NO_EXPERT):
             bad = (array > _MAX_EXPERTS) | (array < NO_EXPERT)
             token, layer, slot = (int(axis[0]) for axis in np.nonzero(bad))
-            raise InvalidInputError(
+            raise RefusedRoutesError(
+                "range",
                 f"expert_ids[{token}, {layer}, {slot}] is {array[token, layer, slot]}; expected 0 to "
-                f"{_num_ids(self.layers[layer]) - 1}, or -1 for not routed"
+                f"{_num_ids(self.layers[layer]) - 1}, or -1 for not routed",
             )
         return np.array(array.transpose(1, 0, 2), np.int32, order="C")
 
@@ -289,9 +322,10 @@ class RouteChecker:
         array = _array("weights", weights)
         expected = (num_rows, len(self.layers), self.top_k)
         if array.dtype.kind != "f" or array.shape != expected:
-            raise InvalidInputError(
+            raise RefusedRoutesError(
+                "weights",
                 f"weights has dtype {array.dtype} and shape {array.shape}; expected floats of the shape of expert_ids, "
-                f"{expected}"
+                f"{expected}",
             )
         return np.array(array.transpose(1, 0, 2), np.float32, order="C")
 
@@ -346,10 +380,11 @@ class RouteChecker:
         if part.size and int(part.max()) >= limit:
             layer, token, slot = (int(axis[0]) for axis in np.nonzero(part >= limit))
             what = "experts" if self._map is None else "physical replicas"
-            raise InvalidInputError(
+            raise RefusedRoutesError(
+                "range",
                 f"expert_ids[{token}, {group.places[layer]}, {slot}] is {part[layer, token, slot]}, and the layer has "
                 f"{limit} {what} (0 to {limit - 1})"
-                + ("; pass physical_to_logical where ids are those of replicas" if self._map is None else "")
+                + ("; pass physical_to_logical where ids are those of replicas" if self._map is None else ""),
             )
         if self._map is not None:
             mapped = self._map[group.places[:, None, None], np.maximum(part, 0)]
@@ -360,10 +395,11 @@ class RouteChecker:
             repeated = ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any(axis=2)
             if repeated.any():
                 layer, token = (int(axis[0]) for axis in np.nonzero(repeated))
-                raise InvalidInputError(
+                raise RefusedRoutesError(
+                    "distinctness",
                     f"token {token}, layer {group.places[layer]}: experts {part[layer, token].tolist()} are not "
                     "distinct, which top-k cannot give; the rows are cut, out of line, or of another layer"
-                    + ("" if self._map is None else ", or physical_to_logical is of another placement")
+                    + ("" if self._map is None else ", or physical_to_logical is of another placement"),
                 )
 
     def _problems(
@@ -402,8 +438,9 @@ class RouteChecker:
             gate_weights = np.ascontiguousarray(weights[place, keep, : info.top_k])
             if not np.isfinite(gate_weights[~is_empty]).all():
                 row, slot = (int(axis[0]) for axis in np.nonzero(~np.isfinite(gate_weights) & ~is_empty))
-                raise InvalidInputError(
-                    f"layer {place}: the weight of a routed slot is {gate_weights[row, slot]}; expected finite numbers"
+                raise RefusedRoutesError(
+                    "weights",
+                    f"layer {place}: the weight of a routed slot is {gate_weights[row, slot]}; expected finite numbers",
                 )
             gate_weights[is_empty] = np.nan
         status = None
@@ -423,6 +460,9 @@ class RouteChecker:
 
 def _array(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
     try:
+        # numpy has no bfloat16, in which engines keep their weights.
+        if getattr(value, "is_floating_point", bool)():
+            value = value.detach().float()  # type: ignore[union-attr]
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(

@@ -30,7 +30,9 @@ def check_id(value: str, what: str) -> str:
         InvalidInputError: it is not; the text names `what` and the value.
     """
     if not ID_PATTERN.match(value):
-        raise InvalidInputError(f"{what} {value[:64]!r} is not an id; expected a lowercase 26-character ULID")
+        raise InvalidInputError(
+            f"{what} {value[:64]!r} is not an id; expected a lowercase 26-character ULID, as new_id() makes"
+        )
     return value
 
 

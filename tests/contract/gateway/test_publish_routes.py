@@ -155,9 +155,14 @@ async def test_bad_input_is_refused_and_nothing_is_taken(
         assert text in caught.value.message
     closed = await caller.unary("CloseSource", pb.CloseSourceRequest(source_id=source_id))
     assert closed.counters.num_published == 0
-    assert [(one.reason, one.num_decisions > 0) for one in closed.counters.dropped] == [
-        (rpb.DROP_REASON_CAPTURE_ERROR, True)
+    # Every refused call that named the source, by the tokens whose routes came with it.
+    assert [(one.reason, one.num_decisions) for one in closed.counters.dropped] == [
+        (rpb.DROP_REASON_CAPTURE_ERROR, 11 * 3 * LAYERS)
     ]
+    status = [one.status for one in _stored(broker, source_id) if one.WhichOneof("payload") == "status"][-1]
+    assert {check.name for check in status.checks if check.status == rpb.CHECK_STATUS_FAILED} == {
+        "conservation", "range", "drops",
+    }  # fmt: skip
     assert _load(_stored(broker, source_id)) == [[0] * EXPERTS] * LAYERS
 
 

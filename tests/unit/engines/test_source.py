@@ -1,5 +1,6 @@
 """The push door without a fleet: what is counted, what is left out, what is refused, and that nothing waits."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -203,10 +204,12 @@ def test_wrong_arrays_are_refused_and_nothing_of_them_is_taken(
     with pytest.raises(InvalidInputError, match=text):
         source.publish_routes(**values)
     assert load(source) == [[0] * EXPERTS] * LAYERS
-    if "request_id" not in arguments:
-        account = source.account()
-        assert account.num_refused_calls == 1
-        assert account.problems
+    account = source.account()
+    assert account.num_refused_calls == 1
+    assert account.problems
+    health = source.capture_health()
+    assert not health.is_healthy
+    assert [check.name for check in health.failed][-1:] == ["drops"] or not account.num_dropped["capture_error"]
 
 
 def test_a_refused_array_is_in_the_account(source: Source) -> None:
@@ -216,6 +219,67 @@ def test_a_refused_array_is_in_the_account(source: Source) -> None:
     assert account.num_dropped == {"capture_error": 4 * LAYERS}
     assert not source.health().is_healthy
     assert any("capture" in finding.code for finding in source.analyze().findings)
+
+
+def test_sound_routes_are_healthy_by_every_check_that_can_be_made(source: Source, truth: Truth) -> None:
+    assert {check.status for check in source.capture_health().checks} == {"unknown"}
+    ids = truth.routes(10)
+    source.publish_routes(None, ids, np.arange(10), np.ones(ids.shape), num_cached_tokens=4)
+    health = source.capture_health()
+    assert health.is_healthy
+    assert health.num_produced == 6 * LAYERS
+    assert {check.name: (check.status, check.num_checked) for check in health.checks} == {
+        "conservation": ("ok", 6 * LAYERS * TOP_K),
+        "distinctness": ("ok", 6 * LAYERS),
+        "range": ("ok", 6 * LAYERS * TOP_K),
+        "weights": ("ok", 6 * LAYERS * TOP_K),
+        "layers": ("ok", LAYERS),
+        "gaps": ("unknown", 0),
+        "drops": ("ok", 6 * LAYERS),
+        "overhead": ("unknown", 0),
+    }
+    assert health.check("gaps").example
+    # The same goes to the fleet with every status.
+    assert source.health().checks == health.checks
+    assert source.health().is_healthy
+
+
+def _zeroed(*place: Any) -> "npt.NDArray[np.int32]":
+    ids = _valid()
+    ids[place] = 0
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "example"),
+    [
+        ({"expert_ids": _with(16, 2, 1, 0)}, "range", "16 experts"),
+        ({"expert_ids": _with(-5, 2, 1, 0)}, "range", "is -5"),
+        ({"weights": np.full((4, LAYERS, TOP_K), np.nan)}, "weights", "nan"),
+        ({"num_expected_tokens": 5}, "conservation", "it is cut"),
+        ({"expert_ids": np.zeros((4, LAYERS, TOP_K), int)}, "conservation", "none of the 4 tokens"),
+        ({"expert_ids": _zeroed(slice(2, None))}, "conservation", "tokens inside a request"),
+        ({"expert_ids": _zeroed(slice(None), 1)}, "layers", "layer 1 has no routes"),
+    ],
+)
+def test_each_fault_fails_its_check_with_an_example(
+    source: Source, arguments: dict[str, Any], name: str, example: str
+) -> None:
+    values: dict[str, Any] = {"request_id": None, "expert_ids": _valid(), "positions": np.arange(4), **arguments}
+    with contextlib.suppress(InvalidInputError):
+        source.publish_routes(**values)
+    health = source.capture_health()
+    assert not health.is_healthy
+    assert [check.name for check in health.failed if check.name != "drops"] == [name]
+    assert example in health.check(name).example
+    assert any("capture" in finding.code for finding in source.analyze().findings)
+
+
+def test_repeated_experts_fail_distinctness() -> None:
+    with moe_debugger.open_source(num_layers=LAYERS, num_experts=EXPERTS, top_k=3) as source:
+        with pytest.raises(InvalidInputError):
+            source.publish_routes(None, _twice(), np.arange(2))
+        assert [check.name for check in source.capture_health().failed] == ["distinctness", "drops"]
 
 
 def test_repeated_experts_are_refused() -> None:
@@ -340,6 +404,12 @@ def test_torch_tensors_are_arrays(source: Source, truth: Truth) -> None:
     ids = truth.routes(3)
     source.publish_routes(None, torch.from_numpy(ids), torch.arange(3), torch.ones(ids.shape))
     assert load(source) == truth.expected()
+    # numpy has no bfloat16.
+    weights = torch.full(ids.shape, 0.5, dtype=torch.bfloat16, requires_grad=True)
+    published = source.publish_routes(None, torch.from_numpy(ids), torch.arange(3), weights)
+    decisions = source.decisions()
+    rows = [decisions.request_ids[index] == published.request_id for index in decisions.request_index]
+    assert (decisions.gate_weights[rows] == 0.5).all()
 
 
 def test_the_callers_arrays_stay_as_they_were(source: Source, truth: Truth) -> None:
