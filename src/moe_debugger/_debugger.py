@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import math
+import operator
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,6 +152,11 @@ class MoEDebugger:
         return self._session if self._session is not None and not self._session.is_closed else None
 
     @property
+    def model(self) -> "nn.Module":
+        """The model that it watches."""
+        return self._capture.model
+
+    @property
     def coordinates(self) -> ParallelCoordinates:
         """This rank's place in a sharded model."""
         return self._coordinates
@@ -182,7 +188,12 @@ class MoEDebugger:
             )
         name = name or self._session_name
         publisher = self._make_publisher(name) if self._fleet is not None else None
-        self._capture.attach()
+        try:
+            self._capture.attach()
+        except BaseException:
+            if publisher is not None:
+                publisher.stop()
+            raise
         session = Session(name, self._capture, self._options, publisher)
         self._session = session
         if publisher is not None:
@@ -262,7 +273,8 @@ class MoEDebugger:
         Leaving the block reads the gradients where the debugger was made with ``gradients=True``: after backward, and
         before `zero_grad`. All forwards up to the next call belong to the step, so those of gradient accumulation
         (several blocks of the same `n`, or one around all) and of an evaluation after it. A value that is given again
-        for the same step replaces the one before.
+        for the same step replaces the one before. The first block, or the first value, starts a session where none was
+        started, as `profile` does.
 
         Args:
             n: the global step.
@@ -271,11 +283,10 @@ class MoEDebugger:
             series: others by name.
 
         Raises:
-            InvalidInputError: `n` is not in 0..2^63, or a value is no number.
+            InvalidInputError: `n` is no integer in 0..2^63, or a value is no number.
         """
-        if not 0 <= n < _MAX_STEP:
-            raise InvalidInputError(f"step {n}: expected 0 or more")
-        self._enter_step(int(n))
+        n = _step_number(n)
+        self._name_step(n)
         known = {
             "loss": loss,
             "balance_loss": balance_loss,
@@ -283,8 +294,8 @@ class MoEDebugger:
             "lr": lr,
             "grad_norm": grad_norm,
         }
-        self._record_series(int(n), {**{name: value for name, value in known.items() if value is not None}, **series})
-        return StepScope(int(n), enter=self._enter_step, record=self._record_series, leave=self._leave_step)
+        self._record_series(n, {**{name: value for name, value in known.items() if value is not None}, **series})
+        return StepScope(n, enter=self._enter_step, record=self._record_series, leave=self._leave_step)
 
     def record_gradients(self) -> None:
         """Read the gradients as they are now, for the current step: for loops that cannot use a `step` block.
@@ -305,12 +316,24 @@ class MoEDebugger:
         """Whether it was made with ``gradients=True``."""
         return self._reads_gradients
 
-    def _enter_step(self, n: int) -> None:
+    def _name_step(self, n: int) -> None:
         self._capture.step = n
 
+    def _enter_step(self, n: int) -> None:
+        self._start_for_steps()
+        self._name_step(n)
+
+    def _start_for_steps(self) -> None:
+        # A session that was closed stays so: the loop that goes on without one is the caller's choice.
+        if self._session is None and not self._is_closed:
+            self.start_session()
+
     def _record_series(self, n: int, series: Mapping[str, Any]) -> None:
+        if not series:
+            return
+        self._start_for_steps()
         session = self.session
-        if session is not None and series:
+        if session is not None:
             session.record_series(n, series)
 
     def _leave_step(self, n: int) -> None:
@@ -426,6 +449,16 @@ class MoEDebugger:
             tenant=self._tenant,
             buffer_bytes=self._options.buffer_bytes,
         )
+
+
+def _step_number(n: object) -> int:
+    try:
+        number = operator.index(n)  # type: ignore[arg-type]  # whatever is no integer raises
+    except TypeError:
+        number = -1
+    if not 0 <= number < _MAX_STEP:
+        raise InvalidInputError(f"step {n!r}: expected an integer from 0 to 2^63 - 1, the global step")
+    return number
 
 
 def _check_arguments(

@@ -15,7 +15,7 @@ _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "moe
 
 
 class BalanceLossReader:
-    """Keeps the `aux_loss` of each training forward until it is taken.
+    """Keeps the balancing loss of each training forward (`aux_loss`, or one for each stack) until it is taken.
 
     Args:
         model: gets one forward hook, which changes nothing and never raises.
@@ -51,9 +51,20 @@ class BalanceLossReader:
     def _keep(self, module: "nn.Module", args: Any, output: Any) -> None:
         if not module.training:
             return
-        loss = getattr(output, "aux_loss", None)
-        if loss is not None and is_tensor(loss) and loss.numel() == 1:
+        loss = _balance_loss(output)
+        if loss is not None:
             self._losses.append(loss.detach())
+
+
+def _balance_loss(output: Any) -> "torch.Tensor | None":
+    """Return the loss of all stacks: encoder-decoders give one each, and multiply their sum."""
+    found: torch.Tensor | None = None
+    for name in ("aux_loss", "encoder_aux_loss", "decoder_aux_loss"):
+        loss = getattr(output, name, None)
+        # A stack without experts has the number 0.
+        if loss is not None and is_tensor(loss) and loss.numel() == 1:
+            found = loss if found is None else found + loss
+    return found
 
 
 def _coefficient(model: "nn.Module") -> float | None:

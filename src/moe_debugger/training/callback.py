@@ -101,6 +101,7 @@ class MoEDebuggerCallback(TrainerCallback):  # type: ignore[misc]  # transformer
             self._debugger = MoEDebugger(model, **self._options)
         debugger = self._debugger
         assert debugger is not None
+        _check_model(debugger, model)
         self._owns_session = debugger.session is None
         self._session = debugger.session or debugger.start_session()
         self._balance = BalanceLossReader(model)
@@ -154,3 +155,15 @@ class MoEDebuggerCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         self._balance = None
         if self._owns_session and self._session is not None and not self._session.is_closed:
             self._session.stop(ends_session=self._ends_session, reason=reason)
+
+
+def _check_model(debugger: MoEDebugger, model: "nn.Module") -> None:
+    """Refuse a debugger that would see nothing of this training."""
+    watched = debugger.model
+    if not any(module is watched for module in model.modules()) and not any(
+        module is model for module in watched.modules()
+    ):
+        raise InvalidInputError(
+            f"the debugger watches a {type(watched).__name__} that is no part of the {type(model).__name__} which this "
+            "Trainer trains, so it would see nothing; make it of the Trainer's model, or let the callback make one"
+        )

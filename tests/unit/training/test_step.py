@@ -142,15 +142,52 @@ def test_memory_is_bounded_and_what_went_is_counted() -> None:
     ("step", "series", "text"),
     [
         (-1, {}, "step -1"),
-        (2**63, {}, "expected 0 or more"),
+        (2**63, {}, "expected an integer from 0"),
+        (1.5, {}, "step 1.5: expected an integer"),
+        ("3", {}, "step '3': expected an integer"),
         (1, {"loss": "high"}, "'loss' has no number"),
         (1, {"loss": torch.zeros(2)}, "'loss' has no number"),
         (1, {"x" * 65: 1.0}, "1 to 64"),
     ],
 )
-def test_wrong_values_are_named(step: int, series: dict[str, Any], text: str) -> None:
+def test_wrong_values_are_named(step: Any, series: dict[str, Any], text: str) -> None:
     with MoEDebugger(tiny_moe.build("mixtral")) as debugger, pytest.raises(InvalidInputError, match=text):
         debugger.step(step, **series)
+
+
+def test_whatever_is_an_integer_names_a_step() -> None:
+    model = tiny_moe.build("mixtral").train()
+    with MoEDebugger(model) as debugger:
+        session = debugger.session
+        assert session is not None
+        for step in (np.int64(30), torch.tensor(31)):
+            debugger.step(step)  # type: ignore[arg-type]
+            forward(model)
+        assert sorted(set(session.decisions().step.tolist())) == [30, 31]
+
+
+def test_the_first_step_starts_a_session_and_no_later_one_does() -> None:
+    model = tiny_moe.build("mixtral").train()
+    debugger = MoEDebugger(model)
+    debugger.step(4)
+    assert debugger.session is None, "a step alone says what a session will see, which may be opened after it"
+    with debugger.step(5):
+        forward(model)
+    session = debugger.session
+    assert session is not None
+    assert set(session.decisions().step.tolist()) == {5}
+    session.close()
+    with debugger.step(6, loss=1.0):
+        forward(model)
+    assert debugger.session is None
+    debugger.close()
+    debugger.step(7, loss=1.0)
+
+    by_value = MoEDebugger(model)
+    by_value.step(8, loss=2.5)
+    assert by_value.session is not None
+    assert by_value.session.series().value.tolist() == [2.5]
+    by_value.close()
 
 
 def test_an_empty_table_has_all_columns() -> None:

@@ -8,7 +8,12 @@ import pytest
 import tiny_moe
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from moe_debugger import MoEDebugger
 from moe_debugger.errors import InvalidInputError
@@ -128,6 +133,33 @@ def test_the_balance_loss_is_the_mean_of_the_steps_forwards(tmp_path: Path) -> N
     }
 
 
+class _WithRouterLogits(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # transformers 5.23 reads it from the call alone in an encoder-decoder, not from the config.
+        return super().compute_loss(model, {**inputs, "output_router_logits": True}, *args, **kwargs)
+
+
+def test_the_balance_losses_of_encoder_and_decoder_add_up_as_in_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(
+        vocab_size=tiny_moe.VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=2, num_heads=2,
+        num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+        router_aux_loss_coef=0.03,
+    )  # fmt: skip
+    model, losses = SwitchTransformersForConditionalGeneration(config), []
+    handle = model.register_forward_hook(
+        lambda _module, _args, output: losses.append((output.encoder_aux_loss + output.decoder_aux_loss).item())
+    )
+    with MoEDebuggerCallback() as callback:
+        trainer(model, tmp_path, [callback], _WithRouterLogits, eval_strategy="no", max_steps=2).train()
+        assert by_step(callback, "balance_loss") == {
+            step + 1: pytest.approx(np.mean(losses[step * ACCUMULATION : (step + 1) * ACCUMULATION]))
+            for step in range(2)
+        }
+        assert by_step(callback, "balance_coef") == {1: 0.03, 2: 0.03}
+    handle.remove()
+
+
 def test_a_model_without_a_balance_loss_has_no_coefficient(tmp_path: Path) -> None:
     model = tiny_moe.build("mixtral", router_aux_loss_coef=0.02).train()
     with MoEDebuggerCallback() as callback:
@@ -194,6 +226,28 @@ def test_a_debugger_of_the_callers_own_keeps_its_open_session(tmp_path: Path) ->
         callback.close()
         assert debugger.session is not None
     assert hooks_of(model) == 0
+
+
+def test_a_debugger_of_another_model_is_refused(tmp_path: Path) -> None:
+    with MoEDebugger(build()) as debugger:
+        running = trainer(build(), tmp_path, [MoEDebuggerCallback(debugger)], max_steps=1, eval_strategy="no")
+        with pytest.raises(InvalidInputError, match="no part of the MixtralForCausalLM which this Trainer trains"):
+            running.train()
+
+
+def test_a_resumed_training_goes_on_counting_its_steps(tmp_path: Path) -> None:
+    def run(last_step: int, **changes: Any) -> list[int]:
+        with MoEDebuggerCallback() as callback:
+            running = trainer(
+                build(), tmp_path, [callback], max_steps=last_step, eval_strategy="no", save_strategy="steps",
+                save_steps=2, save_only_model=False, **changes,
+            )  # fmt: skip
+            running.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if last_step > 2 else None)
+            assert set(by_step(callback, "loss")) == set(callback.session.decisions().step.tolist())
+            return sorted(set(callback.session.decisions().step.tolist()))
+
+    assert run(2) == [1, 2]
+    assert run(5) == [3, 4, 5]
 
 
 def test_gradient_checkpointing_is_counted_once(tmp_path: Path) -> None:
