@@ -50,7 +50,13 @@ def main() -> None:
             folder, distributed_config=DistributedConfig(**config), local_files_only=True
         ).eval()
 
-    debugger = MoEDebugger(model, fleet=arguments.fleet, session_name=f"sharded-{arguments.plan}")
+    debugger = MoEDebugger(
+        model,
+        fleet=arguments.fleet,
+        session_name=f"sharded-{arguments.plan}",
+        # Sessions are joined by name and model, and each rank has made the tiny one in a folder of its own.
+        model_name=str(arguments.model),
+    )
     rank = debugger.coordinates
     session = debugger.start_session()
     inputs = make_inputs(arguments, rank.data_parallel_rank)
