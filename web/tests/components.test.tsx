@@ -263,6 +263,19 @@ describe("ranks", () => {
     expect(second?.textContent).toContain("10");
   });
 
+  it("shows many ranks as one small picture, with the numbers below it", () => {
+    const fake = new FakeGateway();
+    const shown = picture(fake);
+    const counts = Array.from({ length: 32 }, (_, rank) => (rank === 5 ? 40n : 10n));
+    for (const layer of shown.snapshot.layers) layer.expertParallelCounts = counts;
+    useApp.setState({ sessionId: SESSION_ID, picture: shown });
+    show(fake, <LayerDetails />);
+    const columns = screen.getByTestId("rank-columns");
+    expect(columns.querySelectorAll("rect")).toHaveLength(32);
+    expect(columns.getAttribute("aria-label")).toContain("the fullest is ep 5, 3.66× of the mean");
+    expect(within(screen.getByTestId("rank-load")).getAllByRole("listitem")).toHaveLength(32);
+  });
+
   it("says nothing of ranks for a process on its own", () => {
     const fake = new FakeGateway();
     useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });

@@ -5,6 +5,7 @@ import { formatClock, formatClockMs, formatInteger, formatValue } from "../forma
 import { ComponentState } from "../gen/moe_debugger/v1/gateway_pb";
 import { type Finding, Severity } from "../gen/moe_debugger/v1/session_pb";
 import { findingText, metricName } from "../i18n";
+import { layerName } from "../layers";
 import { matchesFilter } from "../model/filter";
 import { type ComponentEvent, useApp } from "../store";
 import { SearchIcon, SeverityGlyph } from "../ui/icons";
@@ -130,6 +131,12 @@ function FindingRow({ finding }: { finding: Finding }) {
   const key = findingKey(finding);
   const isSelected = useApp((state) => state.findingKey === key);
   const [isOpen, setOpen] = useState(false);
+  // Of a model with several stacks: which one the layer is of.
+  const where = useApp((state) => {
+    const layers = state.picture?.whole.layers ?? [];
+    const row = layers.findIndex(({ layerIndex }) => layerIndex === finding.layerIndex);
+    return row >= 0 ? layerName(layers, row).place : "";
+  });
   const severity = SEVERITY_NAME[finding.severity] ?? "info";
   const title = findingText(finding, "title");
   const summary = findingText(finding, "summary");
@@ -169,7 +176,7 @@ function FindingRow({ finding }: { finding: Finding }) {
           <b>{title}</b> {summary}
         </span>
         {place ? (
-          <button type="button" className="link num" onClick={() => showFinding(finding)}>
+          <button type="button" className="link num" title={where || undefined} onClick={() => showFinding(finding)}>
             {place}
           </button>
         ) : (

@@ -5,11 +5,72 @@ import { CheckStatus } from "../gen/moe_debugger/v1/routing_pb";
 import type { SessionSnapshot, Source } from "../gen/moe_debugger/v1/session_pb";
 import { layerName } from "../layers";
 import { loadRatio } from "../model/load";
-import { rankLoad } from "../model/ranks";
+import { maxOverMean, rankLoad } from "../model/ranks";
 import { useApp } from "../store";
 
+// More ranks than this are columns of one small picture, with the numbers folded below it.
+const MAX_ROWS = 16;
+
+interface RankBarsProps {
+  counts: readonly number[];
+  testId?: string;
+}
+
 /** Load of the experts that each expert-parallel rank computes, whole session. */
-export function RankBars({ counts, testId = "rank-load" }: { counts: readonly number[]; testId?: string }) {
+export function RankBars({ counts, testId = "rank-load" }: RankBarsProps) {
+  const { t } = useTranslation();
+  if (counts.length <= MAX_ROWS) return <RankRows counts={counts} testId={testId} />;
+  return (
+    <>
+      <RankColumns counts={counts} />
+      <details className="rank-numbers">
+        <summary>{t("ranks.numbers", { n: counts.length })}</summary>
+        <RankRows counts={counts} testId={testId} />
+      </details>
+    </>
+  );
+}
+
+const COLUMNS_HEIGHT = 56;
+
+function RankColumns({ counts }: { counts: readonly number[] }) {
+  const { t } = useTranslation();
+  const peak = Math.max(1, ...counts);
+  const mean = counts.reduce((sum, count) => sum + count, 0) / counts.length;
+  const y = (count: number) => COLUMNS_HEIGHT - (count / peak) * (COLUMNS_HEIGHT - 2);
+  const label = t("ranks.columnsLabel", {
+    n: counts.length,
+    rank: counts.indexOf(Math.max(...counts)),
+    ratio: formatRatio(maxOverMean(counts)),
+  });
+  return (
+    <svg
+      className="rank-columns"
+      data-testid="rank-columns"
+      viewBox={`0 0 ${counts.length * 4} ${COLUMNS_HEIGHT}`}
+      preserveAspectRatio="none"
+      role="img"
+      aria-label={label}
+    >
+      {counts.map((count, rank) => (
+        <rect
+          // biome-ignore lint/suspicious/noArrayIndexKey: the index is the rank
+          key={rank}
+          className="rank-column"
+          x={rank * 4 + 0.4}
+          width={3.2}
+          y={y(count)}
+          height={COLUMNS_HEIGHT - y(count)}
+        >
+          <title>{`${t("layer.rank", { rank })} ${formatRatio(loadRatio(count, mean * counts.length, counts.length))}`}</title>
+        </rect>
+      ))}
+      <line className="cursor" x1={0} x2={counts.length * 4} y1={y(mean)} y2={y(mean)} />
+    </svg>
+  );
+}
+
+function RankRows({ counts, testId }: Required<RankBarsProps>) {
   const { t } = useTranslation();
   const total = counts.reduce((sum, count) => sum + count, 0);
   const peak = Math.max(1, ...counts);
