@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from moe_debugger.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 __all__ = ["make_inputs"]

@@ -268,10 +268,17 @@ def make_mixtral() -> Any:
     """Return a random Mixtral of two layers."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes, **heads)).eval()
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    return MixtralForCausalLM(config).eval()
 
 
 def make(model: nn.Module, seed: int = 0) -> Any:
