@@ -166,7 +166,12 @@ class Assembler:
         if len(raws) > 1 and len(routes.expert_ids) != num_rows:
             raise ValueError(f"{info.module_name}: {len(routes.expert_ids)} routed rows of {num_rows}")
         if info.top_k != routes.expert_ids.shape[1]:
-            self._infos[index] = replace(info, top_k=routes.expert_ids.shape[1])
+            self._infos[index] = info = replace(info, top_k=routes.expert_ids.shape[1])
+        meaning = self._sites[index].info.weight_meaning
+        if routes.weights_reason:
+            meaning = f"not known: {routes.weights_reason}"
+        if info.weight_meaning != meaning:
+            self._infos[index] = replace(info, weight_meaning=meaning)
         return routes
 
     def _layer(self, raws: Sequence[RawLayer], tokens: GroupTokens) -> LayerColumns:
@@ -232,6 +237,9 @@ class Assembler:
     def _sums(self, layers: Sequence[Sequence[RawLayer]], tokens: GroupTokens) -> Iterator[CountsColumns]:
         # Read once, counted once for each phase.
         routes = [None if ROW_COUNTS in each[0].tensors else self._routes(each) for each in layers]
+        for found in routes:
+            if found is not None:
+                _check_rows(found, len(tokens.is_padding))
         for rows in counted_rows(tokens):
             yield CountsColumns(
                 first_step=rows.first_step,
@@ -261,6 +269,14 @@ def _only(routes: Routes, keep: npt.NDArray[np.bool_]) -> Routes:
     if routes.row_index is not None:
         row_index = (np.cumsum(keep) - 1)[routes.row_index[of_rows]].astype(np.uint32)
     return Routes(**kept, row_index=row_index)  # type: ignore[arg-type]
+
+
+def _check_rows(routes: Routes, num_tokens: int) -> None:
+    """Check before rows become sums, which nobody can tell rows from that do not fit."""
+    rows = routes.row_index
+    expected = num_tokens if rows is None else len(rows)
+    if len(routes.expert_ids) != expected or (rows is not None and len(rows) and int(rows.max()) >= num_tokens):
+        raise ValueError(f"{len(routes.expert_ids)} routed rows for {expected} tokens")
 
 
 def _arrays(raws: Sequence[RawLayer]) -> dict[str, Any]:
