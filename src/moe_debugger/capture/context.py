@@ -173,15 +173,13 @@ def read_frame(
     mask, is_unknown = _mask(inputs, outer, num_rows, num_columns, is_decoder=is_decoder)
     if mask is not None:
         frame.is_padding = mask[:, -num_columns:] == 0
-    elif is_unknown:
+    elif is_unknown and _first(inputs, outer, "cu_seq_lens_q") is None:
+        # Packed texts are not padded, and their keys may stand in another order than the tokens.
         prepared = (each for source in (inputs, outer) for each in _prepared(source, is_decoder=is_decoder))
         padding = (_diagonal(each, num_rows, num_columns, past_length) for each in prepared)
         frame.is_padding = next((each for each in padding if each is not None), None)
-        if frame.is_padding is None and _first(inputs, outer, "cu_seq_lens_q") is None:
-            problem = (
-                problem
-                or "attention_mask is neither [batch, length] nor [batch, 1, tokens, keys], so padding is not known"
-            )
+        if frame.is_padding is None and not problem:
+            problem = "attention_mask is neither [batch, length] nor [batch, 1, tokens, keys], so padding is not known"
     ends = _first(inputs, outer, "cu_seq_lens_q")
     # Continuous batching has a paged cache of its own; packed rows without one are plain evaluation.
     if ends is not None and num_rows == 1 and not is_training and _first(inputs, outer, "cache") is not None:

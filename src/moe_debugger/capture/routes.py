@@ -25,6 +25,7 @@ class Routes:
         logits: [n, C] float32 of the router, before any bias; C may exceed E (skip class, identity experts).
         selected: [n, k] int32 columns of the logits that the router selected; None = `expert_ids`.
         selected_weights: [n, k] float32 weights of `selected`; None = `gate_weights`.
+        weights_reason: why all gate weights are NaN, "" where they are known.
     """
 
     expert_ids: npt.NDArray[np.int32]
@@ -35,6 +36,7 @@ class Routes:
     logits: npt.NDArray[np.float32] | None = None
     selected: npt.NDArray[np.int32] | None = None
     selected_weights: npt.NDArray[np.float32] | None = None
+    weights_reason: str = ""
 
 
 def routes_of_map(

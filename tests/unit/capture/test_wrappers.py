@@ -23,7 +23,8 @@ MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 def _one_process() -> Iterator[None]:
     from torch import distributed
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    store: Any = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
@@ -52,7 +53,8 @@ class _Peft(nn.Module):
         self.base_model.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model(*args, **kwargs)
+        model: Any = self.base_model.model
+        return model(*args, **kwargs)
 
 
 class _Renamed(nn.Module):
@@ -64,7 +66,8 @@ class _Renamed(nn.Module):
         self.head = nn.Linear(32, 3)
 
     def forward(self, tokens: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        output: torch.Tensor = self.head(self.backbone(input_ids=tokens, attention_mask=keep).last_hidden_state[:, -1])
+        backbone: Any = self.backbone
+        output: torch.Tensor = self.head(backbone(input_ids=tokens, attention_mask=keep).last_hidden_state[:, -1])
         return output
 
 
