@@ -8,7 +8,7 @@ import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
 import { accountNumbers } from "../src/account";
 import { ServicesContext } from "../src/context";
 import { ComponentState, DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
-import { CaptureLevel, ParallelCoordinatesSchema } from "../src/gen/moe_debugger/v1/routing_pb";
+import { CaptureLevel, CheckStatus, ParallelCoordinatesSchema } from "../src/gen/moe_debugger/v1/routing_pb";
 import { SessionState } from "../src/gen/moe_debugger/v1/session_pb";
 import { i18n } from "../src/i18n";
 import { recentWindow, wholeSession } from "../src/model/load";
@@ -305,6 +305,16 @@ describe("capture health", () => {
     expect(state("layers")).toBe("ok");
     expect(screen.getByText(/expert 9 of a layer whose ids are 0 to 7/)).toBeTruthy();
     expect(screen.getByText(/3 of 1,200 slots/)).toBeTruthy();
+  });
+
+  it("does not say that all is fine where a check is not known", () => {
+    const fake = new FakeGateway();
+    const shown = picture(fake);
+    const check = shown.snapshot.sources[0]?.checks[0];
+    if (check) check.status = CheckStatus.UNKNOWN;
+    useApp.setState({ sessionId: SESSION_ID, picture: shown });
+    show(fake, <Capture />);
+    expect(screen.getByTestId("health-summary").textContent).toBe("No check fails; 1 is not known.");
   });
 
   it("says where a source reports no checks", () => {

@@ -12,10 +12,15 @@ export function HealthList({ checks }: { checks: HealthCheck[] }) {
   const { t } = useTranslation();
   if (checks.length === 0) return <p className="muted small">{t("health.none")}</p>;
   const numFailed = checks.filter(({ status }) => status === CheckStatus.FAILED).length;
+  const numUnknown = checks.filter((check) => statusClass(check) === "unknown").length;
   return (
     <div className="health">
       <p className={numFailed > 0 ? "small critical" : "small muted"} data-testid="health-summary">
-        {numFailed > 0 ? t("health.failed", { count: numFailed }) : t("health.fine")}
+        {numFailed > 0
+          ? t("health.failed", { count: numFailed })
+          : numUnknown > 0
+            ? t("health.unknown", { count: numUnknown })
+            : t("health.fine")}
       </p>
       <ul>
         {checks.map((check) => {
