@@ -21,7 +21,14 @@ from moe_debugger._decisions import Decisions
 from moe_debugger._stats import ExpertMetrics, RoutingStats
 from moe_debugger.analysis import Analysis, CaptureHealth, RoutingState, Thresholds, finish
 from moe_debugger.capture import LayerInfo
-from moe_debugger.engines.arrays import CheckedRoutes, RefusedRoutesError, RouteChecker, ZeroRows, engine_layers
+from moe_debugger.engines.arrays import (
+    CheckedRoutes,
+    RefusedRoutesError,
+    RouteChecker,
+    ZeroRows,
+    check_sums,
+    engine_layers,
+)
 from moe_debugger.engines.health import PushedHealth
 from moe_debugger.engines.local import LocalRoutes
 from moe_debugger.errors import FleetError, InvalidInputError, SessionClosedError
@@ -224,6 +231,8 @@ class Source:
         self._local = local
         self._thresholds = thresholds
         self._checks = PushedHealth(len(checker.layers), sum(info.top_k for info in checker.layers))
+        if local is not None:
+            local.set_failure_sink(self._fold_failed)
         self._local_id = new_id()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -337,7 +346,8 @@ class Source:
                 step=step,
             )
         except InvalidInputError as error:
-            self._refuse(_num_rows(expert_ids), _REFUSED, error)
+            check = error.check if isinstance(error, RefusedRoutesError) else "conservation"
+            self._refuse(_num_rows(expert_ids) * len(self._checker.layers), _REFUSED, str(error), check)
             raise
         published = self._take(name, checked)
         with self._lock:
@@ -355,19 +365,15 @@ class Source:
 
         Raises:
             SessionClosedError: the source was closed.
-            InvalidInputError: a layer is not of this source, or its sums are not [E].
+            InvalidInputError: a layer is not of this source, its sums are not [E], or they have more slots than its
+                tokens have; nothing is taken, and the decisions are counted as dropped.
         """
         self._check_open()
-        for layer in columns.layers:
-            known = self._checker.layers
-            if not 0 <= layer.layer_index < len(known) or len(layer.expert_counts) != (
-                known[layer.layer_index].num_experts
-            ):
-                self.count_refused(0)
-                raise InvalidInputError(
-                    f"counts of layer {layer.layer_index} have {len(layer.expert_counts)} experts, which is no layer "
-                    f"of this source; its layers have {[info.num_experts for info in known][:8]} experts"
-                )
+        try:
+            check_sums(self._checker.layers, columns)
+        except RefusedRoutesError as error:
+            self._refuse(columns.num_decisions, _REFUSED, str(error), error.check)
+            raise
         is_taken = self._forward(columns)
         with self._lock:
             self._num_calls += 1
@@ -376,23 +382,24 @@ class Source:
             self._step = max(self._step, columns.last_step + 1)
         return is_taken
 
-    def count_refused(self, num_tokens: int, problem: str = "") -> None:
+    def count_refused(self, num_tokens: int, problem: str = "", *, example: str = "") -> None:
         """Count tokens whose routes cannot be had, as adapters do where an engine returns none.
 
         Args:
             num_tokens: how many; their decisions at every layer are dropped ("capture_error").
-            problem: what is wrong, shown with the source's health.
+            problem: the kind of fault, shown and counted with the source's health.
+            example: what is wrong with these tokens, kept of the first ones; default: `problem`.
         """
-        self._refuse(num_tokens, problem or _REFUSED)
+        problem = problem or _REFUSED
+        self._refuse(num_tokens * len(self._checker.layers), problem, example or problem)
 
-    def _refuse(self, num_tokens: int, problem: str, error: InvalidInputError | None = None) -> None:
-        check = error.check if isinstance(error, RefusedRoutesError) else "conservation"
+    def _refuse(self, num_decisions: int, problem: str, example: str, check: str = "conservation") -> None:
         with self._lock:
             self._num_calls += 1
             self._num_refused += 1
             self._note(problem, 1)
-            self._checks.refused(check, num_tokens, str(error or problem))
-        self._drop(pb.DROP_REASON_CAPTURE_ERROR, num_tokens * len(self._checker.layers))
+            self._checks.refused(check, num_decisions // len(self._checker.layers), example)
+        self._drop(pb.DROP_REASON_CAPTURE_ERROR, num_decisions)
 
     def account(self) -> SourceAccount:
         """Return where everything that was pushed went."""
@@ -564,6 +571,13 @@ class Source:
         if self.publisher is not None:
             is_taken = self.publisher.submit(columns) and is_taken
         return is_taken
+
+    def _fold_failed(self, columns: RoutingColumns | CountsColumns, error: Exception) -> None:
+        with self._lock:
+            self._note(f"counting failed: {type(error).__name__}: {error}"[:200], 1)
+            if self.publisher is None:
+                reason = int(pb.DROP_REASON_CAPTURE_ERROR)
+                self._dropped[reason] = self._dropped.get(reason, 0) + columns.num_decisions
 
     def _drop(self, reason: int, num_decisions: int) -> None:
         with self._lock:

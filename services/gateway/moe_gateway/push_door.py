@@ -259,9 +259,10 @@ def _push(source: Source, request: pb.PublishRoutesRequest) -> PublishedRoutes:
         weights = _column("gate_weights", request.gate_weights, "<f4", routes_shape) if request.gate_weights else None
         token_ids = _column("token_id", request.token_id, "<u4", (num_tokens,)) if request.token_id else None
         is_padding = _column("is_padding", request.is_padding, "u1", (num_tokens,)) if request.is_padding else None
-    except InvalidInputError:
+    except InvalidInputError as error:
         # What the client says it has may be anything; the bytes that came tell how many tokens' routes are lost.
-        source.count_refused(-(-len(request.expert_ids) // (2 * routes_shape[1] * routes_shape[2])))
+        num_lost = -(-len(request.expert_ids) // (2 * routes_shape[1] * routes_shape[2]))
+        source.count_refused(num_lost, example=str(error))
         raise
     return source.publish_routes(
         request.request_id or None,

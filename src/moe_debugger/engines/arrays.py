@@ -28,7 +28,7 @@ import numpy.typing as npt
 from moe_debugger.capture import PHASES, LayerInfo
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import NO_EXPERT, LayerColumns, RoutingColumns
+from moe_debugger.wire.codec import NO_EXPERT, CountsColumns, LayerColumns, RoutingColumns
 
 __all__ = [
     "CheckedRoutes",
@@ -36,6 +36,7 @@ __all__ = [
     "RouteChecker",
     "ZeroRows",
     "check_layers",
+    "check_sums",
     "engine_layers",
     "pick_moe_layers",
 ]
@@ -129,6 +130,29 @@ class RefusedRoutesError(InvalidInputError):
     def __init__(self, check: str, text: str) -> None:
         super().__init__(text)
         self.check = check
+
+
+def check_sums(layers: Sequence[LayerInfo], columns: CountsColumns) -> None:
+    """Refuse sums that cannot be those of these layers.
+
+    Raises:
+        RefusedRoutesError: a layer is none of them, its sums are not [E], or have more slots than its tokens have.
+    """
+    for sums in columns.layers:
+        known = layers[sums.layer_index] if 0 <= sums.layer_index < len(layers) else None
+        if known is None or len(sums.expert_counts) != known.num_experts:
+            raise RefusedRoutesError(
+                "range",
+                f"counts of layer {sums.layer_index} have {len(sums.expert_counts)} experts, which is no layer of this "
+                f"source; its layers have {[info.num_experts for info in layers][:8]} experts",
+            )
+        num_slots = int(sums.expert_counts.sum()) + sums.identity_slots + sums.skipped_slots + sums.dropped_slots
+        if num_slots > sums.num_tokens * known.top_k:
+            raise RefusedRoutesError(
+                "conservation",
+                f"counts of layer {sums.layer_index} are {num_slots} slots of {sums.num_tokens} tokens, which have "
+                f"{sums.num_tokens * known.top_k} with top_k {known.top_k}",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class PushedHealth:
         self._num_layers = num_layers
         self._num_slots = num_slots
         self._tallies = {name: _Tally() for name in CHECK_NAMES}
+        self._has_sums = False
 
     def taken(
         self,
@@ -79,6 +80,7 @@ class PushedHealth:
         """Count sums that were taken: their shape is checked, and nothing of single rows can be."""
         self._add("range", num_assignments)
         self._add("layers", num_layers)
+        self._has_sums = True
 
     def refused(self, check: str, num_tokens: int, example: str) -> None:
         """Count a refused call under the check that refused it."""
@@ -94,7 +96,7 @@ class PushedHealth:
         """
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(dropped.items()) if number)
         self._tallies["drops"] = _Tally(num_produced, sum(dropped.values()), reasons)
-        return tuple(_outcome(name, self._tallies[name]) for name in CHECK_NAMES)
+        return tuple(self._outcome(name, self._tallies[name]) for name in CHECK_NAMES)
 
     def _add(self, name: str, checked: int, violations: int = 0, example: str = "") -> None:
         tally = self._tallies[name]
@@ -103,12 +105,12 @@ class PushedHealth:
             tally.num_violations += violations
             tally.example = tally.example or example
 
-
-def _outcome(name: str, tally: _Tally) -> HealthCheck:
-    status = CheckStatus.OK if tally.num_checked else CheckStatus.UNKNOWN
-    if tally.num_violations:
-        status = CheckStatus.FAILED
-    example = tally.example
-    if status is CheckStatus.UNKNOWN:
-        example = _UNKNOWN.get(name, "nothing was pushed yet")
-    return HealthCheck(name, status, tally.num_checked, tally.num_violations, _UNITS[name], example)
+    def _outcome(self, name: str, tally: _Tally) -> HealthCheck:
+        status = CheckStatus.OK if tally.num_checked else CheckStatus.UNKNOWN
+        if tally.num_violations:
+            status = CheckStatus.FAILED
+        example = tally.example
+        if status is CheckStatus.UNKNOWN:
+            nothing = "sums do not show single rows" if self._has_sums else "nothing was pushed yet"
+            example = _UNKNOWN.get(name, nothing)
+        return HealthCheck(name, status, tally.num_checked, tally.num_violations, _UNITS[name], example)

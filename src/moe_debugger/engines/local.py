@@ -6,7 +6,7 @@ dropped whole and counted.
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,11 +48,16 @@ class LocalRoutes:
         self._used_bytes = 0
         self._is_busy = False
         self._is_closed = False
+        self._failed: Callable[[RoutingColumns | CountsColumns, Exception], None] = lambda *_: None
         self._changed = threading.Condition()
         # Of what has been folded; held while folding, so that a reader sees whole batches.
         self._fold_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="moe-debugger-source", daemon=True)
         self._thread.start()
+
+    def set_failure_sink(self, failed: Callable[[RoutingColumns | CountsColumns, Exception], None]) -> None:
+        """Tell of columns that could not be counted, on this object's thread."""
+        self._failed = failed
 
     def offer(self, columns: RoutingColumns | CountsColumns) -> bool:
         """Take columns; return False where they do not fit, or after `close`."""
@@ -117,6 +122,8 @@ class LocalRoutes:
             try:
                 with self._fold_lock:
                     self._fold(columns)
+            except Exception as error:  # noqa: BLE001 - one bad batch is said and dropped, not the end of all others
+                self._failed(columns, error)
             finally:
                 with self._changed:
                     self._used_bytes -= size

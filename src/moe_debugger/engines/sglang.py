@@ -144,5 +144,5 @@ def decode_routes(value: Any, num_layers: int, top_k: int, *, dtype: str = "int3
 
 
 def _refuse(source: "Source", num_tokens: int, text: str) -> NoReturn:
-    source.count_refused(num_tokens)
+    source.count_refused(num_tokens, example=text)
     raise InvalidInputError(text)

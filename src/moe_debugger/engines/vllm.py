@@ -272,5 +272,5 @@ def _num_routed(request: _Request, completion: _Completion, place: int, prompt_s
 
 
 def _refuse(source: "Source", num_tokens: int, text: str) -> NoReturn:
-    source.count_refused(num_tokens)
+    source.count_refused(num_tokens, example=text)
     raise InvalidInputError(text)

@@ -13,6 +13,7 @@ import moe_debugger
 from moe_debugger import InvalidInputError, LayerInfo, SessionClosedError, Source
 from moe_debugger.engines import engine_layers
 from moe_debugger.v1 import routing_pb2 as pb
+from moe_debugger.wire.codec import CountsColumns, LayerCountColumns
 
 
 @pytest.fixture
@@ -273,6 +274,46 @@ def test_each_fault_fails_its_check_with_an_example(
     assert [check.name for check in health.failed if check.name != "drops"] == [name]
     assert example in health.check(name).example
     assert any("capture" in finding.code for finding in source.analyze().findings)
+
+
+def test_sums_are_checked_for_what_they_show_and_adapters_say_what_they_refuse(source: Source) -> None:
+    layers = [
+        LayerCountColumns(layer, EXPERTS, 0, num_tokens=8, num_padding=0, expert_counts=np.ones(EXPERTS, np.uint64))
+        for layer in range(LAYERS)
+    ]
+    source.publish_counts(CountsColumns(0, 0, 0, 0, layers))
+    checks = {check.name: check for check in source.capture_health().checks}
+    assert (checks["range"].status, checks["layers"].status) == ("ok", "ok")
+    assert (checks["conservation"].status, checks["conservation"].example) == (
+        "unknown",
+        "sums do not show single rows",
+    )
+    source.count_refused(3, "the engine returned nothing", example="request 7 has no routes")
+    assert source.account().problems == {"the engine returned nothing": 1}
+    assert source.capture_health().check("conservation").example == "request 7 has no routes"
+
+
+def test_sums_with_more_slots_than_their_tokens_have_are_refused(source: Source) -> None:
+    sums = LayerCountColumns(1, EXPERTS, 0, num_tokens=7, num_padding=0, expert_counts=np.ones(EXPERTS, np.uint64))
+    with pytest.raises(InvalidInputError, match="16 slots of 7 tokens, which have 14 with top_k 2"):
+        source.publish_counts(CountsColumns(0, 0, 0, 0, [sums]))
+    assert load(source) == [[0] * EXPERTS] * LAYERS
+    assert source.account().num_dropped == {"capture_error": 7}
+    assert [check.name for check in source.capture_health().failed] == ["conservation", "drops"]
+
+
+def test_a_call_that_cannot_be_counted_does_not_end_the_counting_of_others(
+    source: Source, truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert source._local is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(source._local, "_fold", lambda _: 1 / 0)
+        source.publish_routes(None, Truth(seed=9).routes(2), np.arange(2))
+        assert source.flush(10)
+    source.publish_routes(None, truth.routes(3), np.arange(3))
+    assert load(source) == truth.expected()
+    assert source.account().num_dropped == {"capture_error": 2 * LAYERS}
+    assert not source.capture_health().is_healthy
 
 
 def test_repeated_experts_fail_distinctness() -> None:
