@@ -176,7 +176,8 @@ def read_frame(
     elif is_unknown and _first(inputs, outer, "cu_seq_lens_q") is None:
         # Packed texts are not padded, and their keys may stand in another order than the tokens.
         prepared = (each for source in (inputs, outer) for each in _prepared(source, is_decoder=is_decoder))
-        padding = (_diagonal(each, num_rows, num_columns, past_length) for each in prepared)
+        past = None if stack == "encoder" else past_length
+        padding = (_diagonal(each, num_rows, num_columns, past) for each in prepared)
         frame.is_padding = next((each for each in padding if each is not None), None)
         if frame.is_padding is None and not problem:
             problem = "attention_mask is neither [batch, length] nor [batch, 1, tokens, keys], so padding is not known"
@@ -184,6 +185,8 @@ def read_frame(
     # Continuous batching has a paged cache of its own; packed rows without one are plain evaluation.
     if ends is not None and num_rows == 1 and not is_training and _first(inputs, outer, "cache") is not None:
         frame.segment_ends = ends.detach().clone()
+    if mask is None and frame.is_padding is not None and not past_length:
+        mask = ~frame.is_padding
     frame.position = _position(_first(inputs, outer, "position_ids"), mask, num_rows, num_columns)
     if input_ids is not None:
         frame.token_ids = input_ids.detach().clone()
@@ -268,39 +271,33 @@ def _mask(
     # The plain mask of an encoder-decoder model belongs to its encoder.
     candidates = [inputs.get("attention_mask"), outer.get("decoder_attention_mask" if is_decoder else "attention_mask")]
     given = [mask for mask in candidates if mask is not None]
-    for mask in [_full_attention(each, num_rows, num_columns) for each in given]:
+    for mask in given:
         if getattr(mask, "ndim", 0) == 2 and mask.shape[0] == num_rows and mask.shape[1] >= num_columns:
             return mask, False
     return None, bool(given)
 
 
-def _full_attention(mask: Any, num_rows: int, num_columns: int) -> Any:
-    """Return a padding mask [num_rows, num_columns] of masks that are prepared per kind of layer, else `mask` itself.
-
-    A prepared mask [B, H, Q, K] of full attention says which keys the last token sees: all real ones, no padded one.
-    """
-    prepared: Any = mask.get("full_attention") if isinstance(mask, Mapping) else None
-    if getattr(prepared, "ndim", 0) != 4 or prepared.shape[-1] < num_columns or prepared.shape[0] not in (1, num_rows):
-        return mask
-    last = prepared[:, 0, -1, -num_columns:]
-    seen = last if str(last.dtype) == "torch.bool" else last == 0
-    return seen.expand(num_rows, -1)
-
-
 def _prepared(source: Mapping[str, Any], *, is_decoder: bool) -> list[Any]:
     """Return the masks of attention that a call was given; a model with several kinds of layers has one for each."""
     masks = [source.get(_DECODER + "attention_mask") if is_decoder else None, source.get("attention_mask")]
-    return [each for mask in masks for each in (mask.values() if isinstance(mask, Mapping) else (mask,))]
+    by_kind = [mask if isinstance(mask, Mapping) else {"full_attention": mask} for mask in masks]
+    # The keys of full attention stand where the tokens do.
+    return [mask[kind] for mask in by_kind for kind in sorted(mask, key=lambda kind: kind != "full_attention")]
 
 
-def _diagonal(mask: Any, num_rows: int, num_columns: int, past_length: int) -> Any:
+def _diagonal(mask: Any, num_rows: int, num_columns: int, past_length: int | None) -> Any:
     """Return which tokens may not attend to themselves: in a mask [batch, 1, tokens, keys] those are the padded ones.
 
-    `generate` prepares such masks for static caches. The keys of a sliding window are not told apart: None.
+    `generate` prepares such masks, for static caches with keys that are not there yet. The keys of a sliding window are
+    not told apart: None.
+
+    Args:
+        past_length: number of keys before those of the tokens; None = all that there are.
     """
     if getattr(mask, "ndim", 0) != 4 or mask.shape[0] not in (1, num_rows):
         return None
-    own = mask[:, 0].diagonal(offset=past_length, dim1=1, dim2=2)
+    first = mask.shape[3] - num_columns if past_length is None else past_length
+    own = mask[:, 0].diagonal(offset=first, dim1=1, dim2=2)
     if own.shape[1] != num_columns:
         return None
     return ((own < 0) if own.is_floating_point() else (own == 0)).expand(num_rows, num_columns).clone()

@@ -285,6 +285,7 @@ def test_layers_that_cannot_be_read_beside_some_that_can_are_named() -> None:
 # -- ways to generate --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "options",
@@ -299,8 +300,11 @@ def test_layers_that_cannot_be_read_beside_some_that_can_are_named() -> None:
     ],
     ids=str,
 )
-def test_each_batch_row_of_a_generate_is_one_request_with_rising_positions(options: dict[str, Any]) -> None:
-    model = build("mixtral", sliding_window=None)
+def test_each_batch_row_of_a_generate_is_one_request_with_rising_positions(
+    architecture: str, options: dict[str, Any]
+) -> None:
+    # GPT-OSS has layers of two kinds of attention, whose prepared masks differ.
+    model = build(architecture, sliding_window=None if architecture == "mixtral" else 4)
     arguments = {"attention_mask": MASK, "max_new_tokens": 4, "do_sample": False, "eos_token_id": 95, **options}
 
     def run() -> Any:
