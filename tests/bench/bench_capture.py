@@ -9,6 +9,7 @@ been counted, so the ratio is what watching costs in all and not only what the h
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -30,6 +31,8 @@ _PROMPT_LENGTH = 64
 # What is measured against the bare model, beside the bare model itself ("aa", the noise of the machine).
 _LEVELS = ("counts", "routes")
 _PEERS = ("output_router_logits", "tolist_hook")
+# A public library of the kind, run where it is installed: `pip install --target DIR moewatch`, PYTHONPATH=DIR.
+_HAS_MOEWATCH = importlib.util.find_spec("moewatch") is not None
 
 
 def build_model(num_layers: int = 8, num_experts: int = 64, top_k: int = 8) -> Any:
@@ -91,7 +94,13 @@ class Variant:
     def __init__(self, model: Any, level: str | None = None, peer: str | None = None) -> None:
         self._model = model
         self._peer = peer
-        self._debugger = self._session = None
+        self._debugger = self._session = self._watcher = None
+        if peer == "moewatch":
+            import moewatch
+
+            # Every forward, as the capture does; its default is every tenth.
+            config = moewatch.WatchConfig(sample_every=1, output=moewatch.OutputMode.SILENT)
+            self._watcher = moewatch.MoEWatch(model, config=config)
         if level is not None:
             self._debugger = MoEDebugger(model, level=level)
             self._session = self._debugger.start_session()
@@ -105,11 +114,15 @@ class Variant:
             self._session._capture.attach()
         elif self._peer == "tolist_hook":
             handles = [layer.mlp.gate.register_forward_hook(_tolist_hook) for layer in self._model.model.layers]
+        elif self._watcher is not None:
+            self._watcher.start()
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            if self._watcher is not None:
+                self._watcher.stop()
             if self._session is not None:
                 self._session._capture.detach()
 
@@ -154,27 +167,32 @@ def _tolist_hook(module: Any, args: Any, output: Any) -> None:
     chosen.tolist()
 
 
-def _measure(workload: Any, model: Any, pairs: int, peer_pairs: int) -> dict[str, Any]:
+def _measure(workload: Any, model: Any, pairs: int, peer_pairs: int, max_minutes: float) -> dict[str, Any]:
     """Return ratio and interval of each variant; a pair visits all of them, so that they share the machine's mood."""
     bare = Variant(model)
     variants = {level: Variant(model, level=level) for level in _LEVELS}
     variants |= {"aa": Variant(model)}
-    variants |= {peer: Variant(model, peer=peer) for peer in _PEERS}
+    peers = (*_PEERS, "moewatch") if _HAS_MOEWATCH else _PEERS
+    variants |= {peer: Variant(model, peer=peer) for peer in peers}
     ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     seconds = []
     bare.run(workload)
     for variant in variants.values():
         variant.run(workload)
+    started = time.monotonic()
     for pair in range(pairs):
+        if time.monotonic() - started > max_minutes * 60:
+            break
         for name, variant in variants.items():
-            if name in _PEERS and pair >= peer_pairs:
+            if name in peers and pair >= peer_pairs:
                 continue
             spent = [one.run(workload) for one in (bare, variant, variant, bare)]
             wall, cpu = ([each[kind] for each in spent] for kind in (0, 1))
             ratios[name].append(((wall[1] + wall[2]) / (wall[0] + wall[3]), (cpu[1] + cpu[2]) / (cpu[0] + cpu[3])))
             seconds += [wall[0], wall[3]]
         sys.stderr.write(f"pair {pair + 1}: " + _progress(ratios) + "\n")
-    result: dict[str, Any] = {"forward_ms": round(statistics.median(seconds) / workload.num_forwards * 1e3, 2)}
+    result: dict[str, Any] = {"num_pairs": len(ratios["aa"])}
+    result |= {"forward_ms": round(statistics.median(seconds) / workload.num_forwards * 1e3, 2)}
     for name, values in ratios.items():
         walls, cpus = [wall for wall, _ in values], [cpu for _, cpu in values]
         if not values:
@@ -264,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--peer-pairs", type=int, default=5, help="pairs of the plain ways, which cost much more")
+    parser.add_argument("--max-minutes", type=float, default=60, help="end each workload after that, with fewer pairs")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--length", type=int, default=256, help="tokens of each text of the prefill")
@@ -272,7 +291,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     load_before = os.getloadavg()
-    result: dict[str, Any] = {"pairs": arguments.pairs, "threads": arguments.threads, "num_cores": os.cpu_count()}
+    result: dict[str, Any] = {"threads": arguments.threads, "num_cores": os.cpu_count()}
     result |= hook_times()
     model = build_model(arguments.layers)
     with torch.no_grad():
@@ -282,7 +301,7 @@ def main() -> None:
                 workload = Prefill(model, 8, arguments.length, 1)
             else:
                 workload = Decode(model, int(name.rpartition("_")[2]), arguments.steps)
-            measured = _measure(workload, model, arguments.pairs, arguments.peer_pairs)
+            measured = _measure(workload, model, arguments.pairs, arguments.peer_pairs, arguments.max_minutes)
             # The prefill is the main result, and stands at the top.
             result |= measured if name == "prefill" else {name: measured}
     result["load_average"] = [round(load, 2) for load in (*load_before[:1], *os.getloadavg()[:2])]
