@@ -25,6 +25,7 @@ from moe_debugger.parallel import (
     layer_numbers,
 )
 from moe_debugger.publish import Health, Publisher, SourceDescription, redact_url
+from moe_debugger.training.optimizer_watch import OptimizerWatch
 from moe_debugger.training.step import StepScope
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.ids import DEFAULT_TENANT, check_id, check_tenant
@@ -270,11 +271,11 @@ class MoEDebugger:
                 loss.backward()
                 step.record(loss=loss, lr=scheduler.get_last_lr()[0])
 
-        Leaving the block reads the gradients where the debugger was made with ``gradients=True``: after backward, and
-        before `zero_grad`. All forwards up to the next call belong to the step, so those of gradient accumulation
-        (several blocks of the same `n`, or one around all) and of an evaluation after it. A value that is given again
-        for the same step replaces the one before. The first block, or the first value, starts a session where none was
-        started, as `profile` does.
+        Where the debugger was made with ``gradients=True``, they are read at the first `optimizer.step` in the block,
+        else when it is left: after backward, and before `zero_grad`. All forwards up to the next call belong to the
+        step, so those of gradient accumulation (several blocks of the same `n`, or one around all) and of an evaluation
+        after it. A value that is given again for the same step replaces the one before. The first block, or the first
+        value, starts a session where none was started, as `profile` does.
 
         Args:
             n: the global step.
@@ -319,9 +320,10 @@ class MoEDebugger:
     def _name_step(self, n: int) -> None:
         self._capture.step = n
 
-    def _enter_step(self, n: int) -> None:
+    def _enter_step(self, n: int) -> OptimizerWatch | None:
         self._start_for_steps()
         self._name_step(n)
+        return OptimizerWatch(self.model, lambda: self._leave_step(n)) if self._reads_gradients else None
 
     def _start_for_steps(self) -> None:
         # A session that was closed stays so: the loop that goes on without one is the caller's choice.

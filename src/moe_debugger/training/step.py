@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsFloat
 
+from .optimizer_watch import OptimizerWatch
+
 __all__ = ["StepScope"]
 
 
@@ -19,7 +21,7 @@ class StepScope:
         self,
         n: int,
         *,
-        enter: Callable[[int], None],
+        enter: Callable[[int], OptimizerWatch | None],
         record: Callable[[int, Mapping[str, Any]], None],
         leave: Callable[[int], None],
     ) -> None:
@@ -27,6 +29,7 @@ class StepScope:
         self._enter = enter
         self._record = record
         self._leave = leave
+        self._watch: OptimizerWatch | None = None
 
     def record(self, **series: SupportsFloat) -> None:
         """Record values of this step: numbers, or tensors of one element, which are read later without waiting.
@@ -37,10 +40,13 @@ class StepScope:
         self._record(self.n, series)
 
     def __enter__(self) -> "StepScope":
-        self._enter(self.n)
+        self._watch = self._enter(self.n)
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.remove()
         # A step that failed has no gradients, or half of them.
-        if kind is None:
+        if kind is None and not (watch is not None and watch.has_read):
             self._leave(self.n)

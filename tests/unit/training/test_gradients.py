@@ -295,3 +295,28 @@ def test_gradients_have_to_be_asked_for() -> None:
         assert len(session.series()) == 0
         with pytest.raises(InvalidInputError, match="gradients=True"):
             debugger.record_gradients()
+
+
+def test_a_loop_that_updates_and_clears_inside_of_the_block_is_read_before_it_does() -> None:
+    model = tiny_moe.build("mixtral").train()
+    other = torch.nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (other, model)]
+    with MoEDebugger(model, gradients=True) as debugger:
+        assert debugger.session is not None
+        with debugger.step(1):
+            model(input_ids=torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
+            expected = [layer.mlp.gate.weight.grad.norm().item() for layer in model.model.layers]
+            weights = [layer.mlp.gate.weight.norm().item() for layer in model.model.layers]
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        # Outside of a block nothing is read.
+        optimizers[1].step()
+        with pytest.raises(ZeroDivisionError), debugger.step(2):
+            _ = 1 / 0
+        optimizers[1].step()
+        series = debugger.session.series()
+        assert series.select("router_gradient_norm").value.tolist() == pytest.approx(expected)
+        assert series.select("router_weight_norm").value.tolist() == pytest.approx(weights)
+        assert set(series.step.tolist()) == {1}
+        assert series.notes == {}
