@@ -314,6 +314,7 @@ class Session:
         """
         self._check_open()
         deadline = time.monotonic() + timeout_s
+        self._capture.release()
         if not self._intake.flush(timeout_s):
             return False
         return self.publisher is None or self.publisher.flush(max(0.0, deadline - time.monotonic()))
@@ -543,6 +544,7 @@ class Session:
 
     def _settle(self) -> None:
         self._check_open()
+        self._capture.release()
         if not self._intake.flush(_FLUSH_TIMEOUT_S):
             _log.warning("capture_is_behind", session_name=self.name, timeout_s=_FLUSH_TIMEOUT_S)
         self._report_lost()

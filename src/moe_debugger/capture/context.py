@@ -48,6 +48,8 @@ class RequestTracker:
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Any], tuple[str, ...]]] = {}
         # Tokens fed, and whether the cache has ever said a length of its own.
+        # The newest drafts of each cache, until its next length tells how many were accepted.
+        self._drafts: weakref.WeakKeyDictionary[Any, TokenFrame] = weakref.WeakKeyDictionary()
         self._fed: weakref.WeakKeyDictionary[Any, tuple[int, bool]] = weakref.WeakKeyDictionary()
 
     def ids(self, carrier: Any, num_rows: int) -> tuple[str, ...] | None:
@@ -69,6 +71,16 @@ class RequestTracker:
 
         known[key] = (weakref.ref(carrier, forget), ids)
 
+    def await_verification(self, cache: Any, frame: TokenFrame) -> None:
+        """Have the next length of `cache` say how many of the drafts in `frame` were rejected."""
+        if isinstance(cache, CacheLength):
+            return
+        try:
+            self._drafts[cache] = frame
+            frame.is_unverified = True
+        except TypeError:  # neither hashable nor weakly referenced: they stay as they are
+            pass
+
     def past_length(self, cache: Any, num_columns: int) -> int:
         """Return how many tokens the cache holds, and note that `num_columns` more are fed."""
         if cache is None:
@@ -83,6 +95,10 @@ class RequestTracker:
             else:
                 past = fed
             self._fed[cache] = (past + num_columns, has_length)
+            drafted = self._drafts.pop(cache, None)
+            if drafted is not None:
+                drafted.num_rejected = max(0, min(drafted.num_columns - 1, fed - past))
+                drafted.is_unverified = False
         except TypeError:  # neither hashable nor weakly referenced
             past = length if isinstance(length, int) else 0
         return past
@@ -170,6 +186,9 @@ def read_frame(
         num_drafts=_num_drafts(outer, cache, num_columns) if phase == PHASES["prefill"] else 0,
         start_positions=scope.start_positions if scope is not None else None,
     )
+    if cache is not None and (frame.num_drafts or (phase == PHASES["decode"] and num_columns > 1)):
+        frame.has_drafts = True
+        tracker.await_verification(cache, frame)
     mask, is_unknown = _mask(inputs, outer, num_rows, num_columns, is_decoder=is_decoder)
     if mask is not None:
         frame.is_padding = mask[:, -num_columns:] == 0
@@ -200,17 +219,25 @@ def fallback_frame(
     *,
     stack: str,
     is_training: bool,
+    scope: RequestScope | None,
     minted: dict[int, tuple[str, ...]],
 ) -> TokenFrame:
-    """Return a frame for a stack whose inputs say nothing about tokens (patches of images)."""
+    """Return a frame for a stack whose inputs say nothing about tokens (patches of images).
+
+    The caller's names are for rows of text, so they count here only where there are as many rows.
+    """
     num_rows, num_columns = 1, num_tokens
     if getattr(hidden, "ndim", 0) == 3 and int(hidden.shape[0]) * int(hidden.shape[1]) == num_tokens:
         num_rows, num_columns = int(hidden.shape[0]), int(hidden.shape[1])
+    phase = PHASES["train"] if is_training else PHASES["prefill"] if outer_frames else PHASES["eval"]
+    phases = (phase,) * num_rows
+    if scope is not None and len(scope.request_ids) == num_rows:
+        phases = phases if scope.phases is None else scope.phases
+        return TokenFrame(stack, num_rows, num_columns, scope.request_ids, are_ids_minted=False, phases=phases)
     ids = next((frame.request_ids for frame in outer_frames if frame.num_rows == num_rows), None)
     if ids is None:
         ids = minted.setdefault(num_rows, tuple(new_id() for _ in range(num_rows)))
-    phase = PHASES["train"] if is_training else PHASES["prefill"] if outer_frames else PHASES["eval"]
-    return TokenFrame(stack, num_rows, num_columns, ids, are_ids_minted=True, phases=(phase,) * num_rows)
+    return TokenFrame(stack, num_rows, num_columns, ids, are_ids_minted=True, phases=phases)
 
 
 def _is_decoder(inputs: Mapping[str, Any], outer: Mapping[str, Any], stack: str) -> bool:

@@ -21,6 +21,7 @@ from .context import (
     read_frame,
 )
 from .discovery import Discovery, find_sites
+from .drafts import DraftHold
 from .model_hooks import EnterHook, LeaveHook, TapHook
 from .open_calls import OpenForward, ThreadState
 from .raw import RawForward, RawLayer, TokenFrame
@@ -57,7 +58,7 @@ class Capture:
         model = getattr(model, "_orig_mod", None) or model
         self.discovery: Discovery = find_sites(model)
         self._model = model
-        self._sink = sink
+        self._drafts = DraftHold(sink)
         self._layers_of: dict[str, list[int]] = {}
         for site in self.discovery.sites:
             self._layers_of.setdefault(site.root, []).append(site.info.layer_index)
@@ -111,6 +112,7 @@ class Capture:
     def detach(self) -> None:
         """Remove every hook, and let another capture watch the model."""
         _unhook(self._handles, self._receivers)
+        self._drafts.release()
         # Where a hook of someone else closes the debugger amid a forward, that forward never ends for us.
         self._abandon(self._local.abandon(), "the capture ended amid a forward of the model")
         with _watched_lock:
@@ -131,6 +133,10 @@ class Capture:
     def reduce_rows_with(self, scoring: Mapping[int, str | None] | None) -> None:
         """Have rows reduced to sums on their device, with how each layer's logits are read; None = copy the rows."""
         self._transfer.reduces_with = scoring
+
+    def release(self) -> None:
+        """Hand on the forwards that wait for the verification of their drafts."""
+        self._drafts.release()
 
     def wait_for_copies(self, raw: RawForward) -> None:
         """Wait until the tensors of `raw` are on the host; for the capture's own thread."""
@@ -309,7 +315,7 @@ class Capture:
                     self._tracker.remember(carrier, ids)
         self._note_unseen(forward, raw)
         self._transfer.start(raw)
-        self._sink(raw)
+        self._drafts.offer(raw)
 
     def _note_unseen(self, forward: OpenForward, raw: RawForward) -> None:
         """Compare the tokens that each stack was given with those that were seen at its MoE layers."""
@@ -398,6 +404,7 @@ class Capture:
             forward.raw.frames,
             stack=site.info.stack,
             is_training=forward.is_training,
+            scope=self._local.scope,
             minted=forward.minted,
         )
         frame.root = site.root

@@ -35,6 +35,9 @@ class TokenFrame:
         is_padding: [num_rows, num_columns] bool tensor; None = no padding.
         token_ids: [num_rows, num_columns] integer tensor, None where the stack was given embeddings.
         root: name of the stack's module in the model; a model may hold several stacks of one kind.
+        has_drafts: some columns are drafts of assisted decoding, also where all are of phase decode.
+        is_unverified: nothing is known yet of which drafts were accepted.
+        num_rejected: the last columns are drafts that were rejected; they are no part of the text.
         segment_ends: [n + 1] integer tensor, where each text of a packed row ends (and 0 first); None = not packed.
     """
 
@@ -52,6 +55,9 @@ class TokenFrame:
     token_ids: "torch.Tensor | None" = None
     segment_ends: "torch.Tensor | None" = None
     root: str = ""
+    has_drafts: bool = False
+    is_unverified: bool = False
+    num_rejected: int = 0
 
     @property
     def is_of_one_phase(self) -> bool:

@@ -198,7 +198,13 @@ def reduce_on_device(raw: RawForward, sites: Sequence[Site], scoring: Mapping[in
 
 def _is_worth_it(layer: RawLayer, site: Site) -> bool:
     frame, tensors = layer.frame, layer.tensors
-    if site.reduces is None or not frame.is_of_one_phase or "row_mask" in tensors or layer.num_rows != frame.num_tokens:
+    if (
+        site.reduces is None
+        or not frame.is_of_one_phase
+        or frame.has_drafts
+        or "row_mask" in tensors
+        or layer.num_rows != frame.num_tokens
+    ):
         return False
     if any(tensor.ndim != 2 or tensor.shape[0] != layer.num_rows for tensor in tensors.values()):
         return False

@@ -127,6 +127,8 @@ class TokenReader:
     def _padding(self, forward_index: int, frame: TokenFrame, fed: npt.NDArray[np.int64] | None) -> Bools:
         shape = (frame.num_rows, frame.num_columns)
         padding = np.zeros(shape, bool) if frame.is_padding is None else to_numpy(frame.is_padding).astype(bool)
+        if frame.num_rejected:
+            padding[:, -frame.num_rejected :] = True
         for row, name in enumerate(frame.request_ids):
             if name is None:
                 padding[row] = True

@@ -227,3 +227,32 @@ def test_continuous_batching_tells_prompts_from_generated_tokens_in_a_packed_row
     for info in layers:
         captured = rows.expert_ids[rows.layer_index == info.layer_index]
         assert np.array_equal(captured[:, : info.top_k], np.concatenate(truth.ids[f"{info.module_name}.experts"]))
+
+
+@pytest.mark.parametrize("level", ["counts", "routes"])
+def test_rejected_drafts_of_assisted_decoding_are_rows_but_no_load(level: Any) -> None:
+    model = build("mixtral")
+    # A text that repeats itself, so that prompt lookup finds drafts; the model accepts some and rejects most.
+    ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    with recount(model) as truth, MoEDebugger(model, level=level) as debugger:
+        output = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, prompt_lookup_num_tokens=3)
+        session = debugger.session
+        assert session is not None
+        stats, rows, layers = session.get_routing_stats(), session.decisions(), session.layers()
+    assert torch.equal(output, plain)
+    computed = len(np.concatenate(truth.ids[f"{layers[0].module_name}.experts"]))
+    num_fed = output.shape[1] - 1
+    assert computed > num_fed, "some drafts were rejected"
+    # Nothing follows the last step, so which of its drafts were accepted is not known: they stay load.
+    last = len(truth.ids[f"{layers[0].module_name}.experts"][-1])
+    for layer in stats.layers:
+        assert num_fed <= layer.num_tokens < num_fed + last
+        assert layer.num_tokens + layer.num_padding_tokens == computed
+    if level == "counts":
+        return
+    first = rows.layer_index == 0
+    assert int(first.sum()) == computed
+    load = rows.position[first & ~rows.is_padding]
+    assert sorted(set(load.tolist())) == list(range(len(load))), "each position of the text once"
+    assert set(rows.phase[first & (rows.position >= ids.shape[1])].tolist()) == {pb.PHASE_DECODE}
