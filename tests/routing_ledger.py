@@ -113,7 +113,7 @@ class LedgerSource:
                     layer_index=layer,
                     num_experts=self.experts,
                     expert_ids=ids,
-                    gate_weights=np.full((tokens, self.top_k), 0.5, np.float16),
+                    gate_weights=np.full((tokens, self.top_k), 0.5, np.float32),
                     router_entropy=np.full(tokens, 1.25, np.float32),
                     top1_probability=np.full(tokens, 0.5, np.float32),
                 )

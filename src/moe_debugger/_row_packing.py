@@ -101,7 +101,7 @@ def _copy(block: RowBlock, first: int, last: int) -> RowBlock:
     requests, request_index = np.unique(tokens["request_index"], return_inverse=True)
     tokens["request_index"] = request_index.astype(np.uint32)
     rows = {name: column[first:last].copy() for name, column in block.rows.items()}
-    names = tuple(block.request_ids[index] for index in requests)
+    names = [block.request_ids[int(index)] for index in requests]
     return RowBlock(names, tokens, rows, row_token.astype(np.uint32))
 
 

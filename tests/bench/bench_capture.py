@@ -24,12 +24,13 @@ import torch
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
 
 from moe_debugger import MoEDebugger
+from moe_debugger._debugger import CaptureLevelName
 
 _BOOTSTRAPS = 4000
 _VOCABULARY = 1024
 _PROMPT_LENGTH = 64
 # What is measured against the bare model, beside the bare model itself ("aa", the noise of the machine).
-_LEVELS = ("counts", "routes")
+_LEVELS: tuple[CaptureLevelName, ...] = ("counts", "routes")
 _PEERS = ("output_router_logits", "tolist_hook")
 # A public library of the kind, run where it is installed: `pip install --target DIR moewatch`, PYTHONPATH=DIR.
 _HAS_MOEWATCH = importlib.util.find_spec("moewatch") is not None
@@ -91,12 +92,12 @@ class Decode:
 class Variant:
     """One way to run a workload: the bare model, with the capture, or as a peer does it."""
 
-    def __init__(self, model: Any, level: str | None = None, peer: str | None = None) -> None:
+    def __init__(self, model: Any, level: CaptureLevelName | None = None, peer: str | None = None) -> None:
         self._model = model
         self._peer = peer
         self._debugger = self._session = self._watcher = None
         if peer == "moewatch":
-            import moewatch
+            import moewatch  # pyright: ignore[reportMissingImports]
 
             # Every forward, as the capture does; its default is every tenth.
             config = moewatch.WatchConfig(sample_every=1, output=moewatch.OutputMode.SILENT)

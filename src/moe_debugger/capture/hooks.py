@@ -488,5 +488,6 @@ def _is_batched() -> bool:
     """Whether torch.func.vmap runs this call: every tensor then stands for a batch of them, and ends with it."""
     from torch import _C
 
-    level = _C._functorch.peek_interpreter_stack()
-    return level is not None and level.key() == _C._functorch.TransformType.Vmap
+    functorch: Any = getattr(_C, "_functorch")  # noqa: B009  (torch's stubs do not have it)
+    level = functorch.peek_interpreter_stack()
+    return level is not None and level.key() == functorch.TransformType.Vmap

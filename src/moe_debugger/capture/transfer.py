@@ -19,6 +19,7 @@ class DeviceStreams(Protocol):
 
     def is_device(self, tensor: Any) -> bool:
         """Return whether a tensor lies on such a device."""
+        ...
 
     def new_stream(self, device: Any) -> Any:
         """Return a stream of ours."""
@@ -28,6 +29,7 @@ class DeviceStreams(Protocol):
 
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         """Return a context in which work goes to `stream`."""
+        ...
 
     def new_pinned(self, tensor: Any) -> Any:
         """Return an empty host tensor like `tensor` that the device writes into by itself."""

@@ -16,7 +16,7 @@ from moe_debugger.capture import is_sampled
 from moe_debugger.v1 import analyzer_pb2 as pb
 from moe_debugger.v1 import routing_pb2 as routing
 from moe_debugger.v1 import session_pb2
-from moe_debugger.wire.codec import LayerColumns
+from moe_debugger.wire.codec import LayerColumns, RoutingColumns
 
 NUM_EXPERTS = 8
 
@@ -117,11 +117,14 @@ def test_a_planted_fault_is_red_in_the_fleet_and_loses_nothing_else(
         assert session is not None
         whole = session._assembler.assemble
 
-        def assemble(raw: Any) -> Any:
-            columns, left_out = whole(raw)
-            if raw.forward_index == 1 and fault is not None:
-                fault(columns[0].layers)
-            return columns, left_out
+        def assemble(raws: Any) -> Any:
+            groups = [group for raw in raws for group in whole([raw])]
+            for group in groups:
+                if group.raws[0].forward_index == 1 and fault is not None:
+                    (columns,) = group.columns
+                    assert isinstance(columns, RoutingColumns)
+                    fault(columns.layers)
+            return groups
 
         session._assembler.assemble = assemble  # type: ignore[method-assign]
         for _ in range(3):
@@ -244,7 +247,8 @@ def _switch() -> Any:
     torch.manual_seed(0)
     config = SwitchTransformersConfig(
         vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
-        expert_capacity=3, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+        expert_capacity=3, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return SwitchTransformersForConditionalGeneration(config).eval()
 

@@ -41,7 +41,7 @@ def _columns(num_tokens: int, *, forward: int = 0, request: str | None = None) -
         is_padding=np.arange(num_tokens) % 5 == 4,
         layers=[
             LayerColumns(
-                i, NUM_EXPERTS, ids, np.ones((num_tokens, 2), np.float16), probability_sum=np.ones(NUM_EXPERTS)
+                i, NUM_EXPERTS, ids, np.ones((num_tokens, 2), np.float32), probability_sum=np.ones(NUM_EXPERTS)
             )
             for i in range(2)
         ],

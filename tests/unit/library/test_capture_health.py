@@ -90,6 +90,7 @@ def plant(session: Session, forward: int, fault: Callable[[RoutingColumns], obje
         for group in groups:
             if group.raws[0].forward_index == forward:
                 for part in group.columns:
+                    assert isinstance(part, RoutingColumns)
                     fault(part)
         return groups
 

@@ -143,7 +143,8 @@ def test_the_balance_losses_of_encoder_and_decoder_add_up_as_in_the_model(tmp_pa
     torch.manual_seed(0)
     config = SwitchTransformersConfig(
         vocab_size=tiny_moe.VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=2, num_heads=2,
-        num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+        num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,  # pyright: ignore[reportCallIssue]
         router_aux_loss_coef=0.03,
     )  # fmt: skip
     model, losses = SwitchTransformersForConditionalGeneration(config), []

@@ -115,7 +115,7 @@ def is_ids_and_weights(ids: Any, weights: Any) -> bool:
 
 def keep_logits(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[dict[str, Any], int] | None:
     """Keep a router's logits: its first output, [n, C]."""
-    logits = output[0] if isinstance(output, tuple | list) and output else output
+    logits: Any = output[0] if isinstance(output, tuple | list) and output else output
     if getattr(logits, "ndim", 0) == 2 and logits.is_floating_point():
         return {"logits": logits.detach()}, 0
     # A router whose first output is something else gives no logits, which is no error.
