@@ -97,7 +97,7 @@ class Variant:
         self._peer = peer
         self._debugger = self._session = self._watcher = None
         if peer == "moewatch":
-            import moewatch  # pyright: ignore[reportMissingImports]
+            import moewatch  # type: ignore[import-not-found]
 
             # Every forward, as the capture does; its default is every tenth.
             config = moewatch.WatchConfig(sample_every=1, output=moewatch.OutputMode.SILENT)
@@ -171,7 +171,7 @@ def _tolist_hook(module: Any, args: Any, output: Any) -> None:
 def _measure(workload: Any, model: Any, pairs: int, peer_pairs: int, max_minutes: float) -> dict[str, Any]:
     """Return ratio and interval of each variant; a pair visits all of them, so that they share the machine's mood."""
     bare = Variant(model)
-    variants = {level: Variant(model, level=level) for level in _LEVELS}
+    variants: dict[str, Variant] = {level: Variant(model, level=level) for level in _LEVELS}
     variants |= {"aa": Variant(model)}
     peers = (*_PEERS, "moewatch") if _HAS_MOEWATCH else _PEERS
     variants |= {peer: Variant(model, peer=peer) for peer in peers}

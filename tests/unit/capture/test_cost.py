@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from moe_debugger import MoEDebugger
 from moe_debugger.capture import HostTransfer, Intake, RawForward, Site, Tap, TokenFrame
+from moe_debugger.capture.drafts import DraftHold
 from moe_debugger.capture.model_hooks import TapHook
 from moe_debugger.capture.raw import RawLayer
 from moe_debugger.capture.sums import ROW_COUNTS
@@ -125,7 +126,7 @@ def _replay(
     transfer = HostTransfer(capture.discovery.sites, streams)
     transfer.reduces_with = capture._transfer.reduces_with
     handed_on: list[RawForward] = []
-    capture._transfer, capture._sink = transfer, handed_on.append
+    capture._transfer, capture._drafts = transfer, DraftHold(handed_on.append)
     capture.problems.clear()
     watch = SyncWatch(streams)
     moved: list[Call] = []
