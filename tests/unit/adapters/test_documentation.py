@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_the_other_snippets_of_the_page_work() -> None:
         },
     )
     names: dict[str, Any] = {"Routing": Routing, "SequenceFirstAdapter": SequenceFirstAdapter}
-    exec("class Shown(SequenceFirstAdapter):\n" + snippet("transpose(0, 1)"), names)
+    exec("class Shown(SequenceFirstAdapter):\n" + textwrap.indent(snippet("transpose(0, 1)"), "    "), names)
     model = make(Decoder(DenseLayer(), is_sequence_first=True))
     assert check_adapter(names["Shown"](), model).agrees
 

@@ -54,7 +54,7 @@ def test_every_field_of_a_layer_is_described() -> None:
 
 def test_the_code_runs_as_written() -> None:
     snippets = re.findall(r"```python\n(.*?)```", _PAGE, re.DOTALL)
-    assert len(snippets) == 7
+    assert len(snippets) == 6
     ids = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
@@ -66,24 +66,7 @@ def test_the_code_runs_as_written() -> None:
     valid = ~rows.is_padding
     assert valid.sum() < len(rows)
     assert len(names["strongest"]) == (valid & (rows.layer_index == 0)).sum()
-    assert len(names["kept"]) == valid.sum(), "no draft was rejected here"
     assert len(names["one_row_per_slot"]) == 2 * len(rows)
     assert names["decoded"].num_rows == (rows.phase == 2).sum() > 0
     assert names["counts"].sum() == 2 * int(mask.sum())
     assert names["num_rows"] == 3 * 7 * 3
-
-
-def test_the_snippet_for_drafts_keeps_the_token_that_was_taken() -> None:
-    snippet = next(each for each in re.findall(r"```python\n(.*?)```", _PAGE, re.DOTALL) if "kept =" in each)
-    rejected, taken = forward(0, has_tokens=True, num_requests=1), forward(1, has_tokens=True, num_requests=1)
-    taken.request_ids = rejected.request_ids
-    for batch in (rejected, taken):
-        batch.is_padding[:] = False
-    taken.position[:] = taken.position + 4  # positions 4 and 5 come again
-    rows = Decisions([rejected, taken], layer_infos((8, 2), (8, 2)))
-    names: dict[str, Any] = {"np": np, "rows": rows}
-    exec(compile(snippet, "docs/decisions.md", "exec"), names)
-    kept = names["kept"]
-    assert len(kept) == 10 * 2
-    again = kept[np.isin(rows.position[kept], [4, 5])]
-    assert set(rows.forward_index[again].tolist()) == {1}
