@@ -9,6 +9,7 @@ What it cannot see: a chosen expert whose weight is exactly 0, and which of two 
 part of the weight. Where it cannot be done at all (none of the architectures here), a definition would be needed.
 """
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class SiteCall:
         unexplained: the largest share of a contribution that no multiple of the expert's unit output explains.
         replay_error: the largest difference between the real output and the replay's, relative to the largest output.
         replay_tolerance: what rounding in the model's dtype may make of it.
+        thread: which called, as `threading.get_ident` says it.
     """
 
     site: str
@@ -50,6 +52,7 @@ class SiteCall:
     unexplained: float
     replay_error: float
     replay_tolerance: float
+    thread: int = 0
 
 
 class Oracle:
@@ -80,6 +83,7 @@ class Oracle:
         for site in self.sites:
             if issubclass(site.kind, ScaledInput):
                 self._wrap(self._modules[site.name.rpartition(".")[0]], "forward", _keeps_input_for(site.module))
+                site.module.__dict__["oracle_hidden"] = {}
                 self._undo.append(partial(site.module.__dict__.pop, "oracle_hidden", None))
             self._wrap(site.module, site.method, self._replays(site))
         return self
@@ -116,19 +120,21 @@ class Oracle:
                 kind = site.kind(site.module, args, kwargs)
             result = original(*args, **kwargs)
             device = _hidden_device(args, kwargs)
+            # Under autocast the experts compute in its dtype, whatever that of their output.
+            computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             with (
                 torch.inference_mode(False),
                 torch.no_grad(),
                 torch.random.fork_rng(devices=[]),
                 torch.autocast(device, enabled=False),
             ):
-                self.calls[site.name].append(_replay(site.name, kind, result))
+                self.calls[site.name].append(_replay(site.name, kind, result, computed_in))
             return result
 
         return around
 
 
-def _replay(name: str, kind: Kind, result: Any) -> SiteCall:
+def _replay(name: str, kind: Kind, result: Any, computed_in: torch.dtype | None) -> SiteCall:
     silent = kind.run(None)
     used = torch.zeros(len(silent), kind.num_experts, dtype=torch.bool)
     weights = torch.zeros(len(silent), kind.num_experts, dtype=torch.float64)
@@ -150,7 +156,7 @@ def _replay(name: str, kind: Kind, result: Any) -> SiteCall:
         share = (silent * hidden).sum(-1) / (hidden * hidden).sum(-1).clamp_min(1e-300)
         follows = (silent - share.unsqueeze(-1) * hidden).norm(dim=-1) <= 1e-9 * silent.norm(dim=-1)
         identity = torch.where(follows, share, 0).double().cpu()
-    dtype = (result[0] if isinstance(result, tuple) else result).dtype
+    dtype = computed_in or (result[0] if isinstance(result, tuple) else result).dtype
     real = kind.output(result).detach().double()
     difference = (real - total).abs()
     is_known = ~difference.isnan()
@@ -164,12 +170,13 @@ def _replay(name: str, kind: Kind, result: Any) -> SiteCall:
         unexplained=unexplained,
         replay_error=error,
         replay_tolerance=_REPLAY_TOLERANCE[dtype],
+        thread=threading.get_ident(),
     )
 
 
 def _keeps_input_for(experts: nn.Module) -> Callable[..., Any]:
     def around(original: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        experts.__dict__["oracle_hidden"] = hidden.detach().clone()
+        experts.__dict__["oracle_hidden"][threading.get_ident()] = hidden.detach().clone()
         return original(hidden, *args, **kwargs)
 
     return around

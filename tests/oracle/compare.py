@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from oracle.causal import SiteCall
+from oracle.subset import Part
 
 from moe_debugger import Decisions
 from moe_debugger.v1 import routing_pb2 as pb
@@ -82,7 +83,9 @@ def sites_of_layers(module_names: Mapping[int, str], sites: Iterable[str]) -> di
     return found
 
 
-def compare(decisions: Decisions, calls: Mapping[str, Sequence[SiteCall]], *, weight_rounding: float) -> Comparison:
+def compare(
+    decisions: Decisions | Part, calls: Mapping[str, Sequence[SiteCall]], *, weight_rounding: float
+) -> Comparison:
     """Compare all rows of `decisions` with the oracle's `calls`, layer by layer and row by row.
 
     Args:
@@ -104,7 +107,7 @@ def compare(decisions: Decisions, calls: Mapping[str, Sequence[SiteCall]], *, we
 
 
 def _compare_layer(
-    result: Comparison, decisions: Decisions, layer_index: int, calls: Sequence[SiteCall], weight_rounding: float
+    result: Comparison, decisions: Decisions | Part, layer_index: int, calls: Sequence[SiteCall], weight_rounding: float
 ) -> None:
     where = f"layer {layer_index} ({decisions.module_names[layer_index]})"
     info = decisions.layers[layer_index]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from oracle.bare import bare_copy, double
-from oracle.kinds import Kind, Stacked, rows_of
+from oracle.kinds import Kind, Stacked, autocast_as_now, rows_of
 from torch import nn
 
 __all__ = ["CUSTOM_KINDS"]
@@ -90,9 +90,11 @@ class _Native(nn.Module):
         super().__init__()
         self.gate = gate
         self.dtype = dtype
+        self._as_now = autocast_as_now()
 
     def forward(self, hidden: torch.Tensor) -> Any:
-        return self.gate(hidden.to(self.dtype))
+        with self._as_now():
+            return self.gate(hidden.to(self.dtype))
 
 
 CUSTOM_KINDS: tuple[type[Kind], ...] = (ModuleListBlock, Glam)

@@ -38,11 +38,17 @@ def forward_problems(decisions: Decisions, inputs: Mapping[str, Any]) -> Iterato
 
 
 def generate_problems(
-    decisions: Decisions, inputs: Mapping[str, Any], output: torch.Tensor, *, is_encoder_decoder: bool
+    decisions: Decisions,
+    inputs: Mapping[str, Any],
+    output: torch.Tensor,
+    *,
+    is_encoder_decoder: bool,
+    takes_positions: bool = True,
 ) -> Iterator[str]:
     """Yield what is wrong after a greedy `generate` that gave `output`: the forwards, their phases and positions.
 
-    The first forward runs the prompts, each other one a token of each text.
+    The first forward runs the prompts, each other one a token of each text. After a prompt that ends in padding,
+    generate goes on counting from the padding's position, 0: these are the positions of a model that takes positions.
     """
     if len(decisions.request_ids) != len(output):
         yield f"{len(decisions.request_ids)} request ids for {len(output)} texts"
@@ -69,6 +75,7 @@ def generate_problems(
             for step in range(new.shape[1]):
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
                 steps.append((new[:, step : step + 1], mask, pb.PHASE_DECODE))
+        ends_in_padding = takes_positions and bool((steps[0][1][:, -1] == 0).any())
         subset = _subset(inputs, info.module_name)
         if len(forwards) != len(steps) and subset is None:
             yield f"{where}: {len(forwards)} forwards captured, generate ran {len(steps)}"
@@ -84,8 +91,12 @@ def generate_problems(
                 mask,
                 subset if number == 0 else None,
                 f"{where}, forward {number}",
-                has_positions=_is_text(inputs),
+                has_positions=_is_text(inputs) and (number == 0 or not ends_in_padding),
             )
+            if number > 0 and ends_in_padding and not is_encoder_decoder:
+                position = steps[0][1].sum(-1) * steps[0][1][:, -1] + number - steps[0][1][:, -1]
+                if not np.array_equal(decisions.position[these], position.numpy()):
+                    yield f"{where}, forward {number}: positions {decisions.position[these].tolist()}, not {position}"
 
 
 def _text_problems(

@@ -6,7 +6,8 @@ states (`hidden`), which an identity expert would return.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from oracle.bare import bare_copy, double, only
 from torch import nn
 
-__all__ = ["KINDS", "Kind", "ScaledInput", "Site", "Stacked", "find_sites", "rows_of"]
+__all__ = ["KINDS", "Kind", "ScaledInput", "Site", "Stacked", "autocast_as_now", "find_sites", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class ScaledInput(Stacked):
     def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         super().__init__(module, args, kwargs)
         self._inputs = double(args[0]).reshape(self.num_experts, -1, args[0].shape[-1])
-        self._hidden: torch.Tensor = double(module.__dict__["oracle_hidden"]).reshape(-1, args[0].shape[-1])
+        hidden: torch.Tensor = double(module.__dict__["oracle_hidden"][threading.get_ident()])
+        self._hidden = hidden.reshape(-1, args[0].shape[-1])
         self.tolerance = 2 * float(torch.finfo(args[0].dtype).eps)
 
     @classmethod
@@ -175,6 +177,9 @@ class ExpertModules(Kind):
     def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._clone = bare_copy(module)
         self._args, self._kwargs = double(list(args)), double(kwargs)
+        if module.training:
+            # Token dropout then zeroes parts of what an expert gave, which is no routing; else it is a factor.
+            self._clone.__dict__["moe_token_dropout"] = 0.0
         self._experts = [
             child for name, child in self._clone.named_children() if re.fullmatch(r"expert_\d+", name) is not None
         ]
@@ -324,6 +329,7 @@ class Embeddings(Kind):
         for parameter in self._clone.get_submodule("down_proj").parameters():
             parameter.zero_()
         self._clone._modules["act_fn"] = _Ones()
+        self._as_now = autocast_as_now()
         self._up = self._clone.get_parameter("up_embed.weight")
         self._ones = torch.ones_like(self._up)
         self.num_experts = len(self._up)
@@ -336,7 +342,9 @@ class Embeddings(Kind):
 
     def run(self, expert_id: int | None) -> torch.Tensor:
         only(self._up, self._ones, expert_id)
-        return rows_of(type(self._clone).forward(self._clone, *self._args)[0]).double()
+        with self._as_now():
+            output: torch.Tensor = type(self._clone).forward(self._clone, *self._args)[0]
+        return rows_of(output).double()
 
     def unit(self, expert_id: int) -> torch.Tensor:
         return torch.ones_like(self.hidden())
@@ -362,9 +370,11 @@ class _NativeRouter(nn.Module):
         self.router = router
         self.dtype = dtype
         self.gates_are_one = False
+        self._as_now = autocast_as_now()
 
     def forward(self, hidden: torch.Tensor) -> tuple[Any, ...]:
-        order, rows, gates, sizes, logits = self.router(hidden.to(self.dtype))
+        with self._as_now():
+            order, rows, gates, sizes, logits = self.router(hidden.to(self.dtype))
         gates = gates.double()
         return order, rows, torch.ones_like(gates) if self.gates_are_one else gates, sizes, logits
 
@@ -372,6 +382,12 @@ class _NativeRouter(nn.Module):
 KINDS: tuple[type[Kind], ...] = (
     ScaledInput, Stacked, StackedInRows, ExpertModules, HardChoice, SortedRows, SortedAttention, Embeddings,
 )  # fmt: skip
+
+
+def autocast_as_now() -> Callable[[], torch.autocast]:
+    """Return what makes contexts with autocast on the CPU as it is at this call."""
+    dtype, is_enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+    return lambda: torch.autocast("cpu", dtype, enabled=is_enabled)
 
 
 def find_sites(model: nn.Module, kinds: Sequence[type[Kind]]) -> Iterator[Site]:

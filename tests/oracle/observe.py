@@ -76,7 +76,7 @@ def watch(model: nn.Module, **options: Any) -> Iterator[tuple[Oracle, MoEDebugge
         torch.random.fork_rng(devices=[]),
         adapter_for(model),
         Oracle(model) as oracle,
-        MoEDebugger(model, level="routes+tokens", **options) as debugger,
+        MoEDebugger(model, **{"level": "routes+tokens", **options}) as debugger,
     ):
         torch.manual_seed(0)
         yield oracle, debugger

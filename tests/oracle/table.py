@@ -1,14 +1,14 @@
 """Writes docs/architectures.md from the results of the full tier: `cd tests && python -m oracle.table`."""
 
+import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 import torch
 from oracle.builds import EVERY_BUILD
+from oracle.columns import FAMILIES, MODE_FILES, MODES, builds_of, key_of, matrix_columns
 from oracle.describe import Description, describe
-from oracle.matrix import matrix_columns
-from oracle.modes import FAMILIES, MODES, builds_of, key_of
 from oracle.outcome import ROOT, Outcome, Results
 from zoo.build import ALL
 from zoo.custom import CUSTOM
@@ -24,19 +24,21 @@ _INTRO = """\
 Generated from the results of `make test-slow` by `cd tests && python -m oracle.table`; do not edit. Transformers
 {transformers}, torch {torch}, CPU, tiny models with random weights.
 
-**{num_checked} of {num_builds} builds attach without configuration and are exact in at least one cell**; {custom} are
-models of other code. {num_run} of {num_cells} cells below have run: {num_exact} exact, {num_wrong} wrong,
-{num_impossible} impossible (the bare model fails, with its error at the end), {num_not_accepted} not accepted (the
-architecture has no such option). Over all cells {num_rows:,} rows (one token at one layer) with {num_slots:,} slots
-were compared: {num_wrong_ids:,} wrong ids; the largest relative error of a weight in an exact cell is
-{max_weight_error:.1e}; {num_unseen:,} slots have a weight of exactly 0, which the oracle cannot see.
+**{num_exact_builds} of {num_builds} builds are exact in every cell that the bare model can run**, attached without
+configuration (but {custom}, which are code of others: of these {num_exact_custom} of {num_custom} are). {num_run} of
+{num_cells} cells below have run: {num_exact} exact, {num_wrong} wrong, {num_impossible} impossible (the bare model
+fails, with its error at the end), {num_not_accepted} not accepted (the architecture has no such option). Over all cells
+{num_rows:,} rows (one token at one layer) with {num_slots:,} slots were compared: {num_wrong_ids:,} wrong ids; the
+largest relative error of a weight in an exact cell is {max_weight_error:.1e}; {num_unseen:,} slots have a weight of
+exactly 0, which the oracle cannot see.
 
 The oracle shares no code with the capture. Inside the model's forward it replays the experts' computation in float64,
 once per expert with the output weights of all the others at zero: a token used an expert exactly if that expert alone
 moves its output, and the weight is the factor between that movement and the expert's output at weight 1. Where the
-weight multiplies an expert's input (Llama 4), it is the factor between that input and the hidden state. A cell also
-holds: outputs bit-identical with and without the debugger, no hook left after it, and padding, positions, phases, token
-ids and requests as the arguments say.
+weight multiplies an expert's input (Llama 4), it is the factor between that input and the hidden state. Compiled and
+sharded models are compared with the oracle on the plain model with the same weights and inputs. A cell also holds:
+outputs bit-identical with and without the debugger, no hook left after it, and, in forwards and greedy decoding,
+padding, positions, phases, token ids and requests as the arguments say.
 """
 
 
@@ -50,12 +52,14 @@ def render(descriptions: Mapping[str, Description], outcomes: _Outcomes) -> str:
     """Return the page."""
     wanted = [outcomes[cell] for cell in cells() if cell in outcomes]
     counted = {status: sum(each.status == status for each in wanted) for status in _SIGNS}
-    exact = {each.arch for each in wanted if each.status == "exact"}
+    exact = _exact_builds(outcomes)
     intro = _INTRO.format(
         transformers=version("transformers"),
         torch=version("torch").partition("+")[0],
-        num_checked=len(exact & set(ALL)),
+        num_exact_builds=len(exact & set(ALL)),
         num_builds=len(ALL),
+        num_exact_custom=len(exact & set(CUSTOM)),
+        num_custom=len(CUSTOM),
         custom=", ".join(CUSTOM),
         num_run=len(wanted),
         num_cells=len(cells()),
@@ -79,15 +83,28 @@ def render(descriptions: Mapping[str, Description], outcomes: _Outcomes) -> str:
         "✗ wrong, blank: not run.\n",
         _grid(list(descriptions), matrix_columns(), outcomes),
         "## Modes\n",
-        f"In float32 with the default implementation, on {len(FAMILIES)} families that cover every way of calling "
-        "experts and every scoring function; some of them on all.\n",
-        _grid(list(descriptions), list(MODES), outcomes),
+        f"In float32 with the default implementation, on {len(FAMILIES)} families that cover every way of reading and "
+        "of calling experts and every scoring function; some of them on all builds, plans for sharding on one build "
+        "more of each kind of expert-parallel plan.\n",
     ]
+    for file in MODE_FILES:
+        modes = [name for name, (mode, _) in MODES.items() if mode.__module__ == file.__name__]
+        archs = [arch for arch in descriptions if any(arch in builds_of(mode) for mode in modes)]
+        parts += [f"### {inspect.cleandoc(file.__doc__ or '').splitlines()[0]}\n", _grid(archs, modes, outcomes)]
     for status, title in (("wrong", "Wrong"), ("impossible", "Impossible"), ("not accepted", "Not accepted")):
         those = [each for each in wanted if each.status == status]
         if those:
             parts += [f"## {title}\n", _reasons(those)]
     return "\n".join(parts)
+
+
+def _exact_builds(outcomes: _Outcomes) -> set[str]:
+    """Return the builds whose cells have all run, with none that is wrong and at least one that is exact."""
+    statuses: dict[str, set[str]] = {}
+    for arch, column in cells():
+        outcome = outcomes.get((arch, column))
+        statuses.setdefault(arch, set()).add("not run" if outcome is None else outcome.status)
+    return {arch for arch, found in statuses.items() if "exact" in found and not found & {"wrong", "not run"}}
 
 
 _SIGNS = {"exact": "✓", "not accepted": "·", "impossible": "—", "wrong": "✗"}

@@ -1,70 +1,18 @@
-"""Ways of running a model beside one forward and greedy decoding, on families that cover every kind of router.
+"""Ways of decoding, and of calling a model beside one forward and greedy decoding."""
 
-Each mode is a function of a build that returns a `Comparison`, and is a column of the table. Another file adds its own
-by `register_mode`.
-"""
-
-import inspect
-from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from oracle.builds import EVERY_BUILD
 from oracle.compare import Comparison, compare
 from oracle.matrix import NEW_TOKENS, check_forward, check_generate, forward_of, max_unseen, merge
-from oracle.observe import WEIGHT_ROUNDING, bare, is_same, observed, state_of, tensors_of, watch
-from oracle.outcome import Impossible, NotAccepted, source_key
-from torch import nn
+from oracle.observe import WEIGHT_ROUNDING, bare, observed, watch
+from oracle.outcome import NotAccepted
+from oracle.registry import register_mode
 from zoo.build import Build
 
 from moe_debugger.v1 import routing_pb2 as pb
-
-__all__ = ["FAMILIES", "MODES", "Mode", "builds_of", "key_of", "mode_cell", "register_mode"]
-
-Mode = Callable[[Build], Comparison]
-
-# Every kind of call to the experts, and every scoring function, at least once.
-FAMILIES = (
-    "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "switch_transformers", "nllb_moe", "llama4_text",
-    "jetmoe", "dbrx", "granitemoe", "phimoe", "longcat_flash", "zaya", "gemma4_text", "deepseek_v4", "doge",
-)  # fmt: skip
-# By the name of the column: what to run, and for which builds (None: for all).
-MODES: dict[str, tuple[Mode, tuple[str, ...] | None]] = {}
-
-
-def register_mode(name: str, families: tuple[str, ...] | None = FAMILIES) -> Callable[[Mode], Mode]:
-    """Make a function the column `name`, for the named builds; for all of them where that is None."""
-
-    def register(mode: Mode) -> Mode:
-        MODES[name] = (mode, families)
-        return mode
-
-    return register
-
-
-def builds_of(name: str) -> tuple[str, ...]:
-    """Return the builds that a mode is run for."""
-    families = MODES[name][1]
-    return tuple(EVERY_BUILD) if families is None else families
-
-
-@cache
-def key_of(column: str) -> str:
-    """Return the `source_key` of a column of the matrix, or of a mode with the file that it is written in."""
-    return source_key(Path(inspect.getfile(MODES[column][0]))) if column in MODES else source_key()
-
-
-def mode_cell(arch: str, name: str) -> Comparison:
-    """Check one cell.
-
-    Raises:
-        Impossible: the bare model cannot run so.
-        NotAccepted: the architecture has nothing to run so.
-    """
-    return MODES[name][0](EVERY_BUILD[arch])
 
 
 @register_mode("right padding", families=None)
@@ -169,75 +117,6 @@ def two_forwards_a_step(build: Build) -> Comparison:
         if [step for step, _ in pairs] != [7, 7, 8] or len({forward for _, forward in pairs}) != 3:
             result.add_problem(f"layer {layer_index}: steps and forwards are {pairs}")
     return result
-
-
-@register_mode("training")
-def training(build: Build) -> Comparison:
-    """Two optimizer steps: phase train, and gradients bit-identical to those without the debugger."""
-    return _trains(build, None)
-
-
-@register_mode("checkpointing")
-def checkpointing(build: Build) -> Comparison:
-    """Gradient checkpointing, by both of torch's ways: what is recomputed in the backward pass is counted once."""
-    result = _trains(build, False)
-    merge(result, _trains(build, True))
-    return result
-
-
-def _trains(build: Build, use_reentrant: bool | None) -> Comparison:
-    model: Any = _prepared_for_training(build, use_reentrant)
-    inputs = build.inputs(model)
-    expected = bare(lambda model: _two_steps(model, inputs), model)
-    before = state_of(model)
-    model.load_state_dict(_prepared_for_training(build, use_reentrant).state_dict())
-    with watch(model) as (oracle, debugger):
-        output = _two_steps(model, inputs)
-        assert debugger.session is not None
-        decisions = debugger.session.decisions()
-    result = compare(decisions, oracle.calls, weight_rounding=WEIGHT_ROUNDING)
-    if not is_same(expected, output):
-        result.add_problem("outputs, gradients or weights with the debugger differ from those without")
-    if before != state_of(model):
-        result.add_problem("the model's hooks, methods or modes are not as they were before the debugger")
-    if set(decisions.phase.tolist()) != {pb.PHASE_TRAIN}:
-        result.add_problem(f"phases {sorted(set(decisions.phase.tolist()))}, all should be train")
-    if use_reentrant is not None and not oracle.num_recomputed:
-        raise Impossible("with gradient checkpointing on, no layer with experts is computed a second time")
-    return result
-
-
-def _prepared_for_training(build: Build, use_reentrant: bool | None) -> nn.Module:
-    model: Any = build.make()
-    model.train()
-    for module in model.modules():
-        # What drops out at random inside the experts would be no multiple of their output.
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "moe_token_dropout"):
-            module.__dict__["moe_token_dropout"] = 0.0
-    if use_reentrant is not None:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise Impossible(f"{type(model).__name__} does not support gradient checkpointing")
-        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-        model.enable_input_require_grads()
-    return model  # type: ignore[no-any-return]
-
-
-def _two_steps(model: Any, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    kept: list[torch.Tensor] = []
-    for _ in range(2):
-        output = model(**inputs, use_cache=False)
-        main = next(tensors_of(output))
-        loss: Any = main.float().square().mean()
-        loss.backward()
-        kept.append(main.detach().clone())
-        kept.extend(p.grad.clone() for p in model.parameters() if p.grad is not None)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    kept.extend(parameter.detach().clone() for parameter in model.parameters())
-    return kept
 
 
 def _generates(build: Build, *, first_text_only: bool = False, **options: Any) -> Comparison:
