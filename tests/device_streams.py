@@ -19,6 +19,9 @@ class WrittenDown:
         self.pinned: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []
 
+    def is_in_use(self) -> bool:
+        return True
+
     def is_device(self, tensor: Any) -> bool:
         return bool(tensor.device.type == self.device_type)
 

@@ -24,6 +24,8 @@ __all__ = ["Assembled", "Assembler", "is_sampled"]
 
 # Beyond this many rows at a layer the arrays leave the processor's cache, and more forwards save nothing.
 _MAX_GROUP_TOKENS = 4096
+# Of tensors that torch joins on one thread: its grain is 32,768 values.
+_MAX_JOINED_BYTES = 32_768
 # Tensors that are read against others of the same forward.
 _WHOLE_FORWARD = ("row_mask", "intended_expert_ids")
 
@@ -114,7 +116,8 @@ class Assembler:
             key += (layer.layer_index, place_of[id(layer.frame)])
             for name, tensor in layer.tensors.items():
                 is_sums = name in (ROW_COUNTS, ROW_PROBABILITIES)
-                if name in _WHOLE_FORWARD or len(tensor) != (layer.frame.num_rows if is_sums else layer.num_rows):
+                # Not len(): torch's is written in Python.
+                if name in _WHOLE_FORWARD or tensor.shape[0] != (layer.frame.num_rows if is_sums else layer.num_rows):
                     return None
                 key += (name, tensor.dtype)
         return tuple(key)
@@ -283,5 +286,14 @@ def _arrays(raws: Sequence[RawLayer]) -> dict[str, Any]:
     """Return the tensors of one layer's calls as numpy arrays, row after row; what is no tensor is of a single call."""
     if len(raws) == 1:
         return {name: to_numpy(value) if hasattr(value, "detach") else value for name, value in raws[0].tensors.items()}
-    # Not by torch: beyond a size its `cat` takes threads, and with them the cores that the model runs on.
-    return {name: np.concatenate([to_numpy(raw.tensors[name]) for raw in raws]) for name in raws[0].tensors}
+    return {name: _joined([raw.tensors[name] for raw in raws]) for name in raws[0].tensors}
+
+
+def _joined(tensors: Sequence[Any]) -> npt.NDArray[Any]:
+    import torch
+
+    # By torch, which needs no numpy array of each; but beyond a size its `cat` takes threads, and with them the cores
+    # that the model runs on.
+    if sum(tensor.nbytes for tensor in tensors) <= _MAX_JOINED_BYTES:
+        return to_numpy(torch.cat(tensors))
+    return np.concatenate([to_numpy(tensor) for tensor in tensors])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-__all__ = ["Receivers", "is_compiling", "is_exporting", "pack", "reset_compiled_code", "unpack"]
+__all__ = ["Receivers", "is_exporting", "pack", "reset_compiled_code", "unpack"]
 
 # (tensors by name, plain numbers by name)
 Receive = Callable[[dict[str, Any]], None]
@@ -21,13 +21,6 @@ Receive = Callable[[dict[str, Any]], None]
 _receivers: dict[int, Receive] = {}
 _next_key = itertools.count(1)
 _lock = threading.Lock()
-
-
-def is_compiling() -> bool:
-    """Return whether this call is traced by torch.compile."""
-    from torch import compiler
-
-    return compiler.is_compiling()
 
 
 def is_exporting() -> bool:

@@ -38,6 +38,8 @@ _watched: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]]" = weakref
 _watched_lock = threading.Lock()
 _MAX_PROBLEMS = 64
 _MAX_NAMES = 3
+# What torch calls the task that runs backward where none does.
+_NO_TASK = -1
 
 
 class Capture:
@@ -53,6 +55,8 @@ class Capture:
     """
 
     def __init__(self, model: "nn.Module", sink: Callable[[RawForward], None]) -> None:
+        from torch import _C
+
         # A compiled model wraps the one whose layers are watched; its own call, which is not traced, opens the forward.
         self._wrapper = model if getattr(model, "_orig_mod", None) is not None else None
         model = getattr(model, "_orig_mod", None) or model
@@ -65,6 +69,8 @@ class Capture:
         self._handles: list[Any] = []
         self._receivers = Receivers()
         self._local = ThreadState()
+        # A task is under way where a call recomputes a forward within backward (gradient checkpointing).
+        self._current_graph_task: Callable[[], int] = _C._current_graph_task_id
         self._tracker = RequestTracker()
         self._transfer = HostTransfer(self.discovery.sites)
         self._lock = threading.Lock()
@@ -182,7 +188,7 @@ class Capture:
     def _add_tap(self, site: Site, tap: Tap) -> None:
         def received(capture: "Capture", values: dict[str, Any]) -> None:
             num_rows = values.pop("num_rows")
-            capture.keep(site, tap, lambda: (values, num_rows), ())
+            capture.receive(site, tap, values, num_rows)
 
         hook = TapHook(self, site, tap, self._receivers.add(_weakly(self, received)))
         if tap.moment == "before":
@@ -220,7 +226,7 @@ class Capture:
         """
         started_ns = time.perf_counter_ns()
         try:
-            if _is_recomputing():
+            if self._current_graph_task() != _NO_TASK:
                 return
             forward, is_new, abandoned = self._local.begin(entry, caller, started_ns)
             self._abandon(abandoned, "a forward of the model was interrupted; its routes so far were not kept")
@@ -283,7 +289,7 @@ class Capture:
         """
         started_ns = time.perf_counter_ns()
         try:
-            if _is_recomputing():
+            if self._current_graph_task() != _NO_TASK:
                 return
             forward, is_error = self._local.end(entry)
             if forward is None or forward.raw is None:
@@ -320,6 +326,8 @@ class Capture:
     def _note_unseen(self, forward: OpenForward, raw: RawForward) -> None:
         """Compare the tokens that each stack was given with those that were seen at its MoE layers."""
         seen = {layer.layer_index for layer in raw.layers}
+        if len(seen) == len(self.discovery.sites):
+            return
         for site in self.discovery.sites:
             index = site.info.layer_index
             if index not in seen and site.root in forward.frames:
@@ -334,54 +342,82 @@ class Capture:
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             )
 
-    def keep(self, site: Site, tap: Tap, keep: Callable[[], Kept | None], shown: tuple[Any, ...]) -> None:
-        """Keep what a tap picked from a call of its module.
+    def keep(self, site: Site, tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Keep what a tap picks from a call of its module.
 
         Args:
             site: the layer.
             tap: which of its taps.
-            keep: gives the references; may raise.
-            shown: the tensors of the call, to say what was not expected.
+            args, kwargs: of the call.
+            output: what it returned; None before the call.
         """
         started_ns = time.perf_counter_ns()
         try:
-            if _is_recomputing():
+            if self._current_graph_task() != _NO_TASK:
                 self.num_recomputed_calls += tap.completes
                 return
-            forward, index = self._local.forward, site.info.layer_index
-            kept = keep()
-            if kept is None:
-                if forward is not None:
-                    forward.parts.pop(index, None)
-                self._problem(f"{site.info.module_name}: {_unexpected(shown)}")
+            shown = args if output is None else (output,)
+            kept = tap.keep(args, kwargs, output)
+            if kept is not None:
+                self._keep(site, tap, kept, shown)
                 return
-            tensors, num_rows = kept
-            if forward is None or forward.raw is None:
-                if tap.completes:
-                    self._lose(num_rows)
-                    if forward is None:
-                        self._problem(
-                            "experts were called outside of a forward of the watched model: their tokens are not known "
-                            "(call the model, or give the debugger the part that is called)"
-                        )
-                return
-            if index in forward.parts:
-                before, rows_before = forward.parts.pop(index)
-                tensors, num_rows = {**before, **tensors}, max(num_rows, rows_before)
-            elif tap.completes and site.is_shared:
-                return  # Experts that several layers share: this call is of a layer whose own router was just seen.
-            if not tap.completes:
-                forward.parts[index] = (tensors, num_rows)
-                return
-            frame = self._frame_of(forward, site, num_rows, shown, has_subset="row_mask" in tensors)
-            if frame is not None:
-                forward.raw.layers.append(RawLayer(index, frame, tensors, num_rows))
-            else:
-                self._lose(num_rows)
+            forward = self._local.forward
+            if forward is not None:
+                forward.parts.pop(site.info.layer_index, None)
+            self._problem(f"{site.info.module_name}: {_unexpected(shown)}")
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
             self._problem(f"{site.info.module_name}: {type(error).__name__}: {error}")
         finally:
-            self._spent(started_ns)
+            self.hook_ns += time.perf_counter_ns() - started_ns
+
+    def receive(self, site: Site, tap: Tap, tensors: dict[str, Any], num_rows: int) -> None:
+        """Keep what a tap picked in compiled code.
+
+        Args:
+            site: the layer.
+            tap: which of its taps.
+            tensors: what it picked, by name.
+            num_rows: how many rows were routed.
+        """
+        started_ns = time.perf_counter_ns()
+        try:
+            if self._current_graph_task() != _NO_TASK:
+                self.num_recomputed_calls += tap.completes
+                return
+            self._keep(site, tap, (tensors, num_rows), ())
+        except Exception as error:  # noqa: BLE001 - a hook never raises into the model
+            self._problem(f"{site.info.module_name}: {type(error).__name__}: {error}")
+        finally:
+            self.hook_ns += time.perf_counter_ns() - started_ns
+
+    def _keep(self, site: Site, tap: Tap, kept: Kept, shown: tuple[Any, ...]) -> None:
+        forward, index = self._local.forward, site.info.layer_index
+        tensors, num_rows = kept
+        if forward is None or forward.raw is None:
+            if tap.completes:
+                self._lose(num_rows)
+                if forward is None:
+                    self._problem(
+                        "experts were called outside of a forward of the watched model: their tokens are not known "
+                        "(call the model, or give the debugger the part that is called)"
+                    )
+            return
+        parts = forward.parts.pop(index, None)
+        if parts is not None:
+            before, rows_before = parts
+            # These were made for this call alone, and are nobody else's.
+            before.update(tensors)
+            tensors, num_rows = before, max(num_rows, rows_before)
+        elif tap.completes and site.is_shared:
+            return  # Experts that several layers share: this call is of a layer whose own router was just seen.
+        if not tap.completes:
+            forward.parts[index] = (tensors, num_rows)
+            return
+        frame = self._frame_of(forward, site, num_rows, shown, has_subset="row_mask" in tensors)
+        if frame is not None:
+            forward.raw.layers.append(RawLayer(index, frame, tensors, num_rows))
+        else:
+            self._lose(num_rows)
 
     def _frame_of(
         self, forward: OpenForward, site: Site, num_rows: int, args: tuple[Any, ...], *, has_subset: bool
@@ -475,13 +511,6 @@ def _unexpected(given: tuple[Any, ...]) -> str:
 
 def _shape(value: Any) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
-
-
-def _is_recomputing() -> bool:
-    """Whether this call recomputes a forward within backward (gradient checkpointing)."""
-    from torch import _C
-
-    return bool(_C._current_graph_task_id() != -1)
 
 
 def _is_batched() -> bool:

@@ -12,9 +12,9 @@ from contextlib import nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .compiled import is_compiling, is_exporting
+from .compiled import is_exporting
 from .context import traced_inputs
-from .sites import Kept, Site, Tap
+from .sites import Site, Tap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,13 +38,17 @@ class Watcher(Protocol):
     def leave(self, entry: object, output: Any) -> None:
         """A watched module's call ends."""
 
-    def keep(self, site: Site, tap: Tap, keep: Callable[[], Kept | None], shown: tuple[Any, ...]) -> None:
+    def keep(self, site: Site, tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """A tap's module was called."""
 
 
 class _Hook:
     def __init__(self, watcher: Watcher) -> None:
+        from torch import compiler
+
         self._watcher = weakref.ref(watcher)
+        # Looked up once: an import in each call costs as much as the rest of a hook.
+        self._is_compiling = compiler.is_compiling
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
         return _nothing
@@ -67,7 +71,7 @@ class EnterHook(_Hook):
     def __call__(self, module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the inputs by name."""
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if is_compiling():
+        if self._is_compiling():
             if not is_exporting():
                 self._deliver(traced_inputs(inputs, is_training=module.training))
             return
@@ -85,7 +89,7 @@ class LeaveHook(_Hook):
 
     def __call__(self, module: "nn.Module", args: Any, kwargs: Any, output: Any) -> None:
         """Note the output."""
-        if is_compiling():
+        if self._is_compiling():
             if not is_exporting():
                 self._deliver({})
             return
@@ -105,7 +109,7 @@ class TapHook(_Hook):
 
     def __call__(self, module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         """Keep what the tap picks."""
-        if is_compiling():
+        if self._is_compiling():
             if not is_exporting():
                 kept = self._tap.keep(args, kwargs, output)
                 if kept is not None:
@@ -113,5 +117,4 @@ class TapHook(_Hook):
             return
         watcher = self._watcher()
         if watcher is not None:
-            tap = self._tap
-            watcher.keep(self._site, tap, lambda: tap.keep(args, kwargs, output), args if output is None else (output,))
+            watcher.keep(self._site, self._tap, args, kwargs, output)

@@ -86,11 +86,11 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         # A forward within another one of the same model stands after it.
         self._open: list[OpenForward] = []
+        # The innermost one; looked up by each hook.
+        self.forward: OpenForward | None = None
 
-    @property
-    def forward(self) -> OpenForward | None:
-        """The innermost forward under way."""
-        return self._open[-1] if self._open else None
+    def _note_innermost(self) -> None:
+        self.forward = self._open[-1] if self._open else None
 
     def begin(
         self, entry: object, caller: FrameType | None, started_ns: int
@@ -116,6 +116,7 @@ class ThreadState(threading.local):
             self._open.append(OpenForward([call], started_ns))
         else:
             self._open[-1].calls.append(call)
+        self._note_innermost()
         return self._open[-1], is_new, abandoned
 
     def end(self, entry: object) -> tuple[OpenForward | None, bool]:
@@ -135,9 +136,13 @@ class ThreadState(threading.local):
         error = sys.exception()
         is_error = error is not None and error is not calls[index].outer_error
         del calls[index:]
-        return (None, is_error) if calls else (self._open.pop(), is_error)
+        if calls:
+            return None, is_error
+        ended = self._open.pop()
+        self._note_innermost()
+        return ended, is_error
 
     def abandon(self) -> list[OpenForward]:
         """Forget all forwards of this thread, and return them."""
-        abandoned, self._open = self._open, []
+        abandoned, self._open, self.forward = self._open, [], None
         return abandoned

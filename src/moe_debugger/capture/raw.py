@@ -1,6 +1,5 @@
 """What the hooks keep of one forward: references to tensors, nothing computed yet."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,4 +113,4 @@ class RawForward:
         held: list[Any] = [value for layer in self.layers for value in layer.tensors.values()]
         for frame in self.frames:
             held += [frame.position, frame.is_padding, frame.token_ids, frame.segment_ends]
-        return sum(math.prod(value.shape) * value.element_size() for value in held if hasattr(value, "element_size"))
+        return sum(getattr(value, "nbytes", 0) for value in held)

@@ -17,6 +17,10 @@ _FRAME_TENSORS = ("position", "is_padding", "token_ids", "segment_ends")
 class DeviceStreams(Protocol):
     """What the transfer needs of a device's runtime; a test gives one that only writes down what it is asked for."""
 
+    def is_in_use(self) -> bool:
+        """Return whether any tensor may lie on such a device."""
+        ...
+
     def is_device(self, tensor: Any) -> bool:
         """Return whether a tensor lies on such a device."""
         ...
@@ -43,6 +47,12 @@ class DeviceStreams(Protocol):
 
 class CudaStreams:
     """The runtime of CUDA, and of ROCm under the same names."""
+
+    def is_in_use(self) -> bool:
+        """See `DeviceStreams`."""
+        import torch
+
+        return torch.cuda.is_initialized()
 
     def is_device(self, tensor: Any) -> bool:
         """See `DeviceStreams`."""
@@ -103,6 +113,8 @@ class HostTransfer:
 
     def start(self, raw: RawForward) -> None:
         """Replace the tensors of `raw` by host tensors; `raw.copied` holds the events to wait for before reading."""
+        if not self._cuda.is_in_use():
+            return
         devices = {tensor.device for tensor in _tensors(raw) if self._cuda.is_device(tensor)}
         if not devices:
             return

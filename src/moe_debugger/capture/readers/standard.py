@@ -11,6 +11,7 @@ from .base import (
     SHARED_NAMES,
     Model,
     Reading,
+    detached,
     first_int,
     first_of,
     is_ids_and_weights,
@@ -82,7 +83,7 @@ def _keep_inputs(names: tuple[str, ...] | None) -> Any:
             return None
         assert ids is not None
         assert weights is not None
-        return {"expert_ids": ids.detach(), "gate_weights": weights.detach()}, ids.shape[0]
+        return {"expert_ids": ids, "gate_weights": detached(weights)}, ids.shape[0]
 
     return keep
 
