@@ -63,6 +63,8 @@ def pack(values: Mapping[str, Any]) -> tuple[list[Any], str, list[int]]:
 
     A name is followed by ":n" where its value is a number, and by ":*" where it is a list of numbers, which comes last.
     """
+    import torch
+
     tensors: list[Any] = []
     numbers: list[int] = []
     tail: list[int] = []
@@ -71,7 +73,7 @@ def pack(values: Mapping[str, Any]) -> tuple[list[Any], str, list[int]]:
         if isinstance(value, list | tuple):
             names.append(name + ":*")
             tail = list(value)
-        elif hasattr(value, "detach"):
+        elif isinstance(value, torch.Tensor):
             names.append(name)
             tensors.append(value)
         else:
