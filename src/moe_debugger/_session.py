@@ -132,6 +132,7 @@ class Session:
             sampling_rate=options.sampling_rate,
             eos_token_ids=options.eos_token_ids,
         )
+        capture.keeps_token_ids = options.level >= pb.CAPTURE_LEVEL_ROUTES_TOKENS
         capture.reduce_rows_with(self._assembler.known_scoring if options.level == pb.CAPTURE_LEVEL_COUNTS else None)
         self._monitor = HealthMonitor(self._layers(), first_forward=capture.next_forward_index)
         self._totals = _Totals()

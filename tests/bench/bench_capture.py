@@ -2,10 +2,11 @@
 
     python tests/bench/bench_capture.py [--pairs 30] [--threads 1] [--workloads prefill decode_1 decode_8]
 
-The last line is JSON; docs/cost.md says what each field is. The model has the proportions of a real one, at a size for
-a CPU: hidden 512, 8 layers, 64 experts of which 8 are chosen. `prefill` runs 8 texts of 256 tokens, `decode_1` and
-`decode_8` steps with a KV cache for 1 and 8 texts. A run with the capture ends when everything that was captured has
-been counted, so the ratio is what watching costs in all and not only what the hooks do.
+The last line is JSON; docs/cost.md says what each field is. The model has the proportions of a real one at a size for a
+CPU: OLMoE-1B-7B at a quarter of its width (hidden 512, experts of 256, 12,576 tokens), half of its layers (8) and all of
+its 64 experts, of which 8 are chosen. `prefill` runs 8 texts of 256 tokens, `decode_1` and `decode_8` steps with a KV
+cache for 1 and 8 texts. A run with the capture ends when everything that was captured has been counted, so the ratio is
+what watching costs in all and not only what the hooks do.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from moe_debugger import MoEDebugger
 from moe_debugger._debugger import CaptureLevelName
 
 _BOOTSTRAPS = 4000
-_VOCABULARY = 1024
+_VOCABULARY = 12_576
 _PROMPT_LENGTH = 64
 # What is measured against the bare model, beside the bare model itself ("aa", the noise of the machine).
 _LEVELS: tuple[CaptureLevelName, ...] = ("counts", "routes")
@@ -42,7 +43,7 @@ def build_model(num_layers: int = 8, num_experts: int = 64, top_k: int = 8) -> A
     config = MixtralConfig(
         vocab_size=_VOCABULARY,
         hidden_size=512,
-        intermediate_size=128,
+        intermediate_size=256,
         num_hidden_layers=num_layers,
         num_attention_heads=8,
         num_key_value_heads=8,

@@ -83,6 +83,8 @@ def prompt_lookup(build: Build) -> Comparison:
 @register_mode("assisted decoding")
 def assisted_decoding(build: Build) -> Comparison:
     """Assisted decoding by a second model, whose drafts are often rejected."""
+    if build.generate_inputs is None:
+        raise NotAccepted("does not generate")
     assistant: Any = build.make()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Sharded models: ranks started by torchrun, against the oracle on the whole model in one process.
+"""Sharded models: ranks started by torchrun, against the oracle on the whole model in one process, or on the stages.
 
 All plans of a build run in one torchrun, one after the other: starting the ranks takes longer than running them.
 """

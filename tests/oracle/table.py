@@ -36,9 +36,10 @@ The oracle shares no code with the capture. Inside the model's forward it replay
 once per expert with the output weights of all the others at zero: a token used an expert exactly if that expert alone
 moves its output, and the weight is the factor between that movement and the expert's output at weight 1. Where the
 weight multiplies an expert's input (Llama 4), it is the factor between that input and the hidden state. Compiled and
-sharded models are compared with the oracle on the plain model with the same weights and inputs. A cell also holds:
-outputs bit-identical with and without the debugger, no hook left after it, and, in forwards and greedy decoding,
-padding, positions, phases, token ids and requests as the arguments say.
+sharded models are compared with the oracle on the plain model with the same weights and inputs, the stages of a
+pipeline with the oracle on the stages themselves; a stage without experts is refused by the debugger, and runs bare. A
+cell also holds: outputs bit-identical with and without the debugger, no hook left after it, and, in forwards and greedy
+decoding, padding, positions, phases, token ids and requests as the arguments say.
 """
 
 

@@ -289,7 +289,7 @@ def _arrays(raws: Sequence[RawLayer]) -> dict[str, Any]:
     return {name: _joined([raw.tensors[name] for raw in raws]) for name in raws[0].tensors}
 
 
-def _joined(tensors: Sequence[Any]) -> npt.NDArray[Any]:
+def _joined(tensors: list[Any]) -> npt.NDArray[Any]:
     import torch
 
     # By torch, which needs no numpy array of each; but beyond a size its `cat` takes threads, and with them the cores

@@ -63,6 +63,9 @@ class RequestTracker:
         """Bind `ids` to a carrier for as long as it lives."""
         key = id(carrier)
         known = self._known
+        held = known.get(key)
+        if held is not None and held[1] == ids and held[0]() is carrier:
+            return
 
         def forget(reference: "weakref.ref[Any]") -> None:
             # Another object may have got the same address meanwhile.
@@ -146,6 +149,7 @@ def read_frame(
     tracker: RequestTracker,
     scope: RequestScope | None,
     minted: dict[int, tuple[str, ...]],
+    keeps_token_ids: bool = True,
 ) -> tuple[TokenFrame | None, str]:
     """Return the tokens that a stack runs over, and what could not be read ("" where all was).
 
@@ -155,6 +159,7 @@ def read_frame(
         inputs: of the stack's own call.
         outer: of the outermost call of this forward; gives what a stack is not told (token ids, masks).
         minted: ids that this forward's other stacks got, by number of rows; a new entry is added.
+        keeps_token_ids: whether they are wanted also of a single text.
     """
     is_decoder = _is_decoder(inputs, outer, stack)
     main, input_ids = _main_input(inputs, outer, is_decoder=is_decoder)
@@ -207,8 +212,9 @@ def read_frame(
     if mask is None and frame.is_padding is not None and not past_length:
         mask = ~frame.is_padding
     frame.position = _position(_first(inputs, outer, "position_ids"), mask, num_rows, num_columns)
-    if input_ids is not None:
-        frame.token_ids = input_ids.detach().clone()
+    # The end of a text is told by its token where others of its batch go on.
+    if input_ids is not None and (keeps_token_ids or num_rows > 1):
+        frame.token_ids = input_ids.clone()
     return frame, problem
 
 

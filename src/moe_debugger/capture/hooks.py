@@ -76,6 +76,8 @@ class Capture:
         self._lock = threading.Lock()
         self._next_forward = 0
         self.step: int | None = None
+        # False where a session's level has no token ids; those of a batch are kept all the same, to tell ended texts.
+        self.keeps_token_ids = True
         self.hook_ns = 0
         self.forward_ns = 0
         self.num_forwards = 0
@@ -190,7 +192,7 @@ class Capture:
             num_rows = values.pop("num_rows")
             capture.receive(site, tap, values, num_rows)
 
-        hook = TapHook(self, site, tap, self._receivers.add(_weakly(self, received)))
+        hook = TapHook(self, self._local, site, tap, self._receivers.add(_weakly(self, received)))
         if tap.moment == "before":
             self._handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
@@ -254,11 +256,14 @@ class Capture:
 
     def _abandon(self, forwards: list[OpenForward], why: str) -> None:
         for forward in forwards:
+            self._settle(forward)
             self._lose(0 if forward.raw is None else forward.raw.num_decisions)
             self._problem(why)
 
     def _add_frame(self, forward: OpenForward, inputs: dict[str, Any], root: str) -> None:
         assert forward.raw is not None
+        # What was seen so far belongs to the tokens so far.
+        self._settle(forward)
         stack = self.discovery.sites[self._layers_of[root][0]].info.stack
         if stack == "vision":
             return  # Patches: their number is known only at the layers.
@@ -271,6 +276,7 @@ class Capture:
             tracker=self._tracker,
             scope=self._local.scope,
             minted=forward.minted,
+            keeps_token_ids=self.keeps_token_ids,
         )
         forward.broken.discard(root)
         if problem:
@@ -292,9 +298,12 @@ class Capture:
             if self._current_graph_task() != _NO_TASK:
                 return
             forward, is_error = self._local.end(entry)
-            if forward is None or forward.raw is None:
+            if forward is None:
                 return
+            self._settle(forward)
             raw = forward.raw
+            if raw is None:
+                return
             raw.duration_ns = started_ns - forward.started_ns
             if is_error:
                 self._abandon([forward], "a forward of the model raised; its routes so far were not kept")
@@ -356,19 +365,42 @@ class Capture:
             if self._current_graph_task() != _NO_TASK:
                 self.num_recomputed_calls += tap.completes
                 return
-            shown = args if output is None else (output,)
-            kept = tap.keep(args, kwargs, output)
-            if kept is not None:
-                self._keep(site, tap, kept, shown)
-                return
-            forward = self._local.forward
-            if forward is not None:
-                forward.parts.pop(site.info.layer_index, None)
-            self._problem(f"{site.info.module_name}: {_unexpected(shown)}")
+            self._pick(self._local.forward, site, tap, args, kwargs, output)
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
             self._problem(f"{site.info.module_name}: {type(error).__name__}: {error}")
         finally:
-            self.hook_ns += time.perf_counter_ns() - started_ns
+            self._spent(started_ns)
+
+    def _settle(self, forward: OpenForward) -> None:
+        """Keep what the taps picked from the calls that were noted."""
+        noted, forward.noted = forward.noted, []
+        self.hook_ns, forward.hook_ns = self.hook_ns + forward.hook_ns, 0
+        for site, tap, args, output, graph_task in noted:
+            if graph_task != _NO_TASK:
+                self.num_recomputed_calls += tap.completes
+                continue
+            try:
+                self._pick(forward, site, tap, (None, *args), {}, output)
+            except Exception as error:  # noqa: BLE001 - one layer's fault is not the others'
+                self._problem(f"{site.info.module_name}: {type(error).__name__}: {error}")
+
+    def _pick(
+        self,
+        forward: OpenForward | None,
+        site: Site,
+        tap: Tap,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+    ) -> None:
+        shown = args if output is None else (output,)
+        kept = tap.keep(args, kwargs, output)
+        if kept is not None:
+            self._keep(forward, site, tap, kept, shown)
+            return
+        if forward is not None:
+            forward.parts.pop(site.info.layer_index, None)
+        self._problem(f"{site.info.module_name}: {_unexpected(shown)}")
 
     def receive(self, site: Site, tap: Tap, tensors: dict[str, Any], num_rows: int) -> None:
         """Keep what a tap picked in compiled code.
@@ -384,14 +416,14 @@ class Capture:
             if self._current_graph_task() != _NO_TASK:
                 self.num_recomputed_calls += tap.completes
                 return
-            self._keep(site, tap, (tensors, num_rows), ())
+            self._keep(self._local.forward, site, tap, (tensors, num_rows), ())
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
             self._problem(f"{site.info.module_name}: {type(error).__name__}: {error}")
         finally:
-            self.hook_ns += time.perf_counter_ns() - started_ns
+            self._spent(started_ns)
 
-    def _keep(self, site: Site, tap: Tap, kept: Kept, shown: tuple[Any, ...]) -> None:
-        forward, index = self._local.forward, site.info.layer_index
+    def _keep(self, forward: OpenForward | None, site: Site, tap: Tap, kept: Kept, shown: tuple[Any, ...]) -> None:
+        index = site.info.layer_index
         tensors, num_rows = kept
         if forward is None or forward.raw is None:
             if tap.completes:

@@ -17,10 +17,11 @@ from .raw import RawForward
 
 __all__ = ["Intake", "IntakeStatistics"]
 
-# The thread works for at most about 1 / 50 of the time while forwards are small.
-_REST_PER_WORK = 50
+# While forwards are small the thread works for at most about 1 / 250 of the time, and what it knows is at most about a
+# second old; whoever asks before that wakes it.
+_REST_PER_WORK = 250
 _MIN_REST_S = 0.02
-_MAX_REST_S = 0.5
+_MAX_REST_S = 1.0
 # With so many tokens more forwards together save nothing any more, and with so much of the buffer full a rest would
 # cost forwards.
 _ENOUGH_TOKENS = 4096
@@ -40,7 +41,7 @@ class IntakeStatistics:
     peak_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Item:
     raw: RawForward
     size_bytes: int

@@ -6,6 +6,7 @@ nothing: the copy is not watched, and can be loaded where moe_debugger is not in
 """
 
 import sys
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .compiled import is_exporting
 from .context import traced_inputs
+from .open_calls import ThreadState
 from .sites import Site, Tap
 
 if TYPE_CHECKING:
@@ -99,10 +101,16 @@ class LeaveHook(_Hook):
 
 
 class TapHook(_Hook):
-    """Hook or pre-hook of a tap; it hands references over."""
+    """Hook or pre-hook of a tap; it notes references, or hands them over at once."""
 
-    def __init__(self, watcher: Watcher, site: Site, tap: Tap, deliver: Deliver) -> None:
+    def __init__(self, watcher: Watcher, state: ThreadState, site: Site, tap: Tap, deliver: Deliver) -> None:
+        from torch import _C
+
         super().__init__(watcher)
+        self._state = state
+        # Patches of images are told apart by the shape of the first argument.
+        self._may_wait = tap.may_wait and all(each.may_wait for each in site.taps) and site.info.stack != "vision"
+        self._current_graph_task: Callable[[], int] = _C._current_graph_task_id
         self._site = site
         self._tap = tap
         self._deliver = deliver
@@ -114,6 +122,13 @@ class TapHook(_Hook):
                 kept = self._tap.keep(args, kwargs, output)
                 if kept is not None:
                     self._deliver({**kept[0], "num_rows": kept[1]})
+            return
+        forward = self._state.forward
+        if self._may_wait and forward is not None and not kwargs:
+            # Between a model's layers the processor has forgotten our code, so the less of it runs here the better.
+            started_ns = time.perf_counter_ns()
+            forward.noted.append((self._site, self._tap, args[1:], output, self._current_graph_task()))
+            forward.hook_ns += time.perf_counter_ns() - started_ns
             return
         watcher = self._watcher()
         if watcher is not None:

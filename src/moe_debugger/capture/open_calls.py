@@ -13,6 +13,7 @@ from typing import Any
 
 from .context import RequestScope
 from .raw import RawForward, TokenFrame
+from .sites import Site, Tap
 
 __all__ = ["OpenCall", "OpenForward", "ThreadState"]
 
@@ -64,6 +65,8 @@ class OpenForward:
         broken: stacks whose tokens could not be read because of an error of ours: their rows are lost, not guessed.
         minted: request ids by number of rows.
         parts: what the taps of a layer kept until its call is whole, by layer index.
+        noted: calls of taps that wait: site, tap, arguments but the first, output, autograd's current task.
+        hook_ns: time in the hooks that noted them.
     """
 
     calls: list[OpenCall]
@@ -76,6 +79,8 @@ class OpenForward:
     broken: set[str] = field(default_factory=set)
     minted: dict[int, tuple[str, ...]] = field(default_factory=dict)
     parts: dict[int, tuple[dict[str, Any], int]] = field(default_factory=dict)
+    noted: list[tuple[Site, Tap, tuple[Any, ...], Any, int]] = field(default_factory=list)
+    hook_ns: int = 0
 
 
 class ThreadState(threading.local):

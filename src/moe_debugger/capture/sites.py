@@ -76,12 +76,15 @@ class Tap:
         moment: "before" sees the arguments, "after" also the output.
         keep: picks references out of the call.
         completes: True for the tap with which a call of the layer is whole.
+        may_wait: `keep` may be called when the forward ends, with an empty first argument and no keywords. For taps
+            that need the other arguments and the output alone, which are then small: they live until then.
     """
 
     module: "nn.Module"
     moment: Literal["before", "after"]
     keep: Keep
     completes: bool = True
+    may_wait: bool = False
 
 
 @dataclass(frozen=True, slots=True)

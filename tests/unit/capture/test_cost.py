@@ -132,7 +132,7 @@ def _replay(
     moved: list[Call] = []
     for hook, module, given in calls:
         if planted is not None and isinstance(hook, TapHook) and hook._tap.completes:
-            hook = TapHook(capture, hook._site, planted, lambda values: None)
+            hook = TapHook(capture, capture._local, hook._site, planted, lambda values: None)
         moved.append((hook, module, _on_device(given)))
     with torch.no_grad(), watch:
         _call(moved[0][1], moved, 0)

@@ -44,9 +44,9 @@ def read_standard(model: Model, name: str, module: "nn.Module") -> Reading | Non
     num_identity = first_int(module, ("zero_expert_num", "num_zero_experts")) or 0
     if num_identity:
         num_experts = first_int(module, ("num_routed_experts", "n_routed_experts")) or num_experts
-    taps = [Tap(module, "before", _keep_inputs(names), completes=True)]
+    taps = [Tap(module, "before", _keep_inputs(names), may_wait=True)]
     if router is not None:
-        taps.insert(0, Tap(router, "after", keep_logits, completes=False))
+        taps.insert(0, Tap(router, "after", keep_logits, completes=False, may_wait=True))
     scale = getattr(router, "per_expert_scale", None)
     top_k = model.top_k(router, block)
     reason = _no_statistics(router)
