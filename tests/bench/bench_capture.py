@@ -2,11 +2,11 @@
 
     python tests/bench/bench_capture.py [--pairs 30] [--threads 1] [--workloads prefill decode_1 decode_8]
 
-The last line is JSON; docs/cost.md says what each field is. The model has the proportions of a real one at a size for a
-CPU: OLMoE-1B-7B at a quarter of its width (hidden 512, experts of 256, 12,576 tokens), half of its layers (8) and all of
-its 64 experts, of which 8 are chosen. `prefill` runs 8 texts of 256 tokens, `decode_1` and `decode_8` steps with a KV
-cache for 1 and 8 texts. A run with the capture ends when everything that was captured has been counted, so the ratio is
-what watching costs in all and not only what the hooks do.
+The last line is JSON; docs/cost.md says what each field is. The model has the proportions of a real one at a size for
+CPUs: OLMoE-1B-7B at a quarter of its width (hidden 512, experts of 256, 12,576 tokens), with half of its layers (8) and
+all of its 64 experts, of which 8 are chosen. `prefill` runs 8 texts of 256 tokens, `decode_1` and `decode_8` steps with
+a KV cache for 1 and 8 texts. A run with the capture ends when everything that was captured has been counted, so the
+ratio is what watching costs in all and not only what the hooks do.
 """
 
 import argparse
