@@ -207,8 +207,8 @@ def _nothing_found_text(model: "nn.Module", modules: "dict[str, nn.Module]", unr
     # One name per shape of path, so that 60 equal layers take one entry.
     kinds: dict[str, str] = {}
     for module_name, module in modules.items():
-        if module_name and not any(True for _ in module.children()):
-            kinds.setdefault(re.sub(r"\d+", "*", module_name), type(module).__name__)
+        if not any(True for _ in module.children()):
+            kinds.setdefault(re.sub(r"\d+", "*", module_name) or "the model itself", type(module).__name__)
     shown = ", ".join(f"{path} ({kind})" for path, kind in list(kinds.items())[:_MAX_NAMES_IN_ERROR])
     more = f" and {len(kinds) - _MAX_NAMES_IN_ERROR} more kinds" if len(kinds) > _MAX_NAMES_IN_ERROR else ""
     return (
