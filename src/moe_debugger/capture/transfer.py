@@ -52,7 +52,7 @@ class CudaStreams:
         """See `DeviceStreams`."""
         import torch
 
-        return torch.cuda.is_initialized()
+        return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
     def is_device(self, tensor: Any) -> bool:
         """See `DeviceStreams`."""
