@@ -41,12 +41,14 @@ if TYPE_CHECKING:
         InvalidInputError,
         ModelNotSupportedError,
         MoEDebuggerError,
+        RecordingError,
         SessionClosedError,
         UnsupportedFormatError,
         WireFormatError,
     )
     from moe_debugger.models import LoadedModel, load_model
     from moe_debugger.parallel import ParallelCoordinates
+    from moe_debugger.recording import Recorder, Recording, open_recording
     from moe_debugger.source import PublishedRoutes, Source, SourceAccount, open_source
     from moe_debugger.wire.ids import new_id
 
@@ -79,6 +81,9 @@ __all__ = [
     "Profile",
     "PublishedRoutes",
     "RankLoad",
+    "Recorder",
+    "Recording",
+    "RecordingError",
     "Routing",
     "RoutingStats",
     "RowStatistics",
@@ -94,6 +99,7 @@ __all__ = [
     "detach",
     "load_model",
     "new_id",
+    "open_recording",
     "open_source",
     "register_adapter",
     "unregister_adapter",
@@ -134,6 +140,7 @@ _MODULES = {
     ),
     "moe_debugger.models": ("LoadedModel", "load_model"),
     "moe_debugger.parallel": ("ParallelCoordinates",),
+    "moe_debugger.recording": ("Recorder", "Recording", "open_recording"),
     "moe_debugger.source": ("PublishedRoutes", "Source", "SourceAccount", "open_source"),
     "moe_debugger.wire.ids": ("new_id",),
 }

@@ -145,6 +145,7 @@ class MoEDebugger:
             coordinates=self._coordinates,
             layer_numbers=self._numbers,
             expert_owners=owners,
+            model_name=self._model_name,
         )
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,9 @@ from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 from moe_debugger.wire.ids import new_id
 
+if TYPE_CHECKING:
+    from moe_debugger.recording import Recorder
+
 __all__ = ["Profile", "Session", "SessionOptions"]
 
 _FLUSH_TIMEOUT_S = 60.0
@@ -59,6 +62,7 @@ class SessionOptions:
     layer_numbers: Mapping[int, int] = field(default_factory=dict)
     # By index in the whole model.
     expert_owners: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    model_name: str = ""
 
 
 @dataclass(slots=True)
@@ -135,6 +139,7 @@ class Session:
         capture.keeps_token_ids = options.level >= pb.CAPTURE_LEVEL_ROUTES_TOKENS
         capture.reduce_rows_with(self._assembler.known_scoring if options.level == pb.CAPTURE_LEVEL_COUNTS else None)
         self._monitor = HealthMonitor(self._layers(), first_forward=capture.next_forward_index)
+        self._recorder: Recorder | None = None
         self._totals = _Totals()
         self._base = (capture.next_forward_index, capture.forward_ns, capture.hook_ns, capture.num_lost_decisions)
         self._dropped: dict[int, int] = {}
@@ -335,6 +340,8 @@ class Session:
         if self._is_closed:
             return
         self.stop(timeout_s=timeout_s, ends_session=ends_session, reason=reason)
+        if self._recorder is not None:
+            self._recorder.stop()
         self._intake.close(timeout_s)
         self._if_lost.detach()
         self._is_closed = True
@@ -353,6 +360,40 @@ class Session:
             if not self._is_closed:
                 self._settle()
                 profile.performance = self._performance(before)
+
+    def record(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        buffer_bytes: int = 64 * 1024 * 1024,
+        part_bytes: int = 64 * 1024 * 1024,
+        part_seconds: float = 30.0,
+        max_bytes: int | None = None,
+    ) -> "Recorder":
+        """Write all that is captured from now on to a new folder, until `Recorder.stop` or `close`.
+
+        docs/recordings.md describes the files; `moe_debugger.open_recording` reads them.
+
+        Args:
+            path: a folder that is not there yet, or is empty. The recording can reveal the text.
+            buffer_bytes: bound on what waits for the disk; rows that do not fit are counted in the manifest.
+            part_bytes, part_seconds: a part ends when it is so large or so old; a crash loses the one that is open.
+            max_bytes: the recording takes no more rows once it is so large, and counts them; None = no bound.
+
+        Raises:
+            InvalidInputError: the folder is not empty, or cannot be made, or a recording of this session runs already.
+            DependencyMissingError: pyarrow is not installed.
+            SessionClosedError: the session was closed.
+        """
+        from moe_debugger.recording.recorder import Recorder
+        from moe_debugger.recording.writer import Limits
+
+        self._settle()
+        if self._recorder is not None:
+            raise InvalidInputError(f"this session is recorded to {self._recorder.path} already; stop that one first")
+        limits = Limits(part_bytes=part_bytes, part_seconds=part_seconds, max_bytes=max_bytes)
+        self._recorder = recorder = Recorder(self, path, buffer_bytes=buffer_bytes, limits=limits)
+        return recorder
 
     def series(self) -> SeriesTable:
         """Return the training series recorded so far, waiting for values that are still on a device.
@@ -463,6 +504,9 @@ class Session:
                 self._fold(columns)
         # Not under the lock: rows may go to a file here, and the model's thread takes the lock when it drops.
         self._rows.add(*(columns for columns in parts if isinstance(columns, RoutingColumns)))
+        recorder = self._recorder
+        if recorder is not None:
+            recorder.offer(tuple(parts))
         if self.publisher is not None and not self._options.coordinates.is_replica:
             for columns in parts:
                 self.publisher.submit(columns)

@@ -8,6 +8,7 @@ MoEDebuggerError
 ├── ConfigError              settings or a config file are wrong; lists all problems at once
 ├── WireFormatError          bytes that are not, or not wholly, one of our messages
 │   └── UnsupportedFormatError   written by a newer major version
+├── RecordingError           a recording is damaged, or is none; names the part
 ├── FleetError               a part of the fleet cannot be reached, started or trusted
 └── DependencyMissingError   an optional package is needed; the text names the extra to install
 """
@@ -20,6 +21,7 @@ __all__ = [
     "InvalidInputError",
     "MoEDebuggerError",
     "ModelNotSupportedError",
+    "RecordingError",
     "SessionClosedError",
     "UnsupportedFormatError",
     "WireFormatError",
@@ -65,6 +67,18 @@ class WireFormatError(MoEDebuggerError):
 
 class UnsupportedFormatError(WireFormatError):
     """A message of a newer major version than this program reads."""
+
+
+class RecordingError(MoEDebuggerError):
+    """A recording is damaged, is not whole, or is none.
+
+    Attributes:
+        part: the file at fault, relative to the recording's folder.
+    """
+
+    def __init__(self, text: str, *, part: str = "") -> None:
+        self.part = part
+        super().__init__(text)
 
 
 class FleetError(MoEDebuggerError):

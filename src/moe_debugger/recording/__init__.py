@@ -1,0 +1,24 @@
+"""Recordings: a session kept as open files, to be read without the model. docs/recordings.md describes the format.
+
+with session.record("runs/today"):
+    model.generate(**inputs)
+
+recording = moe_debugger.open_recording("runs/today")
+recording.decisions()
+"""
+
+from moe_debugger.recording.manifest import Manifest, ModelIdentity, PartEntry
+from moe_debugger.recording.reader import Recording, ReplayBatch, Verification, open_recording
+from moe_debugger.recording.recorder import Recorder, RecorderStatistics
+
+__all__ = [
+    "Manifest",
+    "ModelIdentity",
+    "PartEntry",
+    "Recorder",
+    "RecorderStatistics",
+    "Recording",
+    "ReplayBatch",
+    "Verification",
+    "open_recording",
+]

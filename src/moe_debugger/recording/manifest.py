@@ -1,0 +1,296 @@
+"""`manifest.json`: what a recording holds, of which model, how it ended, and the checksums of its parts.
+
+It is replaced as a whole with every part that is finished, so that it never names a part that is not there whole.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from moe_debugger.capture_health import CaptureHealth, CheckStatus, HealthCheck
+from moe_debugger.errors import RecordingError, UnsupportedFormatError
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_MAJOR",
+    "FORMAT_MINOR",
+    "MANIFEST_NAME",
+    "Health",
+    "Manifest",
+    "ModelIdentity",
+    "PartEntry",
+    "RowsLayout",
+    "SeriesNotes",
+    "Topology",
+    "read_manifest",
+    "write_manifest",
+]
+
+FORMAT = "moe-debugger-recording"
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+MANIFEST_NAME = "manifest.json"
+# Of a hundred thousand parts; looked at before anything is parsed.
+_MAX_BYTES = 32 * 1024 * 1024
+_MAX_PARTS = 100_000
+
+_Count = Annotated[int, Field(ge=0, lt=2**64)]
+_Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Text = Annotated[str, StringConstraints(max_length=4096)]
+# No other path can be named, so none outside of the folder.
+_PartPath = Annotated[
+    str,
+    StringConstraints(pattern=r"^(rows/part-[0-9]{8}|counts/part-[0-9]{8}|layers-[0-9]{8}|series-[0-9]{8})\.parquet$"),
+]
+
+
+class _Model(BaseModel):
+    # Fields of a newer minor version are passed over.
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class RowsLayout(_Model):
+    """Which of the optional columns the rows of a part have, and how wide its lists are.
+
+    Attributes:
+        top_k: entries of `expert_ids` and the other columns of slots.
+        num_logits: entries of `logits`, 0 where there are none.
+    """
+
+    top_k: Annotated[int, Field(ge=1, lt=2**20)] = 1
+    num_logits: Annotated[int, Field(ge=0, lt=2**20)] = 0
+    has_token_id: bool = False
+    has_intended: bool = False
+
+
+class PartEntry(_Model):
+    """One Parquet file.
+
+    Attributes:
+        path: relative to the recording's folder.
+        kind: which table it is a part of.
+        num_rows: rows of the table in it.
+        size_bytes, sha256: of the file.
+        first_step, last_step, first_forward_index, last_forward_index: of its rows; None where it has no such thing.
+        layout: of rows; None of other tables.
+    """
+
+    path: _PartPath
+    kind: Literal["rows", "counts", "layers", "series"]
+    num_rows: _Count
+    size_bytes: _Count
+    sha256: _Sha256
+    first_step: _Count | None = None
+    last_step: _Count | None = None
+    first_forward_index: _Count | None = None
+    last_forward_index: _Count | None = None
+    layout: RowsLayout | None = None
+
+
+class ModelIdentity(_Model):
+    """Which model was recorded.
+
+    Attributes:
+        config_sha256: of the model's configuration as JSON with sorted keys, without its name and the version of
+            transformers; None where the model has no configuration that JSON can hold.
+        versions: of the libraries that ran it.
+    """
+
+    name: _Text = ""
+    model_type: _Text = ""
+    class_name: _Text = ""
+    config_sha256: _Sha256 | None = None
+    versions: dict[_Text, _Text] = Field(default_factory=dict)
+
+
+class Topology(_Model):
+    """Place of the recorded process in a sharded model; all ranks count from 0."""
+
+    global_rank: _Count = 0
+    world_size: _Count = 1
+    data_parallel_rank: _Count = 0
+    tensor_parallel_rank: _Count = 0
+    expert_parallel_rank: _Count = 0
+    expert_parallel_size: _Count = 1
+    pipeline_parallel_rank: _Count = 0
+    recording_rank: _Count = 0
+
+
+class _Check(_Model):
+    name: _Text
+    status: CheckStatus
+    num_checked: _Count = 0
+    num_violations: _Count = 0
+    unit: _Text = ""
+    example: _Text = ""
+
+
+class Health(_Model):
+    """How far the capture could be trusted when the recording ended, over the whole session."""
+
+    is_healthy: bool
+    num_produced: _Count = 0
+    dropped: dict[_Text, _Count] = Field(default_factory=dict)
+    num_missing_messages: _Count = 0
+    problems: list[_Text] = Field(default_factory=list)
+    checks: list[_Check] = Field(default_factory=list)
+
+    @classmethod
+    def of(cls, health: CaptureHealth) -> Self:
+        """Return what the manifest keeps of `health`."""
+        values = health.to_dict()
+        values["problems"] = [text[:4096] for text in values["problems"]]
+        for check in values["checks"]:
+            check["example"] = check["example"][:4096]
+        return cls.model_validate(values)
+
+    def to_capture_health(self) -> CaptureHealth:
+        """Return the health as `Session.capture_health` gave it."""
+        return CaptureHealth(
+            self.num_produced,
+            dict(self.dropped),
+            self.num_missing_messages,
+            tuple(self.problems),
+            tuple(HealthCheck(**check.model_dump()) for check in self.checks),
+        )
+
+
+class SeriesNotes(_Model):
+    """What a table of series cannot say in its rows; see `SeriesTable`."""
+
+    notes: dict[_Text, _Count] = Field(default_factory=dict)
+    num_not_kept: _Count = 0
+
+
+class Manifest(_Model):
+    """What is known of a recording without reading its rows.
+
+    Attributes:
+        format_version: "major.minor"; a newer major cannot be read.
+        recording_id: minted when the recording began.
+        status: "recording" until it is stopped, so also after a crash; "failed" where the disk refused; "finished".
+        started_at_unix_ns, ended_at_unix_ns: wall clock; None while it is not finished.
+        level: "counts" (no rows, sums instead), "routes", "routes+tokens" or "full".
+        sampling_rate: share of the requests that were captured.
+        num_rows: rows of the parts, one for each token and MoE layer, padding too; at level "counts" 0.
+        num_requests: distinct requests in the parts; at least so many where `is_num_requests_exact` is false.
+        num_rows_not_written: rows that were captured and are in no part, by reason.
+        num_decisions_dropped: decisions that the capture lost while the recording ran, by reason. They have no rows.
+        capture_health: at the end; None while it is not finished.
+        problems: what went wrong, in words.
+        parts: every whole file.
+    """
+
+    format: Literal["moe-debugger-recording"] = "moe-debugger-recording"
+    format_version: _Text = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
+    recording_id: _Text
+    status: Literal["recording", "finished", "failed"] = "recording"
+    started_at_unix_ns: _Count
+    ended_at_unix_ns: _Count | None = None
+    session_name: _Text
+    session_id: _Text | None = None
+    level: Literal["counts", "routes", "routes+tokens", "full"]
+    sampling_rate: float = Field(ge=0, le=1)
+    model: ModelIdentity
+    topology: Topology
+    num_rows: _Count = 0
+    num_requests: _Count = 0
+    is_num_requests_exact: bool = True
+    first_step: _Count | None = None
+    last_step: _Count | None = None
+    num_rows_not_written: dict[_Text, _Count] = Field(default_factory=dict)
+    num_decisions_dropped: dict[_Text, _Count] = Field(default_factory=dict)
+    capture_health: Health | None = None
+    series: SeriesNotes | None = None
+    problems: list[_Text] = Field(default_factory=list)
+    parts: list[PartEntry] = Field(default_factory=list, max_length=_MAX_PARTS)
+
+    @property
+    def is_finished(self) -> bool:
+        """True where the recording was stopped in order."""
+        return self.status == "finished"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as in the file."""
+        return self.model_dump(mode="json")
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    rest = {name: value for name, value in values.items() if name != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest of a folder: after a crash the file is the old or the new one, never a part of one.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    values = manifest.to_dict()
+    text = json.dumps({**values, "sha256": _checksum(values)}, indent=1, allow_nan=False)
+    pending = folder / f".{MANIFEST_NAME}"
+    with open(os.open(pending, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(pending, folder / MANIFEST_NAME)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a folder.
+
+    Raises:
+        RecordingError: there is none, or it is damaged, or no manifest of a recording.
+        UnsupportedFormatError: written by a newer major version.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise RecordingError(
+            f"{folder} is no recording: it has no {MANIFEST_NAME}; give the folder that session.record() was given",
+            part=MANIFEST_NAME,
+        ) from error
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be read: {error.strerror or error}", part=MANIFEST_NAME) from error
+    if len(text) > _MAX_BYTES:
+        raise RecordingError(f"{path} has more than {_MAX_BYTES} bytes, no recording's has", part=MANIFEST_NAME)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordingError(f"{path} is damaged, it is no JSON: {error}", part=MANIFEST_NAME) from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise RecordingError(f'{path} is no manifest of a recording: "format" is not "{FORMAT}"', part=MANIFEST_NAME)
+    _check_version(path, values.get("format_version"))
+    try:
+        is_same = values.get("sha256") == _checksum(values)
+    except (ValueError, RecursionError):
+        is_same = False
+    if not is_same:
+        raise RecordingError(
+            f"{path} is damaged: its content does not have the checksum that it states", part=MANIFEST_NAME
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(each) for each in first["loc"])
+        raise RecordingError(
+            f"{path} is damaged: {where}={str(first['input'])[:80]!r}: {first['msg']}", part=MANIFEST_NAME
+        ) from error
+
+
+def _check_version(path: Path, version: object) -> None:
+    major, dot, minor = version.partition(".") if isinstance(version, str) else ("", "", "")
+    if not (dot and major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit() and len(major) < 9):
+        raise RecordingError(f"{path} is damaged: format_version is {str(version)[:40]!r}", part=MANIFEST_NAME)
+    if int(major) != FORMAT_MAJOR:
+        raise UnsupportedFormatError(
+            f"{path} has format version {version}, this program reads {FORMAT_MAJOR}.x; upgrade moe-debugger"
+        )

@@ -1,0 +1,496 @@
+"""Writes the parts of a recording, one after another, on whichever thread calls it.
+
+A part is written under a name with a dot, and gets its own name when it is whole; then the manifest is replaced. What a
+crash leaves is thus a manifest and the whole parts that it names, and at most one file that readers pass over.
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe_debugger._row_blocks import Layout, RowBlock
+from moe_debugger._row_packing import pack
+from moe_debugger.capture import LayerInfo
+from moe_debugger.errors import InvalidInputError
+from moe_debugger.publish.batching import columns_size_bytes
+from moe_debugger.recording import tables
+from moe_debugger.recording.manifest import Health, Manifest, PartEntry, SeriesNotes, write_manifest
+from moe_debugger.training.series import SeriesTable
+from moe_debugger.wire.codec import CountsColumns, RoutingColumns
+
+__all__ = ["Ending", "Limits", "RecordingWriter", "make_folder"]
+
+# Bounds of one row group: what is in memory as columns at once.
+_GROUP_ROWS = 65_536
+_GROUP_BYTES = 16 * 1024 * 1024
+# Requests that are told apart exactly, some 100 bytes each.
+_MAX_REQUESTS = 1_000_000
+_MAX_PROBLEMS = 16
+_COMPRESSION = "zstd"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a recording and of its parts.
+
+    Attributes:
+        part_bytes, part_rows, part_seconds: a part ends when it has so much, or is so old; a crash loses the part that
+            is open. It may pass the bytes and rows by a row group.
+        max_bytes: the recording takes no more rows once its parts have so much; None = no bound.
+    """
+
+    part_bytes: int = 64 * 1024 * 1024
+    part_rows: int = 16 * 1024 * 1024
+    part_seconds: float = 30.0
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("part_bytes", "part_rows", "part_seconds"):
+            if not getattr(self, name) > 0:
+                raise InvalidInputError(f"{name} {getattr(self, name)}: expected more than 0")
+        if self.max_bytes is not None and self.max_bytes < 0:
+            raise InvalidInputError(f"max_bytes {self.max_bytes}: expected 0 or more, or None")
+
+
+@dataclass(slots=True)
+class Ending:
+    """What is known of a session when its recording ends."""
+
+    health: Health | None = None
+    series: SeriesTable | None = None
+    num_decisions_dropped: dict[str, int] = field(default_factory=dict)
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make the folder of a new recording, which this user alone can read, and return its absolute path.
+
+    Raises:
+        InvalidInputError: it is there with something in it, or is no folder, or its parent is not there.
+    """
+    folder = Path(path).absolute()
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        if folder.is_symlink() or not folder.is_dir():
+            raise InvalidInputError(f"{folder} is no folder; give a new folder for the recording") from None
+        if any(folder.iterdir()):
+            raise InvalidInputError(
+                f"{folder} is not empty, and nothing in it is overwritten; give a new folder for the recording"
+            ) from None
+    except OSError as error:
+        raise InvalidInputError(
+            f"the folder {folder} cannot be made: {error.strerror or error}; its parent must be there"
+        ) from error
+    return folder
+
+
+class _HashingFile:
+    """A new file that is written from its beginning to its end, with the SHA-256 of all that was written."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        self._file: BinaryIO = os.fdopen(os.open(path, flags, 0o600), "wb")
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        self._digest.update(data)
+        num_bytes = self._file.write(data)
+        self.size_bytes += num_bytes
+        return num_bytes
+
+    def tell(self) -> int:
+        """Return how much was written."""
+        return self.size_bytes
+
+    def flush(self) -> None:
+        """Hand what was written to the system."""
+        self._file.flush()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._file.closed
+
+    def readable(self) -> bool:
+        """Return False."""
+        return False
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return False."""
+        return False
+
+    def close(self) -> None:
+        """Put the file on the disk."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def discard(self) -> None:
+        """Close it without a word."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of what was written."""
+        return self._digest.hexdigest()
+
+
+class _OpenPart:
+    """A Parquet file that is being written."""
+
+    def __init__(self, folder: Path, path: str, kind: str, recording_id: str) -> None:
+        import pyarrow.parquet as pq
+
+        self.path = path
+        self.kind = kind
+        self.num_rows = 0
+        self.ranges: dict[str, int] = {}
+        self.layout: Layout | None = None
+        self._target = folder / path
+        self._pending = self._target.with_name(f".{self._target.name}")
+        self._pending.parent.mkdir(mode=0o700, exist_ok=True)
+        self._file = _HashingFile(self._pending)
+        schema = tables.schema_of(kind).with_metadata({"moe_debugger.recording_id": recording_id})
+        self._writer = pq.ParquetWriter(
+            self._file, schema, compression=_COMPRESSION, use_dictionary=tables.dictionary_columns(kind)
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        return self._file.size_bytes
+
+    def write(self, batch: Any, ranges: Mapping[str, int], layout: Layout | None = None) -> None:
+        """Write a batch as one row group; `ranges` are its `first_…` and `last_…`."""
+        import pyarrow as pa
+
+        self._writer.write_table(pa.Table.from_batches([batch]), row_group_size=max(1, batch.num_rows))
+        self.num_rows += batch.num_rows
+        if layout is not None:
+            self.layout = layout if self.layout is None else self.layout.join(layout)
+        for name, value in ranges.items():
+            choose = min if name.startswith("first_") else max
+            self.ranges[name] = choose(self.ranges.get(name, value), value)
+
+    def finish(self) -> PartEntry:
+        """Give the file its name, and return its entry."""
+        self._writer.close()
+        self._file.close()
+        os.replace(self._pending, self._target)
+        return PartEntry.model_validate(
+            {
+                "path": self.path,
+                "kind": self.kind,
+                "num_rows": self.num_rows,
+                "size_bytes": self._file.size_bytes,
+                "sha256": self._file.hexdigest(),
+                **self.ranges,
+                "layout": None if self.layout is None else asdict(self.layout),
+            }
+        )
+
+    def discard(self) -> None:
+        """Remove what there is."""
+        with contextlib.suppress(Exception):
+            self._writer.close()
+        self._file.discard()
+        with contextlib.suppress(OSError):
+            self._pending.unlink(missing_ok=True)
+
+
+class RecordingWriter:
+    """Writes what it is given; one thread at a time. Whatever the disk does, nothing here raises but `__init__`.
+
+    Args:
+        folder: empty, as `make_folder` returns it.
+        manifest: of a recording that begins.
+        limits: of its parts.
+        layers: what is known of the layers now; called with each part.
+        owners: expert-parallel ranks of each layer's experts.
+
+    Raises:
+        OSError: the disk refuses the first files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        limits: Limits,
+        layers: Callable[[], Sequence[LayerInfo]],
+        owners: Mapping[int, Sequence[int]],
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._limits = limits
+        self._layers = layers
+        self._owners = owners
+        self._rank = manifest.topology.global_rank
+        self._parts: list[PartEntry] = []
+        self._open: _OpenPart | None = None
+        self._pending: list[RoutingColumns] = []
+        self._pending_counts: list[CountsColumns] = []
+        self._pending_rows = self._pending_bytes = 0
+        # When the oldest row came that is in no whole part.
+        self._oldest_at: float | None = None
+        self._num_batches = 0
+        self._numbers: Counter[str] = Counter()
+        self._size_bytes = 0
+        self._not_written: Counter[str] = Counter()
+        self._problems: list[str] = []
+        self._requests: set[int] = set()
+        self._is_exact = True
+        self._known_layers: tuple[LayerInfo, ...] = ()
+        self._status = "recording"
+        self._write_layers()
+        self._save()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the disk refused, so that no more rows are written."""
+        return self._status == "failed"
+
+    def add(self, parts: Sequence[RoutingColumns | CountsColumns]) -> None:
+        """Take what was captured together."""
+        rows = [each for each in parts if isinstance(each, RoutingColumns)]
+        counts = [each for each in parts if isinstance(each, CountsColumns)]
+        num_rows = sum(each.num_decisions for each in rows) + sum(len(each.layers) for each in counts)
+        if self.has_failed:
+            self.count_not_written("write_failed", num_rows)
+            return
+        if self._is_full:
+            self.count_not_written("max_bytes", num_rows)
+            return
+        if self._oldest_at is None and num_rows:
+            self._oldest_at = time.monotonic()
+        self._pending += rows
+        self._pending_counts += counts
+        self._pending_rows += num_rows
+        self._pending_bytes += sum(columns_size_bytes(each) for each in parts)
+        if self._pending_rows >= _GROUP_ROWS or self._pending_bytes >= _GROUP_BYTES:
+            self._guarded(self._write_and_cut)
+
+    def tick(self) -> None:
+        """End the part where the oldest of its rows are old enough."""
+        if self._oldest_at is not None and time.monotonic() - self._oldest_at >= self._limits.part_seconds:
+            self.end_part()
+
+    def end_part(self) -> None:
+        """Write what waits, and end the open part."""
+        if not self.has_failed:
+            self._guarded(self._end_part)
+
+    def count_not_written(self, reason: str, num_rows: int) -> None:
+        """Count rows that are in no part; the manifest says them."""
+        if num_rows:
+            self._not_written[reason] += num_rows
+
+    def finish(self, ending: Ending) -> None:
+        """Write what waits, the series and the last manifest."""
+        if not self.has_failed:
+            self._guarded(lambda: self._end(ending))
+        if self.has_failed:
+            # Where there is room for a manifest there may be none for a part.
+            self.manifest = self._at_end(ending)
+            with contextlib.suppress(OSError):
+                self._save()
+
+    def _end(self, ending: Ending) -> None:
+        self._end_part()
+        self._write_layers()
+        if ending.series is not None and len(ending.series):
+            self._write_table("series", tables.series_to_batch(ending.series))
+        self.manifest = self._at_end(ending)
+        self._status = "finished"
+        self._save()
+
+    def _at_end(self, ending: Ending) -> Manifest:
+        series = ending.series
+        notes = None if series is None else SeriesNotes(notes=dict(series.notes), num_not_kept=series.num_not_kept)
+        return self.manifest.model_copy(
+            update={
+                "capture_health": ending.health,
+                "num_decisions_dropped": dict(ending.num_decisions_dropped),
+                "series": notes,
+                "ended_at_unix_ns": time.time_ns(),
+            }
+        )
+
+    @property
+    def _is_full(self) -> bool:
+        size_bytes = self._size_bytes + (0 if self._open is None else self._open.size_bytes)
+        return self._limits.max_bytes is not None and size_bytes >= self._limits.max_bytes
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:  # noqa: BLE001 - whatever the disk does, the model and the capture go on
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        self._problems.append(f"the recording could not be written ({type(error).__name__}: {reason})"[:1000])
+        self._status = "failed"
+        lost = self._pending_rows
+        if self._open is not None:
+            lost += self._open.num_rows
+            self._open.discard()
+            self._open = None
+        self.count_not_written("write_failed", lost)
+        self._forget_pending()
+        self._oldest_at = None
+        with contextlib.suppress(OSError):
+            self._save()
+
+    def _forget_pending(self) -> None:
+        self._pending, self._pending_counts = [], []
+        self._pending_rows = self._pending_bytes = 0
+
+    def _write_pending(self) -> None:
+        if self._pending:
+            self._write_rows(self._pending)
+        if self._pending_counts:
+            self._write_counts(self._pending_counts)
+        self._forget_pending()
+
+    def _write_and_cut(self) -> None:
+        self._write_pending()
+        part = self._open
+        if part is not None and (part.size_bytes >= self._limits.part_bytes or part.num_rows >= self._limits.part_rows):
+            self._end_part()
+
+    def _write_rows(self, pending: list[RoutingColumns]) -> None:
+        block = self._pack(pending)
+        if block is None:
+            return
+        captured_at = {
+            int(forward): each.captured_at_unix_ns for each in pending for forward in set(each.forward_index.tolist())
+        }
+        names = {info.layer_index: info.module_name for info in self._layers()}
+        layout = Layout.of([block])
+        group_rows = max(1, min(_GROUP_ROWS, _GROUP_BYTES // layout.row_bytes))
+        for part in block.slices(group_rows):
+            step, forward = part.token_column("step"), part.token_column("forward_index")
+            ranges = {
+                "first_step": int(step.min()),
+                "last_step": int(step.max()),
+                "first_forward_index": int(forward.min()),
+                "last_forward_index": int(forward.max()),
+            }
+            self._part("rows").write(tables.block_to_batch(part, captured_at, names, self._rank), ranges, layout)
+            # Not before they were written: what is counted twice after an error would be worse.
+            self._pending_rows -= len(part)
+        self._see_requests(block.request_ids)
+
+    def _pack(self, pending: list[RoutingColumns]) -> RowBlock | None:
+        try:
+            return pack(pending)
+        except Exception as error:  # noqa: BLE001 - one bad forward must not end the recording of all others
+            if len(pending) == 1:
+                num_rows = pending[0].num_decisions
+                self.count_not_written("invalid", num_rows)
+                self._pending_rows -= num_rows
+                if len(self._problems) < _MAX_PROBLEMS:
+                    text = f"rows of a forward could not be recorded ({type(error).__name__}: {error})"
+                    self._problems.append(text[:1000])
+                return None
+        good = [columns for columns in pending if self._pack([columns]) is not None]
+        return pack(good) if good else None
+
+    def _write_counts(self, pending: list[CountsColumns]) -> None:
+        ranges = {
+            "first_step": min(each.first_step for each in pending),
+            "last_step": max(each.last_step for each in pending),
+        }
+        batch = tables.counts_to_batch(pending, self._num_batches, self._rank)
+        self._part("counts").write(batch, ranges)
+        self._num_batches += len(pending)
+        self._pending_rows -= batch.num_rows
+
+    def _see_requests(self, names: Sequence[str]) -> None:
+        # A digest of 8 bytes takes less than the name; of a million, two share one once in 37 million.
+        digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names if name)
+        self._requests.update(int.from_bytes(digest, "little") for digest in digests)
+        if len(self._requests) > _MAX_REQUESTS:
+            self._is_exact = False
+            while len(self._requests) > _MAX_REQUESTS:
+                self._requests.pop()
+
+    def _part(self, kind: str) -> _OpenPart:
+        if self._open is not None and self._open.kind != kind:
+            self._close_part()
+        if self._open is None:
+            number = self._numbers[kind]
+            self._numbers[kind] += 1
+            self._open = _OpenPart(self.folder, f"{kind}/part-{number:08d}.parquet", kind, self.manifest.recording_id)
+        return self._open
+
+    def _end_part(self) -> None:
+        self._write_pending()
+        self._close_part()
+
+    def _close_part(self) -> None:
+        part = self._open
+        if part is None:
+            return
+        entry = part.finish()
+        self._open = None
+        self._oldest_at = time.monotonic() if self._pending_rows else None
+        self._parts.append(entry)
+        self._size_bytes += entry.size_bytes
+        self._write_layers()
+        self._save()
+
+    def _write_layers(self) -> None:
+        layers = tuple(self._layers())
+        if layers != self._known_layers:
+            self._write_table("layers", tables.layers_to_batch(layers, self._owners))
+            self._known_layers = layers
+
+    def _write_table(self, kind: str, batch: Any) -> None:
+        """Write a table that is one file, in place of the one before; the older goes once no manifest names it."""
+        part = _OpenPart(self.folder, f"{kind}-{self._numbers[kind]:08d}.parquet", kind, self.manifest.recording_id)
+        self._numbers[kind] += 1
+        try:
+            part.write(batch, {})
+            entry = part.finish()
+        except BaseException:
+            part.discard()
+            raise
+        older = [each for each in self._parts if each.kind == kind]
+        self._parts = [*(each for each in self._parts if each.kind != kind), entry]
+        if older:
+            self._save()
+            for each in older:
+                (self.folder / each.path).unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        rows = [each for each in self._parts if each.kind == "rows"]
+        steps = [each for each in self._parts if each.first_step is not None and each.last_step is not None]
+        self.manifest = Manifest.model_validate(
+            {
+                **self.manifest.to_dict(),
+                "status": self._status,
+                "num_rows": sum(each.num_rows for each in rows),
+                "num_requests": len(self._requests),
+                "is_num_requests_exact": self._is_exact,
+                "first_step": min((each.first_step for each in steps if each.first_step is not None), default=None),
+                "last_step": max((each.last_step for each in steps if each.last_step is not None), default=None),
+                "num_rows_not_written": dict(self._not_written),
+                "problems": self._problems,
+                "parts": [each.model_dump() for each in self._parts],
+            }
+        )
+        write_manifest(self.folder, self.manifest)
