@@ -1,6 +1,8 @@
 """Metrics, findings and the foldable state behind them: the same in a notebook, an analyzer and a replay."""
 
+from moe_debugger.analysis.alignment import AlignedLayer, Alignment, Unmatched, align
 from moe_debugger.analysis.analyze import Analysis, analyze, finish, fold_decisions
+from moe_debugger.analysis.drift import Drift, LayerDrift, jensen_shannon_bits, routing_drift
 from moe_debugger.analysis.findings import (
     EvidenceRow,
     Finding,
@@ -12,27 +14,59 @@ from moe_debugger.analysis.findings import (
     findings_to_proto,
 )
 from moe_debugger.analysis.metrics import LayerMetrics, layer_metrics
+from moe_debugger.analysis.mismatch import LayerMismatch, MarginBucket, Mismatch, routing_mismatch
+from moe_debugger.analysis.permutation import LayerPermutation, PermutationResult, permutation_test
+from moe_debugger.analysis.row_set import RowSet
 from moe_debugger.analysis.rules import CaptureHealth
+from moe_debugger.analysis.saturation import LayerSaturation, router_saturation
+from moe_debugger.analysis.specialisation import (
+    DomainSpecialisation,
+    VocabularySpecialisation,
+    domain_specialisation,
+    vocabulary_specialisation,
+)
 from moe_debugger.analysis.state import LayerShape, LayerState, RoutingState, merge_all
 
 __all__ = [
+    "AlignedLayer",
+    "Alignment",
     "Analysis",
     "CaptureHealth",
+    "DomainSpecialisation",
+    "Drift",
     "EvidenceRow",
     "Finding",
     "FindingKind",
+    "LayerDrift",
     "LayerMetrics",
+    "LayerMismatch",
+    "LayerPermutation",
+    "LayerSaturation",
     "LayerShape",
     "LayerState",
+    "MarginBucket",
+    "Mismatch",
+    "PermutationResult",
     "RoutingState",
+    "RowSet",
     "Severity",
     "Thresholds",
+    "Unmatched",
+    "VocabularySpecialisation",
+    "align",
     "analyze",
+    "domain_specialisation",
     "finding_from_proto",
     "finding_to_proto",
     "findings_to_proto",
     "finish",
     "fold_decisions",
+    "jensen_shannon_bits",
     "layer_metrics",
     "merge_all",
+    "permutation_test",
+    "router_saturation",
+    "routing_drift",
+    "routing_mismatch",
+    "vocabulary_specialisation",
 ]
