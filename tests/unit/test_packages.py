@@ -28,6 +28,7 @@ from moe_debugger import MoEDebugger, analyze
             "moe_debugger.v1",
             "moe_debugger.wire",
             "moe_debugger.analysis",
+            "moe_debugger.planning",
             "moe_debugger.publish",
             "moe_debugger.embedded",
         ],
