@@ -2,7 +2,10 @@
 
 from moe_debugger.analysis.alignment import AlignedLayer, Alignment, Unmatched, align
 from moe_debugger.analysis.analyze import Analysis, analyze, finish, fold_decisions
+from moe_debugger.analysis.coactivation import Coactivation, expert_coactivation
 from moe_debugger.analysis.drift import Drift, LayerDrift, jensen_shannon_bits, routing_drift
+from moe_debugger.analysis.drops import CapacityDrops, PositionDrops, capacity_drops, expert_capacity
+from moe_debugger.analysis.expert_pairs import ExpertPair
 from moe_debugger.analysis.findings import (
     EvidenceRow,
     Finding,
@@ -13,6 +16,7 @@ from moe_debugger.analysis.findings import (
     finding_to_proto,
     findings_to_proto,
 )
+from moe_debugger.analysis.locality import Locality, NgramLocality, SegmentLocality, routing_locality
 from moe_debugger.analysis.metrics import LayerMetrics, layer_metrics
 from moe_debugger.analysis.mismatch import LayerMismatch, MarginBucket, Mismatch, routing_mismatch
 from moe_debugger.analysis.permutation import LayerPermutation, PermutationResult, permutation_test
@@ -26,15 +30,19 @@ from moe_debugger.analysis.specialisation import (
     vocabulary_specialisation,
 )
 from moe_debugger.analysis.state import LayerShape, LayerState, RoutingState, merge_all
+from moe_debugger.analysis.transitions import Transitions, layer_transitions
 
 __all__ = [
     "AlignedLayer",
     "Alignment",
     "Analysis",
+    "CapacityDrops",
     "CaptureHealth",
+    "Coactivation",
     "DomainSpecialisation",
     "Drift",
     "EvidenceRow",
+    "ExpertPair",
     "Finding",
     "FindingKind",
     "LayerDrift",
@@ -44,18 +52,26 @@ __all__ = [
     "LayerSaturation",
     "LayerShape",
     "LayerState",
+    "Locality",
     "MarginBucket",
     "Mismatch",
+    "NgramLocality",
     "PermutationResult",
+    "PositionDrops",
     "RoutingState",
     "RowSet",
+    "SegmentLocality",
     "Severity",
     "Thresholds",
+    "Transitions",
     "Unmatched",
     "VocabularySpecialisation",
     "align",
     "analyze",
+    "capacity_drops",
     "domain_specialisation",
+    "expert_capacity",
+    "expert_coactivation",
     "finding_from_proto",
     "finding_to_proto",
     "findings_to_proto",
@@ -63,10 +79,12 @@ __all__ = [
     "fold_decisions",
     "jensen_shannon_bits",
     "layer_metrics",
+    "layer_transitions",
     "merge_all",
     "permutation_test",
     "router_saturation",
     "routing_drift",
+    "routing_locality",
     "routing_mismatch",
     "vocabulary_specialisation",
 ]

@@ -131,8 +131,10 @@ class PairCandidates:
         """Return the pairs kept, most telling first, each with its interval."""
         total = len(self._a)
         tokens = block_sums(block, num_blocks)
-        uses_a = {i: (self._a == i).any(axis=1) for i in {i for _, i, _, _ in self._best}}
-        uses_b = {j: (self._b == j).any(axis=1) for j in {j for _, _, j, _ in self._best}}
+        # Slots first, so that numpy's inner loops run over tokens.
+        one, two = np.ascontiguousarray(self._a.T), np.ascontiguousarray(self._b.T)
+        uses_a = {i: (one == i).any(axis=0) for i in {i for _, i, _, _ in self._best}}
+        uses_b = {j: (two == j).any(axis=0) for j in {j for _, _, j, _ in self._best}}
         sums_a = {i: block_sums(block[uses], num_blocks) for i, uses in uses_a.items()}
         sums_b = {j: block_sums(block[uses], num_blocks) for j, uses in uses_b.items()}
         found = []

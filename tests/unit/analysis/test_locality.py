@@ -251,3 +251,24 @@ def test_one_expert_and_texts_shorter_than_a_segment_are_not_applicable() -> Non
 def test_arguments_out_of_range_are_refused(argument: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidInputError, match=text):
         routing_locality(one_text([[0], [0]]), num_experts=2, top_k=1, **argument)
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases(max_layers=1))
+def test_numbers_too_large_to_be_packed_make_the_same_texts(case: Case) -> None:
+    once = routing_locality(case.columns, **case.sizes, segment_length=3)
+    case.columns["forward_index"] = case.columns["forward_index"] * np.uint64(2**60)
+    case.columns["position"] = case.columns["position"] + np.uint32(2**32 - 1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_debugger.analysis.token_rows._LARGEST_CODE", 1)
+        again = routing_locality(case.columns, **case.sizes, segment_length=3)
+    # Blocks of rows without a request go by the forward's number, so only what rests on no block is the same.
+    assert str([_without_blocks(each.to_dict()) for each in once.values()]) == str(
+        [_without_blocks(each.to_dict()) for each in again.values()]
+    )
+
+
+def _without_blocks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_blocks(item) for name, item in value.items() if "interval" not in name}
+    return [_without_blocks(item) for item in value] if isinstance(value, tuple) else value

@@ -166,3 +166,25 @@ def test_rows_that_cannot_be_matched_are_refused(name: str) -> None:
     del rows[name]
     with pytest.raises(InvalidInputError, match=name):
         layer_transitions(rows, num_experts=[3, 5], top_k=[2, 1])
+
+
+def test_numbers_too_large_to_be_packed_match_as_small_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(9)
+    n = 60
+    place = rng.permutation(n)
+    rows = {
+        "layer_index": np.repeat([0, 1], n),
+        "request_id": np.array([f"r{i % 7}" for i in [*range(n), *place]], dtype=object),
+        "forward_index": np.r_[np.arange(n) % 5, place % 5].astype(np.uint64),
+        "position": np.r_[np.arange(n) // 3, place // 3].astype(np.uint32),
+        "expert_ids": rng.integers(0, 4, (2 * n, 1)),
+    }
+    small = layer_transitions(rows, num_experts=4, top_k=1)[0, 1]
+    assert (small.num_tokens, small.num_ambiguous) == (n, 0)
+    large = rows | {
+        "forward_index": rows["forward_index"] * np.uint64(2**61),
+        "position": rows["position"] + np.uint32(2**32 - 100),
+    }
+    assert str(layer_transitions(large, num_experts=4, top_k=1)[0, 1].to_dict()) == str(small.to_dict())
+    monkeypatch.setattr("moe_debugger.analysis.token_rows._LARGEST_CODE", 1)
+    assert str(layer_transitions(large, num_experts=4, top_k=1)[0, 1].to_dict()) == str(small.to_dict())
