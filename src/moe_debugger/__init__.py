@@ -133,6 +133,7 @@ _MODULES = {
         "FleetError",
         "InvalidInputError",
         "MoEDebuggerError",
+        "RecordingError",
         "ModelNotSupportedError",
         "SessionClosedError",
         "UnsupportedFormatError",

@@ -19,6 +19,7 @@ __all__ = [
     "FORMAT_MAJOR",
     "FORMAT_MINOR",
     "MANIFEST_NAME",
+    "MAX_PARTS",
     "Health",
     "Manifest",
     "ModelIdentity",
@@ -34,9 +35,9 @@ FORMAT = "moe-debugger-recording"
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 MANIFEST_NAME = "manifest.json"
-# Of a hundred thousand parts; looked at before anything is parsed.
-_MAX_BYTES = 32 * 1024 * 1024
-_MAX_PARTS = 100_000
+# Looked at before anything is parsed; so many parts take less.
+_MAX_BYTES = 64 * 1024 * 1024
+MAX_PARTS = 50_000
 
 _Count = Annotated[int, Field(ge=0, lt=2**64)]
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -207,7 +208,7 @@ class Manifest(_Model):
     capture_health: Health | None = None
     series: SeriesNotes | None = None
     problems: list[_Text] = Field(default_factory=list)
-    parts: list[PartEntry] = Field(default_factory=list, max_length=_MAX_PARTS)
+    parts: list[PartEntry] = Field(default_factory=list, max_length=MAX_PARTS)
 
     @property
     def is_finished(self) -> bool:

@@ -81,6 +81,7 @@ class _Feed:
         self._lost: Counter[str] = Counter()
         self._ending: Ending | None = None
         self._is_closed = False
+        self._process_id = os.getpid()
         self.used_bytes = 0
         self._thread = threading.Thread(target=self._run, name="moe-debugger-recording", daemon=True)
         self._thread.start()
@@ -98,6 +99,8 @@ class _Feed:
 
     def close(self, ending: Ending | None = None, timeout_s: float = 60.0) -> bool:
         """Write what waits, and end the thread; without an ending the recording stays unfinished."""
+        if os.getpid() != self._process_id:
+            return False  # a forked child, which has no such thread and must leave its parent's files alone
         with self._changed:
             if not self._is_closed:
                 self._ending, self._is_closed = ending, True

@@ -14,13 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from moe_debugger._row_blocks import Layout, RowBlock
 from moe_debugger._row_packing import pack
 from moe_debugger.capture import LayerInfo
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.publish.batching import columns_size_bytes
 from moe_debugger.recording import tables
-from moe_debugger.recording.manifest import Health, Manifest, PartEntry, SeriesNotes, write_manifest
+from moe_debugger.recording.manifest import MAX_PARTS, Health, Manifest, PartEntry, SeriesNotes, write_manifest
 from moe_debugger.training.series import SeriesTable
 from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 
@@ -32,6 +34,8 @@ _GROUP_BYTES = 16 * 1024 * 1024
 # Requests that are told apart exactly, some 100 bytes each.
 _MAX_REQUESTS = 1_000_000
 _MAX_PROBLEMS = 16
+# The open part, layers old and new, series.
+_OTHER_PARTS = 4
 _COMPRESSION = "zstd"
 
 
@@ -164,9 +168,14 @@ class _OpenPart:
         self._pending.parent.mkdir(mode=0o700, exist_ok=True)
         self._file = _HashingFile(self._pending)
         schema = tables.schema_of(kind).with_metadata({"moe_debugger.recording_id": recording_id})
-        self._writer = pq.ParquetWriter(
-            self._file, schema, compression=_COMPRESSION, use_dictionary=tables.dictionary_columns(kind)
-        )
+        # Its annotation knows no list of columns.
+        dictionaries: Any = tables.dictionary_columns(kind)
+        try:
+            self._writer = pq.ParquetWriter(self._file, schema, compression=_COMPRESSION, use_dictionary=dictionaries)
+        except BaseException:
+            self._file.discard()
+            self._pending.unlink(missing_ok=True)
+            raise
 
     @property
     def size_bytes(self) -> int:
@@ -270,8 +279,9 @@ class RecordingWriter:
         if self.has_failed:
             self.count_not_written("write_failed", num_rows)
             return
-        if self._is_full:
-            self.count_not_written("max_bytes", num_rows)
+        reason = self._full_by()
+        if reason is not None:
+            self.count_not_written(reason, num_rows)
             return
         if self._oldest_at is None and num_rows:
             self._oldest_at = time.monotonic()
@@ -303,8 +313,8 @@ class RecordingWriter:
             self._guarded(lambda: self._end(ending))
         if self.has_failed:
             # Where there is room for a manifest there may be none for a part.
-            self.manifest = self._at_end(ending)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
+                self.manifest = self._at_end(ending)
                 self._save()
 
     def _end(self, ending: Ending) -> None:
@@ -318,7 +328,10 @@ class RecordingWriter:
 
     def _at_end(self, ending: Ending) -> Manifest:
         series = ending.series
-        notes = None if series is None else SeriesNotes(notes=dict(series.notes), num_not_kept=series.num_not_kept)
+        notes = None
+        if series is not None:
+            texts = {text[:1000]: number for text, number in series.notes.items()}
+            notes = SeriesNotes(notes=texts, num_not_kept=series.num_not_kept)
         return self.manifest.model_copy(
             update={
                 "capture_health": ending.health,
@@ -328,10 +341,12 @@ class RecordingWriter:
             }
         )
 
-    @property
-    def _is_full(self) -> bool:
+    def _full_by(self) -> str | None:
+        """Return which bound the recording has reached."""
         size_bytes = self._size_bytes + (0 if self._open is None else self._open.size_bytes)
-        return self._limits.max_bytes is not None and size_bytes >= self._limits.max_bytes
+        if self._limits.max_bytes is not None and size_bytes >= self._limits.max_bytes:
+            return "max_bytes"
+        return "max_parts" if len(self._parts) >= MAX_PARTS - _OTHER_PARTS else None
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
@@ -351,7 +366,7 @@ class RecordingWriter:
         self.count_not_written("write_failed", lost)
         self._forget_pending()
         self._oldest_at = None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._save()
 
     def _forget_pending(self) -> None:
@@ -392,7 +407,8 @@ class RecordingWriter:
             self._part("rows").write(tables.block_to_batch(part, captured_at, names, self._rank), ranges, layout)
             # Not before they were written: what is counted twice after an error would be worse.
             self._pending_rows -= len(part)
-        self._see_requests(block.request_ids)
+        used = np.unique(block.tokens["request_index"]) if block.request_ids else ()
+        self._see_requests([block.request_ids[int(index)] for index in used])
 
     def _pack(self, pending: list[RoutingColumns]) -> RowBlock | None:
         try:
@@ -444,6 +460,7 @@ class RecordingWriter:
     def _close_part(self) -> None:
         part = self._open
         if part is None:
+            self._oldest_at = None
             return
         entry = part.finish()
         self._open = None
