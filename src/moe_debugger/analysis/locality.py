@@ -7,8 +7,8 @@ Glossary, for one layer:
     f           how many tokens of a segment use an expert, 0..m.
     SRP         segment routing best performance: the best F1 score with which a router that keeps each expert on or
                 off for a whole segment can mimic the real one (arXiv 2505.16056, eq. 6).
-    hit rate    share of the routed slots of a segment that its C most used experts serve: what a cache of C experts
-                filled anew for each segment could serve at best (that paper's SCH as in its version 1; version 3
+    hit rate    share of the routed slots of a segment that its C most used experts serve: the best that a cache can do
+                which keeps the same C experts for a whole segment (that paper's SCH as in its version 1; version 3
                 simulates a cache that looks ahead instead, which is not given here).
 
 Neighbours agree by chance and by skewed loads alone. So every number stands beside the chance level of even,
@@ -335,17 +335,16 @@ def _segment_sums(text: _Text, num_experts: int, length: int, cache_size: int) -
     num = len(text.code)
     is_start = np.r_[True, ~text.follows][:num]
     bounds = np.r_[np.flatnonzero(is_start), num]
-    run = np.cumsum(is_start) - 1
-    # The first segment of the token's text, and the one after its last.
-    first_of, after_of = bounds[run], bounds[run + 1] - length + 1
+    # One past the last segment of each token's text.
+    after_of = bounds[np.cumsum(is_start)] - length + 1
     step = max(length, _MAX_CELLS // (length + 1 + len(text.experts)))
     for first in range(0, num - length + 1, step):
         end = min(first + step, num - length + 1)
         rows = slice(first, end + length - 1)
         token = np.arange(first, end + length - 1)
-        # A token is in the segments that start up to m - 1 tokens before it.
-        start = np.maximum(np.maximum(token - length + 1, first_of[rows]), first)
-        after = np.minimum(np.minimum(token + 1, after_of[rows]), end)
+        # A token is in the segments that start up to m - 1 tokens before it; those that cross texts are left out below.
+        start = np.maximum(token - length + 1, first)
+        after = np.minimum(token + 1, end)
         usage = _usage(text.experts[:, rows], num_experts, start - first, after - first, end - first, length)
         is_segment = np.arange(first, end) < after_of[first:end]
         usage, own = usage[is_segment], block[first:end][is_segment]

@@ -14,6 +14,7 @@ from random_rows import Case, cases, shuffled, tokens_of
 
 from moe_debugger.analysis.coactivation import expert_coactivation
 from moe_debugger.analysis.expert_pairs import pair_stripes
+from moe_debugger.analysis.token_rows import DecisionRows
 from moe_debugger.errors import InvalidInputError
 
 
@@ -136,6 +137,28 @@ def test_the_interval_of_a_planted_pair_holds_and_excludes_chance() -> None:
     truth = (0.1 + 0.9 / 28) / (0.1 + 0.9 / 4) ** 2
     assert pair.lift_interval.lower < truth < pair.lift_interval.upper
     assert pair.lift_interval.lower > 0.571
+
+
+def test_the_interval_of_a_lift_is_that_of_the_jackknife() -> None:
+    rng = np.random.default_rng(8)
+    n, length = 6400, 32
+    # Every request prefers experts of its own, so tokens are far from independent.
+    preference = np.repeat(rng.normal(0, 1.5, (n // length, 8)), length, axis=0)
+    ids = np.argsort(-(preference + rng.gumbel(size=(n, 8))), axis=1)[:, :2]
+    rows = one_layer(ids.tolist()) | {"request_id": [f"r{i // length}" for i in range(n)]}
+    block = DecisionRows(rows, num_experts=8, top_k=2).layer(0).block
+    for pair in expert_coactivation(rows, num_experts=8, top_k=2, num_top_pairs=3)[0].top_pairs:
+        one, two = (ids == pair.first).any(axis=1), (ids == pair.second).any(axis=1)
+        logs = []
+        for left_out in np.unique(block):
+            kept = block != left_out
+            lift = (one & two & kept).sum() * kept.sum() / ((one & kept).sum() * (two & kept).sum())
+            logs.append(math.log(lift))
+        error = math.sqrt((len(logs) - 1) / len(logs) * sum((each - np.mean(logs)) ** 2 for each in logs))
+        width = math.log(pair.lift_interval.upper / pair.lift)
+        assert width == pytest.approx(math.log(pair.lift / pair.lift_interval.lower))
+        # 2.0 = the 97.5 % quantile of Student's t for some 50 to 60 degrees of freedom.
+        assert width == pytest.approx(2.0 * error, rel=0.1)
 
 
 def test_many_experts_give_the_pairs_that_stand_out_without_tables() -> None:
