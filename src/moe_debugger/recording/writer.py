@@ -164,7 +164,7 @@ class _OpenPart:
         self.ranges: dict[str, int] = {}
         self.layout: Layout | None = None
         self._target = folder / path
-        self._pending = self._target.with_name(f".{self._target.name}")
+        self._pending = self._target.with_name(f".{self._target.name}.open")
         self._pending.parent.mkdir(mode=0o700, exist_ok=True)
         self._file = _HashingFile(self._pending)
         schema = tables.schema_of(kind).with_metadata({"moe_debugger.recording_id": recording_id})

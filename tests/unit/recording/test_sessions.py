@@ -80,6 +80,25 @@ def test_a_recording_says_what_the_session_says(tmp_path: Path, name: str, level
     assert recording.is_whole
 
 
+@pytest.mark.parametrize("level", ["routes", "counts"])
+def test_both_stacks_of_a_model_are_recorded(tmp_path: Path, level: Any) -> None:
+    build = ALL["switch_transformers"]
+    model = build.make()
+    with MoEDebugger(model, level=level) as debugger:
+        session = debugger.session
+        assert session is not None
+        with session.record(tmp_path / "rec"), torch.no_grad():
+            for _ in range(2):
+                model(**build.inputs(model))
+        recording = open_recording(tmp_path / "rec")
+        assert {info.stack for info in recording.layers()} == {"encoder", "decoder"}
+        assert_equal(recording.decisions(), session.decisions())
+        if level == "counts":
+            np.testing.assert_equal(recording.analyze().to_dict(), session.analyze().to_dict())
+        else:
+            assert len(recording.decisions()) > 0
+
+
 def test_the_configuration_names_the_model(tmp_path: Path, recordings: list[Recorder]) -> None:
     digests = []
     for number, name in enumerate(("mixtral", "mixtral", "deepseek_v3")):

@@ -69,7 +69,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (tmp_path / "rec/rows/.part-00000003.parquet").exists()
+    assert (tmp_path / "rec/rows/.part-00000003.parquet.open").exists()
     recording = open_recording(tmp_path / "rec")
     assert recording.manifest.status == "recording"
     assert not recording.is_whole
