@@ -22,6 +22,8 @@ __all__ = ["DomainSpecialisation", "VocabularySpecialisation", "domain_specialis
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
+# A table of all pairs is much faster than sorting, unless nearly all of it is empty.
+_MAX_TABLE_RATIO = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,12 +161,21 @@ def vocabulary_specialisation(
     return {i: _vocabulary(rows, rows.token_id, i, prior_tokens) for i in wanted}
 
 
+def _counted(codes: _Ints, num_codes: int) -> tuple[_Ints, _Ints]:
+    """Return the codes that occur, ascending, and how often each does."""
+    if num_codes > _MAX_TABLE_RATIO * len(codes):
+        return np.unique(codes, return_counts=True)
+    table = np.bincount(codes, minlength=num_codes)
+    found = np.flatnonzero(table)
+    return found, table[found]
+
+
 def _vocabulary(rows: RowSet, token_id: _Ints, layer_index: int, prior: float) -> VocabularySpecialisation:
     bound, experts = rows.bounds[layer_index], rows.shapes[layer_index].num_experts
     is_known = token_id[bound] >= 0
     ids, is_load = rows.expert_ids[bound][is_known], rows.is_load[bound][is_known]
     tokens, token, sizes = np.unique(token_id[bound][is_known], return_inverse=True, return_counts=True)
-    pairs, together = np.unique((token[:, None] * experts + ids)[is_load], return_counts=True)
+    pairs, together = _counted((token[:, None] * experts + ids)[is_load], len(tokens) * experts)
     of_token, expert = pairs // experts, pairs % experts
     num_known = len(ids)
     counts = np.bincount(ids[is_load], minlength=experts)

@@ -99,6 +99,21 @@ def test_align_takes_text_as_other_from_its_first_other_token() -> None:
     )
 
 
+@pytest.mark.parametrize("unknown", [0, 1])
+def test_align_takes_a_token_that_is_not_known_for_no_other_text(unknown: int) -> None:
+    texts = [[5, 6, 7], [5, 6, 7]]
+    texts[unknown][1] = -1
+    sets = [
+        RowSet.of(
+            columns_of([(0, "r", position, token, [0, 1], False) for position, token in enumerate(text)]), **SIZES
+        )
+        for text in texts
+    ]
+    alignment = align(*sets)
+    assert alignment.layers[0].position.tolist() == [0, 1, 2]
+    assert not alignment.is_text_checked
+
+
 def test_align_says_what_only_one_has_and_what_was_not_checked() -> None:
     rows = columns_of([(0, "a", 0, -1, [0, 1], False), (0, "b", 0, -1, [0, 1], False)])
     other = columns_of([(0, "a", 0, 3, [0, 1], False)])

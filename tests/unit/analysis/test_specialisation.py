@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_debugger.analysis import RowSet, domain_specialisation, vocabulary_specialisation
+from moe_debugger.analysis import RowSet, domain_specialisation, specialisation, vocabulary_specialisation
+from moe_debugger.analysis.intervals import student_quantile
 from moe_debugger.errors import InvalidInputError
 
 
@@ -75,8 +76,8 @@ def test_specialisation_equals_loops(tokens: list[Any], prior: float) -> None:
                 continue
             residuals = [sum((e in t[0]) - rate for t in of_label if t[3] == name) for name in names]
             error = (len(names) / (len(names) - 1) * sum(r * r for r in residuals)) ** 0.5 / len(of_label)
-            # At 3 to 5 degrees of freedom the quantile of Student's t is 3.18 to 2.57.
-            assert 2.5 * error - 1e-12 <= domains.half_width[d, e] <= 3.2 * error + 1e-12
+            quantile = student_quantile(sum(sizes) ** 2 / sum(size**2 for size in sizes) - 1)
+            assert domains.half_width[d, e] == pytest.approx(quantile * error)
     vocabulary = vocabulary_specialisation(rows, prior_tokens=prior)[0]
     known = [token for token in valid if token[2] >= 0]
     assert vocabulary.num_unknown == len(valid) - len(known)
@@ -95,6 +96,18 @@ def test_specialisation_equals_loops(tokens: list[Any], prior: float) -> None:
     assert got.keys() == expected.keys()
     for key, values in expected.items():
         assert got[key] == pytest.approx(values)
+
+
+def test_pairs_that_occur_are_counted_alike_with_and_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    ids = np.argsort(rng.random((200, 3)), axis=1)[:, :2]
+    rows = rows_of(ids, token_id=rng.integers(0, 50, 200))
+    by_table = vocabulary_specialisation(rows)[0]
+    monkeypatch.setattr(specialisation, "_MAX_TABLE_RATIO", 0)
+    sorted_out = vocabulary_specialisation(rows)[0]
+    assert by_table.num_together.sum() == 400
+    for name in ("token_id", "expert_id", "num_together", "num_tokens"):
+        assert getattr(sorted_out, name).tolist() == getattr(by_table, name).tolist()
 
 
 def test_domain_rates_sum_to_k_and_intervals_cover_documents_that_differ() -> None:
