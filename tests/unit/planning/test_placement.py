@@ -167,11 +167,11 @@ def test_aligning_finds_ranks_and_nodes_that_only_changed_their_numbers() -> Non
 
 def test_migration_equals_the_hand_worked_example() -> None:
     current = Placement("now", 4, 4, np.array([[0, 1, 2, 3]]), 2)
-    # Rank 0 receives 1 (held by its node), rank 2 receives 0 (not held by its node), rank 1 and 3 nothing.
-    planned = Placement("then", 4, 4, np.array([[0, 1, 1, 1, 2, 0, 3, 3]]), 2)
+    # Rank 0 receives 1, which its node holds; ranks 2 and 3 receive 0 and 1, which theirs does not; rank 1 nothing.
+    planned = Placement("then", 4, 4, np.array([[0, 1, 1, 1, 2, 0, 3, 1]]), 2)
     cost = migration(current, planned, expert_bytes=10)
-    assert (cost.num_experts_moved, cost.num_crossing_nodes, cost.num_layers_changed) == (2, 1, 1)
-    assert (cost.max_received, cost.bytes_moved, cost.max_bytes_received) == (1, 20, 10)
+    assert (cost.num_experts_moved, cost.num_crossing_nodes, cost.num_layers_changed) == (3, 2, 1)
+    assert (cost.max_received, cost.bytes_moved, cost.max_bytes_received) == (1, 30, 10)
     assert cost.extra_bytes_per_rank == 10
     assert migration(current, planned).bytes_moved is None
     with pytest.raises(InvalidInputError, match="num_nodes is 2"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.planning import (
     Candidate,
+    GainInterval,
     Placement,
     PlacementPlan,
     Verdict,
     contiguous_placement,
     gain_interval,
+    judge,
     plan_placement,
 )
 from moe_debugger.planning.evaluation import student_quantile
@@ -180,7 +183,8 @@ def test_a_placement_that_already_runs_is_what_plans_are_compared_with() -> None
 
 def test_intervals_equal_a_plain_jackknife() -> None:
     rng = np.random.default_rng(0)
-    before, after = rng.uniform(90, 110, 160), rng.uniform(80, 100, 160)
+    before = rng.uniform(90, 110, 160)
+    after = rng.uniform(80, 100, 160) + 8 * np.sin(np.arange(160) / 16)  # slower than a block
     found = gain_interval(before, after)
     assert found.num_blocks == 10
     left_out = [
@@ -190,12 +194,38 @@ def test_intervals_equal_a_plain_jackknife() -> None:
     ]
     mean = sum(left_out) / 10
     error = math.sqrt(9 / 10 * sum((value - mean) ** 2 for value in left_out))
-    widening = math.sqrt((1 + found.block_correlation) / (1 - found.block_correlation))
+    ratio = sum(after) / sum(before)
+    rest = [sum(after[b * 16 + i] - ratio * before[b * 16 + i] for i in range(16)) for b in range(10)]
+    correlation = sum(rest[b] * rest[b + 1] for b in range(9)) / sum(value**2 for value in rest)
+    assert found.block_correlation == pytest.approx(correlation)
+    assert correlation > 0.3
+    widening = math.sqrt((1 + correlation) / (1 - correlation))
     assert found.gain == pytest.approx(1 - after.sum() / before.sum())
     # 2.2622 is the 97.5 % quantile of Student's t with 9 degrees of freedom.
     assert found.upper - found.gain == pytest.approx(2.2622 * error * widening, rel=0.001)
     assert found.gain - found.lower == pytest.approx(found.upper - found.gain)
     assert math.isnan(gain_interval(before[:31], after[:31]).lower)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "correlation", "verdict"),
+    [
+        (0.02, 0.08, 0.0, Verdict.HELPS),
+        (0.005, 0.095, 0.0, Verdict.WOULD_NOT_HELP),  # above nothing, but not above the least gain that counts
+        (-0.01, 0.11, 0.0, Verdict.WOULD_NOT_HELP),
+        (-0.2, -0.1, 0.0, Verdict.WOULD_HARM),
+        (0.02, 0.08, 0.6, Verdict.NOT_ENOUGH_STEPS),
+        (math.nan, math.nan, math.nan, Verdict.NOT_ENOUGH_STEPS),
+    ],
+)
+def test_verdicts_follow_the_interval_not_the_estimate(
+    lower: float, upper: float, correlation: float, verdict: Verdict
+) -> None:
+    measured = _only(_plan(_steps(_skewed(0), 128, 0))).held_out
+    gain = GainInterval((lower + upper) / 2, lower, upper, 0.95, 8, correlation)
+    found, reason = judge(replace(measured, gain=gain), (), fitted_gain=0.05, min_gain=0.01)
+    assert found is verdict
+    assert reason
 
 
 @pytest.mark.parametrize(("probability", "degrees"), [(0.975, 7), (0.995, 7), (0.999, 7), (0.99, 19)])

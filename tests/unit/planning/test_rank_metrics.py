@@ -156,6 +156,9 @@ def test_loads_of_decisions_count_routed_slots_of_valid_tokens_by_forward() -> N
     loads = loads_from_decisions(columns, num_experts=3)
     assert loads.steps.tolist() == [7, 9]  # forward 11 has padding only
     assert loads.counts.tolist() == [[[1, 0, 1], [0, 1, 0]], [[0, 0, 1], [1, 0, 0]]]
+    without_status = {name: value for name, value in columns.items() if name != "slot_status"}
+    # Expert 3 of 3 is an identity expert whether or not a status says so.
+    assert loads_from_decisions(without_status, num_experts=3).counts[1].tolist() == [[0, 0, 1], [1, 1, 0]]
     decode = loads_from_decisions(columns, num_experts=3, num_layers=3, phase="decode")
     assert decode.steps.tolist() == [9]
     assert decode.counts[0].tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
