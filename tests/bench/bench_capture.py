@@ -245,13 +245,15 @@ def hook_times(num_tokens: int = 1024, num_experts: int = 128, top_k: int = 8, c
                 session = debugger.start_session() if debugger.session is None else debugger.session
                 times: list[float] = []
 
-                def measure(module: Any, args: Any, times: list[float] = times) -> None:
-                    # Inside of a forward, where the hooks find its tokens; the layer's own hooks, as torch calls them.
+                def measure(module: Any, args: Any, capture: Any = session._capture, times: Any = times) -> None:
+                    # Inside of a forward, where the hooks find its tokens; the layer's own hooks, as torch calls them,
+                    # and what is left of them for the end of the forward.
                     after, before = _own(block.gate._forward_hooks), _own(block.experts._forward_pre_hooks)
 
                     def call() -> None:
                         after(block.gate, gate_args, {}, gate_output)
                         before(block.experts, given["experts"], {})
+                        capture._settle(capture._local.forward)
 
                     times.append(_best_us(call, calls))
 
