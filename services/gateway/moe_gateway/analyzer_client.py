@@ -99,6 +99,28 @@ class AnalyzerClient:
         response = await self._call(self._stub.CloseSession, request, remaining_s)
         return response.session
 
+    async def acknowledge_finding(
+        self, session_id: str, rule_id: str, *, undo: bool, actor: str, remaining_s: float | None = None
+    ) -> session_pb2.Finding:
+        """Acknowledge a finding for this episode, or take that back, and return the finding."""
+        request = pb.AnalyzerServiceAcknowledgeFindingRequest(
+            tenant=self._tenant, session_id=session_id, rule_id=rule_id, undo=undo, actor=actor
+        )
+        response: pb.AnalyzerServiceAcknowledgeFindingResponse
+        response = await self._call(self._stub.AcknowledgeFinding, request, remaining_s)
+        return response.finding
+
+    async def silence_finding(
+        self, session_id: str, rule_id: str, duration_s: int, *, actor: str, remaining_s: float | None = None
+    ) -> session_pb2.Finding:
+        """Silence a finding for `duration_s` seconds from now (0 = no more), and return it."""
+        request = pb.AnalyzerServiceSilenceFindingRequest(
+            tenant=self._tenant, session_id=session_id, rule_id=rule_id, duration_s=duration_s, actor=actor
+        )
+        response: pb.AnalyzerServiceSilenceFindingResponse
+        response = await self._call(self._stub.SilenceFinding, request, remaining_s)
+        return response.finding
+
     async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, remaining_s: float | None) -> Any:
         timeout_s = self._timeout_s if remaining_s is None else min(self._timeout_s, remaining_s)
         try:

@@ -7,7 +7,7 @@ Until there is login, whoever reaches the loopback ports is the local user, who 
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["HTTP_ROUTES", "LOCAL_USER_PERMISSIONS", "RPC_PERMISSIONS", "HttpRoute", "Permission"]
+__all__ = ["HTTP_ROUTES", "LOCAL_USER", "LOCAL_USER_PERMISSIONS", "RPC_PERMISSIONS", "HttpRoute", "Permission"]
 
 
 class Permission(StrEnum):
@@ -16,6 +16,7 @@ class Permission(StrEnum):
     PUBLIC = "public"
     SESSIONS_READ = "sessions.read"
     SESSIONS_CLOSE = "sessions.close"
+    FINDINGS_MARK = "findings.mark"
     SOURCES_PUBLISH = "sources.publish"
     WORKER_GENERATE = "worker.generate"
     SCHEMA_READ = "schema.read"
@@ -32,6 +33,8 @@ RPC_PERMISSIONS: dict[str, Permission] = {
     _DEBUGGER + "ListRequests": Permission.SESSIONS_READ,
     _DEBUGGER + "GetRequestRoutes": Permission.SESSIONS_READ,
     _DEBUGGER + "CloseSession": Permission.SESSIONS_CLOSE,
+    _DEBUGGER + "AcknowledgeFinding": Permission.FINDINGS_MARK,
+    _DEBUGGER + "SilenceFinding": Permission.FINDINGS_MARK,
     _DEBUGGER + "Watch": Permission.SESSIONS_READ,
     _DEBUGGER + "Generate": Permission.WORKER_GENERATE,
     _DEBUGGER + "OpenSource": Permission.SOURCES_PUBLISH,
@@ -43,6 +46,8 @@ RPC_PERMISSIONS: dict[str, Permission] = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Permission.SCHEMA_READ,
 }
 
+# Who stands behind every call until there is login.
+LOCAL_USER = "local user"
 LOCAL_USER_PERMISSIONS = frozenset(Permission)
 
 

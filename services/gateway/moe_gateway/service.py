@@ -16,6 +16,7 @@ from moe_debugger.wire.ids import check_id, new_id
 from moe_gateway.analyzer_client import AnalyzerClient
 from moe_gateway.components import ComponentMonitor
 from moe_gateway.errors import BusyError, upstream_error
+from moe_gateway.permissions import LOCAL_USER
 from moe_gateway.push_door import PushDoor
 from moe_gateway.settings import GatewaySettings
 from moe_gateway.watch import WatchService
@@ -133,6 +134,30 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
         session = await self._analyzer.close_session(session_id, context.time_remaining())
         log.info("session_closed", session_id=session_id)
         return pb.CloseSessionResponse(session=session)
+
+    async def AcknowledgeFinding(
+        self, request: pb.AcknowledgeFindingRequest, context: Context
+    ) -> pb.AcknowledgeFindingResponse:
+        """Acknowledge a finding, or take that back."""
+        finding = await self._analyzer.acknowledge_finding(
+            check_id(request.session_id, "session_id"),
+            request.rule_id,
+            undo=request.undo,
+            actor=LOCAL_USER,
+            remaining_s=context.time_remaining(),
+        )
+        return pb.AcknowledgeFindingResponse(finding=finding)
+
+    async def SilenceFinding(self, request: pb.SilenceFindingRequest, context: Context) -> pb.SilenceFindingResponse:
+        """Silence a finding for a time, or no more."""
+        finding = await self._analyzer.silence_finding(
+            check_id(request.session_id, "session_id"),
+            request.rule_id,
+            request.duration_s,
+            actor=LOCAL_USER,
+            remaining_s=context.time_remaining(),
+        )
+        return pb.SilenceFindingResponse(finding=finding)
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncGenerator[pb.WatchResponse, None]:
         """Stream a session's live state, the list of sessions and the health of the fleet's parts."""

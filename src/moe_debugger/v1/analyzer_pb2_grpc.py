@@ -69,6 +69,16 @@ class AnalyzerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceCloseSessionRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceCloseSessionResponse.FromString,
                 _registered_method=True)
+        self.AcknowledgeFinding = channel.unary_unary(
+                '/moe_debugger.v1.AnalyzerService/AcknowledgeFinding',
+                request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceAcknowledgeFindingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceAcknowledgeFindingResponse.FromString,
+                _registered_method=True)
+        self.SilenceFinding = channel.unary_unary(
+                '/moe_debugger.v1.AnalyzerService/SilenceFinding',
+                request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.FromString,
+                _registered_method=True)
 
 
 class AnalyzerServiceServicer(object):
@@ -116,6 +126,18 @@ class AnalyzerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcknowledgeFinding(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SilenceFinding(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AnalyzerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -153,6 +175,16 @@ def add_AnalyzerServiceServicer_to_server(servicer, server):
                     servicer.CloseSession,
                     request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceCloseSessionRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceCloseSessionResponse.SerializeToString,
+            ),
+            'AcknowledgeFinding': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeFinding,
+                    request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceAcknowledgeFindingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceAcknowledgeFindingResponse.SerializeToString,
+            ),
+            'SilenceFinding': grpc.unary_unary_rpc_method_handler(
+                    servicer.SilenceFinding,
+                    request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -344,6 +376,60 @@ class AnalyzerService(object):
             '/moe_debugger.v1.AnalyzerService/CloseSession',
             moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceCloseSessionRequest.SerializeToString,
             moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceCloseSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeFinding(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.AnalyzerService/AcknowledgeFinding',
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceAcknowledgeFindingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceAcknowledgeFindingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SilenceFinding(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.AnalyzerService/SilenceFinding',
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.FromString,
             options,
             channel_credentials,
             insecure,

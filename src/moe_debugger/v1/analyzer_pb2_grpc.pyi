@@ -38,6 +38,8 @@ class AnalyzerServiceStub:
     ListRequests: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceListRequestsRequest, _analyzer_pb2.AnalyzerServiceListRequestsResponse]
     GetRequestRoutes: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetRequestRoutesRequest, _analyzer_pb2.AnalyzerServiceGetRequestRoutesResponse]
     CloseSession: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceCloseSessionRequest, _analyzer_pb2.AnalyzerServiceCloseSessionResponse]
+    AcknowledgeFinding: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceAcknowledgeFindingRequest, _analyzer_pb2.AnalyzerServiceAcknowledgeFindingResponse]
+    SilenceFinding: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceSilenceFindingRequest, _analyzer_pb2.AnalyzerServiceSilenceFindingResponse]
 
 @_typing.type_check_only
 class AnalyzerServiceAsyncStub(AnalyzerServiceStub):
@@ -49,6 +51,8 @@ class AnalyzerServiceAsyncStub(AnalyzerServiceStub):
     ListRequests: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceListRequestsRequest, _analyzer_pb2.AnalyzerServiceListRequestsResponse]  # type: ignore[assignment]
     GetRequestRoutes: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceGetRequestRoutesRequest, _analyzer_pb2.AnalyzerServiceGetRequestRoutesResponse]  # type: ignore[assignment]
     CloseSession: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceCloseSessionRequest, _analyzer_pb2.AnalyzerServiceCloseSessionResponse]  # type: ignore[assignment]
+    AcknowledgeFinding: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceAcknowledgeFindingRequest, _analyzer_pb2.AnalyzerServiceAcknowledgeFindingResponse]  # type: ignore[assignment]
+    SilenceFinding: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceSilenceFindingRequest, _analyzer_pb2.AnalyzerServiceSilenceFindingResponse]  # type: ignore[assignment]
 
 class AnalyzerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -99,5 +103,19 @@ class AnalyzerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _analyzer_pb2.AnalyzerServiceCloseSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceCloseSessionResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceCloseSessionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AcknowledgeFinding(
+        self,
+        request: _analyzer_pb2.AnalyzerServiceAcknowledgeFindingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceAcknowledgeFindingResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceAcknowledgeFindingResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SilenceFinding(
+        self,
+        request: _analyzer_pb2.AnalyzerServiceSilenceFindingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceSilenceFindingResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceSilenceFindingResponse]]: ...
 
 def add_AnalyzerServiceServicer_to_server(servicer: AnalyzerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -74,6 +74,16 @@ class DebuggerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSessionRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSessionResponse.FromString,
                 _registered_method=True)
+        self.AcknowledgeFinding = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/AcknowledgeFinding',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.AcknowledgeFindingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.AcknowledgeFindingResponse.FromString,
+                _registered_method=True)
+        self.SilenceFinding = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/SilenceFinding',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/moe_debugger.v1.DebuggerService/Watch',
                 request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.WatchRequest.SerializeToString,
@@ -153,6 +163,20 @@ class DebuggerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcknowledgeFinding(self, request, context):
+        """Says that a finding was seen: for this episode, until it closes and opens again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SilenceFinding(self, request, context):
+        """Leaves a finding out of what asks for attention, for a time; it stays in the list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """One multiplexed stream per client: a snapshot first, then frames with rising sequences.
         """
@@ -228,6 +252,16 @@ def add_DebuggerServiceServicer_to_server(servicer, server):
                     servicer.CloseSession,
                     request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSessionRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSessionResponse.SerializeToString,
+            ),
+            'AcknowledgeFinding': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeFinding,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.AcknowledgeFindingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.AcknowledgeFindingResponse.SerializeToString,
+            ),
+            'SilenceFinding': grpc.unary_unary_rpc_method_handler(
+                    servicer.SilenceFinding,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -471,6 +505,60 @@ class DebuggerService(object):
             '/moe_debugger.v1.DebuggerService/CloseSession',
             moe__debugger_dot_v1_dot_gateway__pb2.CloseSessionRequest.SerializeToString,
             moe__debugger_dot_v1_dot_gateway__pb2.CloseSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeFinding(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/AcknowledgeFinding',
+            moe__debugger_dot_v1_dot_gateway__pb2.AcknowledgeFindingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.AcknowledgeFindingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SilenceFinding(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/SilenceFinding',
+            moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingResponse.FromString,
             options,
             channel_credentials,
             insecure,

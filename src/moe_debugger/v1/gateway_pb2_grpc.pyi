@@ -40,6 +40,10 @@ class DebuggerServiceStub:
     ListRequests: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListRequestsRequest, _gateway_pb2.ListRequestsResponse]
     GetRequestRoutes: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetRequestRoutesRequest, _gateway_pb2.GetRequestRoutesResponse]
     CloseSession: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CloseSessionRequest, _gateway_pb2.CloseSessionResponse]
+    AcknowledgeFinding: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.AcknowledgeFindingRequest, _gateway_pb2.AcknowledgeFindingResponse]
+    """Says that a finding was seen: for this episode, until it closes and opens again."""
+    SilenceFinding: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.SilenceFindingRequest, _gateway_pb2.SilenceFindingResponse]
+    """Leaves a finding out of what asks for attention, for a time; it stays in the list."""
     Watch: _grpc.UnaryStreamMultiCallable[_gateway_pb2.WatchRequest, _gateway_pb2.WatchResponse]
     """One multiplexed stream per client: a snapshot first, then frames with rising sequences."""
     Generate: _grpc.UnaryStreamMultiCallable[_gateway_pb2.DebuggerServiceGenerateRequest, _gateway_pb2.DebuggerServiceGenerateResponse]
@@ -61,6 +65,10 @@ class DebuggerServiceAsyncStub(DebuggerServiceStub):
     ListRequests: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListRequestsRequest, _gateway_pb2.ListRequestsResponse]  # type: ignore[assignment]
     GetRequestRoutes: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetRequestRoutesRequest, _gateway_pb2.GetRequestRoutesResponse]  # type: ignore[assignment]
     CloseSession: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CloseSessionRequest, _gateway_pb2.CloseSessionResponse]  # type: ignore[assignment]
+    AcknowledgeFinding: _aio.UnaryUnaryMultiCallable[_gateway_pb2.AcknowledgeFindingRequest, _gateway_pb2.AcknowledgeFindingResponse]  # type: ignore[assignment]
+    """Says that a finding was seen: for this episode, until it closes and opens again."""
+    SilenceFinding: _aio.UnaryUnaryMultiCallable[_gateway_pb2.SilenceFindingRequest, _gateway_pb2.SilenceFindingResponse]  # type: ignore[assignment]
+    """Leaves a finding out of what asks for attention, for a time; it stays in the list."""
     Watch: _aio.UnaryStreamMultiCallable[_gateway_pb2.WatchRequest, _gateway_pb2.WatchResponse]  # type: ignore[assignment]
     """One multiplexed stream per client: a snapshot first, then frames with rising sequences."""
     Generate: _aio.UnaryStreamMultiCallable[_gateway_pb2.DebuggerServiceGenerateRequest, _gateway_pb2.DebuggerServiceGenerateResponse]  # type: ignore[assignment]
@@ -127,6 +135,22 @@ class DebuggerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.CloseSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.CloseSessionResponse, _abc.Awaitable[_gateway_pb2.CloseSessionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AcknowledgeFinding(
+        self,
+        request: _gateway_pb2.AcknowledgeFindingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.AcknowledgeFindingResponse, _abc.Awaitable[_gateway_pb2.AcknowledgeFindingResponse]]:
+        """Says that a finding was seen: for this episode, until it closes and opens again."""
+
+    @_abc_1.abstractmethod
+    def SilenceFinding(
+        self,
+        request: _gateway_pb2.SilenceFindingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.SilenceFindingResponse, _abc.Awaitable[_gateway_pb2.SilenceFindingResponse]]:
+        """Leaves a finding out of what asks for attention, for a time; it stays in the list."""
 
     @_abc_1.abstractmethod
     def Watch(

@@ -101,6 +101,25 @@ FINDING_KIND_DUPLICATE_EXPERTS: FindingKind.ValueType  # 11
 FINDING_KIND_CAPTURE_UNHEALTHY: FindingKind.ValueType  # 12
 Global___FindingKind: _TypeAlias = FindingKind  # noqa: Y015
 
+class _FindingState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FindingStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINDING_STATE_UNSPECIFIED: _FindingState.ValueType  # 0
+    FINDING_STATE_OPEN: _FindingState.ValueType  # 1
+    """Its rule held less than `num_quiet_seconds_to_close` evaluated seconds ago."""
+    FINDING_STATE_CLOSED: _FindingState.ValueType  # 2
+
+class FindingState(_FindingState, metaclass=_FindingStateEnumTypeWrapper): ...
+
+FINDING_STATE_UNSPECIFIED: FindingState.ValueType  # 0
+FINDING_STATE_OPEN: FindingState.ValueType  # 1
+"""Its rule held less than `num_quiet_seconds_to_close` evaluated seconds ago."""
+FINDING_STATE_CLOSED: FindingState.ValueType  # 2
+Global___FindingState: _TypeAlias = FindingState  # noqa: Y015
+
 @_typing.final
 class Session(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -356,7 +375,7 @@ Global___EvidenceRow: _TypeAlias = EvidenceRow  # noqa: Y015
 
 @_typing.final
 class Finding(_message.Message):
-    """A diagnosis. Its words are code + args; catalogues turn them into sentences."""
+    """A diagnosis. Its words are code + args; catalogues turn them into sentences. Its life: docs/findings.md."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -393,6 +412,16 @@ class Finding(_message.Message):
     FIRST_SEEN_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
     LAST_SEEN_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
     NUM_OCCURRENCES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    OPENED_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
+    CLOSED_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
+    NUM_REOPENED_FIELD_NUMBER: _builtins.int
+    NUM_QUIET_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_QUIET_SECONDS_TO_CLOSE_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_BY_FIELD_NUMBER: _builtins.int
+    SILENCED_UNTIL_UNIX_NS_FIELD_NUMBER: _builtins.int
+    SILENCED_BY_FIELD_NUMBER: _builtins.int
     rule_id: _builtins.str
     kind: Global___FindingKind.ValueType
     severity: Global___Severity.ValueType
@@ -404,6 +433,22 @@ class Finding(_message.Message):
     first_seen_at_unix_ns: _builtins.int
     last_seen_at_unix_ns: _builtins.int
     num_occurrences: _builtins.int
+    """Seconds of data in which the rule held, over all episodes."""
+    state: Global___FindingState.ValueType
+    opened_at_unix_ns: _builtins.int
+    """Begin and end of the episode, in broker time; closed_at is 0 while it is open. `since_step` is of the episode."""
+    closed_at_unix_ns: _builtins.int
+    num_reopened: _builtins.int
+    """How often it came back after it was closed."""
+    num_quiet_seconds: _builtins.int
+    """Seconds of data in a row in which the rule was judged and did not hold, and how many of them close the finding."""
+    num_quiet_seconds_to_close: _builtins.int
+    acknowledged_at_unix_ns: _builtins.int
+    """Of this episode; 0 = not acknowledged."""
+    acknowledged_by: _builtins.str
+    silenced_until_unix_ns: _builtins.int
+    """In the future, 0 = not silenced."""
+    silenced_by: _builtins.str
     @_builtins.property
     def args(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -424,10 +469,20 @@ class Finding(_message.Message):
         first_seen_at_unix_ns: _builtins.int = ...,
         last_seen_at_unix_ns: _builtins.int = ...,
         num_occurrences: _builtins.int = ...,
+        state: Global___FindingState.ValueType = ...,
+        opened_at_unix_ns: _builtins.int = ...,
+        closed_at_unix_ns: _builtins.int = ...,
+        num_reopened: _builtins.int = ...,
+        num_quiet_seconds: _builtins.int = ...,
+        num_quiet_seconds_to_close: _builtins.int = ...,
+        acknowledged_at_unix_ns: _builtins.int = ...,
+        acknowledged_by: _builtins.str = ...,
+        silenced_until_unix_ns: _builtins.int = ...,
+        silenced_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "expert_id", b"expert_id", "layer_index", b"layer_index", "since_step", b"since_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "args", b"args", "code", b"code", "evidence", b"evidence", "expert_id", b"expert_id", "first_seen_at_unix_ns", b"first_seen_at_unix_ns", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "layer_index", b"layer_index", "num_occurrences", b"num_occurrences", "rule_id", b"rule_id", "severity", b"severity", "since_step", b"since_step", "statistic", b"statistic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "acknowledged_at_unix_ns", b"acknowledged_at_unix_ns", "acknowledged_by", b"acknowledged_by", "args", b"args", "closed_at_unix_ns", b"closed_at_unix_ns", "code", b"code", "evidence", b"evidence", "expert_id", b"expert_id", "first_seen_at_unix_ns", b"first_seen_at_unix_ns", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "layer_index", b"layer_index", "num_occurrences", b"num_occurrences", "num_quiet_seconds", b"num_quiet_seconds", "num_quiet_seconds_to_close", b"num_quiet_seconds_to_close", "num_reopened", b"num_reopened", "opened_at_unix_ns", b"opened_at_unix_ns", "rule_id", b"rule_id", "severity", b"severity", "silenced_by", b"silenced_by", "silenced_until_unix_ns", b"silenced_until_unix_ns", "since_step", b"since_step", "state", b"state", "statistic", b"statistic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expert_id: _TypeAlias = _typing.Literal["expert_id"]  # noqa: Y015
     _WhichOneofArgType__expert_id: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id"]  # noqa: Y015
