@@ -1,6 +1,6 @@
 """Calls to the analyzers: deadlines, the tenant of the settings, and errors that say what happens next."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ from moe_gateway.errors import upstream_error
 __all__ = ["CHANNEL_OPTIONS", "AnalyzerClient"]
 
 _MAX_RESPONSE_BYTES = 64 << 20
+_STOP_RECORDING_S = 20.0
 # A proxy in the environment must not see loopback calls; reconnects within about a second.
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),
@@ -121,10 +122,64 @@ class AnalyzerClient:
         response = await self._call(self._stub.SilenceFinding, request, remaining_s)
         return response.finding
 
-    async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, remaining_s: float | None) -> Any:
-        timeout_s = self._timeout_s if remaining_s is None else min(self._timeout_s, remaining_s)
+    async def start_recording(
+        self, session_id: str, name: str, max_bytes: int, remaining_s: float | None = None
+    ) -> tuple[session_pb2.Recording, bool]:
+        """Record a session from now on; return its recording, and whether it was running."""
+        request = pb.AnalyzerServiceStartRecordingRequest(
+            tenant=self._tenant, session_id=session_id, name=name, max_bytes=max_bytes
+        )
+        response: pb.AnalyzerServiceStartRecordingResponse
+        response = await self._call(self._stub.StartRecording, request, remaining_s)
+        return response.recording, response.was_running
+
+    async def stop_recording(
+        self, recording_id: str, session_id: str, remaining_s: float | None = None
+    ) -> session_pb2.Recording:
+        """Stop a recording and return it."""
+        request = pb.AnalyzerServiceStopRecordingRequest(
+            tenant=self._tenant, recording_id=recording_id, session_id=session_id
+        )
+        # It waits for the disk.
+        response: pb.AnalyzerServiceStopRecordingResponse
+        response = await self._call(self._stub.StopRecording, request, remaining_s, _STOP_RECORDING_S)
+        return response.recording
+
+    async def list_recordings(self, session_id: str, remaining_s: float | None = None) -> list[session_pb2.Recording]:
+        """Return the tenant's recordings, newest first; of one session where one is given."""
+        request = pb.AnalyzerServiceListRecordingsRequest(tenant=self._tenant, session_id=session_id)
+        response: pb.AnalyzerServiceListRecordingsResponse
+        response = await self._call(self._stub.ListRecordings, request, remaining_s)
+        return list(response.recordings)
+
+    async def download_recording(
+        self, recording_id: str, remaining_s: float | None = None
+    ) -> AsyncGenerator[pb.AnalyzerServiceDownloadRecordingResponse, None]:
+        """Yield the files of a recording in chunks."""
+        request = pb.AnalyzerServiceDownloadRecordingRequest(tenant=self._tenant, recording_id=recording_id)
+        call = self._stub.DownloadRecording(request, timeout=remaining_s)
+        try:
+            async for chunk in call:
+                yield chunk
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
+
+    async def _call(
+        self,
+        method: Callable[..., Awaitable[Any]],
+        request: Any,
+        remaining_s: float | None,
+        limit_s: float | None = None,
+    ) -> Any:
+        limit_s = self._timeout_s if limit_s is None else limit_s
+        timeout_s = limit_s if remaining_s is None else min(limit_s, remaining_s)
         try:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            advice = "captured data is kept in the stream and is counted once it is back; try again in a moment"
-            raise upstream_error(error, f"the analyzer at {self.target}", advice) from error
+            raise self._error(error) from error
+
+    def _error(self, error: grpc.aio.AioRpcError) -> Exception:
+        advice = "captured data is kept in the stream and is counted once it is back; try again in a moment"
+        return upstream_error(error, f"the analyzer at {self.target}", advice)

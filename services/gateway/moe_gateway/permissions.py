@@ -18,6 +18,8 @@ class Permission(StrEnum):
     SESSIONS_CLOSE = "sessions.close"
     FINDINGS_MARK = "findings.mark"
     SOURCES_PUBLISH = "sources.publish"
+    RECORDINGS_READ = "recordings.read"
+    RECORDINGS_WRITE = "recordings.write"
     WORKER_GENERATE = "worker.generate"
     SCHEMA_READ = "schema.read"
 
@@ -40,6 +42,11 @@ RPC_PERMISSIONS: dict[str, Permission] = {
     _DEBUGGER + "OpenSource": Permission.SOURCES_PUBLISH,
     _DEBUGGER + "PublishRoutes": Permission.SOURCES_PUBLISH,
     _DEBUGGER + "CloseSource": Permission.SOURCES_PUBLISH,
+    _DEBUGGER + "StartRecording": Permission.RECORDINGS_WRITE,
+    _DEBUGGER + "StopRecording": Permission.RECORDINGS_WRITE,
+    _DEBUGGER + "ListRecordings": Permission.SESSIONS_READ,
+    # The rows can reveal the text.
+    _DEBUGGER + "DownloadRecording": Permission.RECORDINGS_READ,
     "/grpc.health.v1.Health/Check": Permission.PUBLIC,
     "/grpc.health.v1.Health/List": Permission.PUBLIC,
     "/grpc.health.v1.Health/Watch": Permission.PUBLIC,

@@ -32,6 +32,7 @@ _DEFAULT_POINTS, _MAX_POINTS = 300, 10_000
 _DEFAULT_SERIES_POINTS, _MAX_SERIES_POINTS, _MAX_SERIES_NAMES = 1000, 10_000, 64
 _DEFAULT_RESULTS, _MAX_RESULTS = 100, 1000
 _MAX_TEMPERATURE = 100.0
+_MAX_NAME_CHARS = 128
 
 
 class WorkerClient:
@@ -211,6 +212,49 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
     async def CloseSource(self, request: pb.CloseSourceRequest, context: Context) -> pb.CloseSourceResponse:
         """Close a source that was opened here."""
         return await self._push_door.close(request)
+
+    async def StartRecording(self, request: pb.StartRecordingRequest, context: Context) -> pb.StartRecordingResponse:
+        """Record a session from now on."""
+        session_id = check_id(request.session_id, "session_id")
+        if len(request.name) > _MAX_NAME_CHARS or not request.name.isprintable():
+            raise InvalidInputError(
+                f"name {request.name[:64]!r} is not valid; expected at most {_MAX_NAME_CHARS} printable characters"
+            )
+        recording, was_running = await self._analyzer.start_recording(
+            session_id, request.name, request.max_bytes, context.time_remaining()
+        )
+        return pb.StartRecordingResponse(recording=recording, was_running=was_running)
+
+    async def StopRecording(self, request: pb.StopRecordingRequest, context: Context) -> pb.StopRecordingResponse:
+        """Stop a recording, named by itself or by its session."""
+        if bool(request.recording_id) == bool(request.session_id):
+            raise InvalidInputError("give either recording_id or session_id")
+        for name in ("recording_id", "session_id"):
+            if value := getattr(request, name):
+                check_id(value, name)
+        recording = await self._analyzer.stop_recording(
+            request.recording_id, request.session_id, context.time_remaining()
+        )
+        return pb.StopRecordingResponse(recording=recording)
+
+    async def ListRecordings(self, request: pb.ListRecordingsRequest, context: Context) -> pb.ListRecordingsResponse:
+        """Return the recordings of a session, or of all."""
+        if request.session_id:
+            check_id(request.session_id, "session_id")
+        recordings = await self._analyzer.list_recordings(request.session_id, context.time_remaining())
+        return pb.ListRecordingsResponse(recordings=recordings)
+
+    async def DownloadRecording(
+        self, request: pb.DownloadRecordingRequest, context: Context
+    ) -> AsyncGenerator[pb.DownloadRecordingResponse, None]:
+        """Stream the files of a recording that has ended."""
+        recording_id = check_id(request.recording_id, "recording_id")
+        chunks = self._analyzer.download_recording(recording_id, context.time_remaining())
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield pb.DownloadRecordingResponse(
+                    path=chunk.path, offset=chunk.offset, data=chunk.data, total_bytes=chunk.total_bytes
+                )
 
     async def _from_worker(
         self, worker: WorkerClient, request: collector_pb2.GenerateRequest, context: Context

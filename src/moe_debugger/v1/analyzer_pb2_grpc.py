@@ -79,6 +79,26 @@ class AnalyzerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.FromString,
                 _registered_method=True)
+        self.StartRecording = channel.unary_unary(
+                '/moe_debugger.v1.AnalyzerService/StartRecording',
+                request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStartRecordingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStartRecordingResponse.FromString,
+                _registered_method=True)
+        self.StopRecording = channel.unary_unary(
+                '/moe_debugger.v1.AnalyzerService/StopRecording',
+                request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStopRecordingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStopRecordingResponse.FromString,
+                _registered_method=True)
+        self.ListRecordings = channel.unary_unary(
+                '/moe_debugger.v1.AnalyzerService/ListRecordings',
+                request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceListRecordingsRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceListRecordingsResponse.FromString,
+                _registered_method=True)
+        self.DownloadRecording = channel.unary_stream(
+                '/moe_debugger.v1.AnalyzerService/DownloadRecording',
+                request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceDownloadRecordingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceDownloadRecordingResponse.FromString,
+                _registered_method=True)
 
 
 class AnalyzerServiceServicer(object):
@@ -138,6 +158,31 @@ class AnalyzerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartRecording(self, request, context):
+        """The replica that is asked to start a recording writes it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopRecording(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRecordings(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadRecording(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AnalyzerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -185,6 +230,26 @@ def add_AnalyzerServiceServicer_to_server(servicer, server):
                     servicer.SilenceFinding,
                     request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.SerializeToString,
+            ),
+            'StartRecording': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartRecording,
+                    request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStartRecordingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStartRecordingResponse.SerializeToString,
+            ),
+            'StopRecording': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopRecording,
+                    request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStopRecordingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStopRecordingResponse.SerializeToString,
+            ),
+            'ListRecordings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRecordings,
+                    request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceListRecordingsRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceListRecordingsResponse.SerializeToString,
+            ),
+            'DownloadRecording': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadRecording,
+                    request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceDownloadRecordingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceDownloadRecordingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -430,6 +495,114 @@ class AnalyzerService(object):
             '/moe_debugger.v1.AnalyzerService/SilenceFinding',
             moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.SerializeToString,
             moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.AnalyzerService/StartRecording',
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStartRecordingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStartRecordingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.AnalyzerService/StopRecording',
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStopRecordingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStopRecordingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRecordings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.AnalyzerService/ListRecordings',
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceListRecordingsRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceListRecordingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_debugger.v1.AnalyzerService/DownloadRecording',
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceDownloadRecordingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceDownloadRecordingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,11 @@ class AnalyzerServiceStub:
     CloseSession: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceCloseSessionRequest, _analyzer_pb2.AnalyzerServiceCloseSessionResponse]
     AcknowledgeFinding: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceAcknowledgeFindingRequest, _analyzer_pb2.AnalyzerServiceAcknowledgeFindingResponse]
     SilenceFinding: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceSilenceFindingRequest, _analyzer_pb2.AnalyzerServiceSilenceFindingResponse]
+    StartRecording: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceStartRecordingRequest, _analyzer_pb2.AnalyzerServiceStartRecordingResponse]
+    """The replica that is asked to start a recording writes it."""
+    StopRecording: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceStopRecordingRequest, _analyzer_pb2.AnalyzerServiceStopRecordingResponse]
+    ListRecordings: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceListRecordingsRequest, _analyzer_pb2.AnalyzerServiceListRecordingsResponse]
+    DownloadRecording: _grpc.UnaryStreamMultiCallable[_analyzer_pb2.AnalyzerServiceDownloadRecordingRequest, _analyzer_pb2.AnalyzerServiceDownloadRecordingResponse]
 
 @_typing.type_check_only
 class AnalyzerServiceAsyncStub(AnalyzerServiceStub):
@@ -53,6 +58,11 @@ class AnalyzerServiceAsyncStub(AnalyzerServiceStub):
     CloseSession: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceCloseSessionRequest, _analyzer_pb2.AnalyzerServiceCloseSessionResponse]  # type: ignore[assignment]
     AcknowledgeFinding: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceAcknowledgeFindingRequest, _analyzer_pb2.AnalyzerServiceAcknowledgeFindingResponse]  # type: ignore[assignment]
     SilenceFinding: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceSilenceFindingRequest, _analyzer_pb2.AnalyzerServiceSilenceFindingResponse]  # type: ignore[assignment]
+    StartRecording: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceStartRecordingRequest, _analyzer_pb2.AnalyzerServiceStartRecordingResponse]  # type: ignore[assignment]
+    """The replica that is asked to start a recording writes it."""
+    StopRecording: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceStopRecordingRequest, _analyzer_pb2.AnalyzerServiceStopRecordingResponse]  # type: ignore[assignment]
+    ListRecordings: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceListRecordingsRequest, _analyzer_pb2.AnalyzerServiceListRecordingsResponse]  # type: ignore[assignment]
+    DownloadRecording: _aio.UnaryStreamMultiCallable[_analyzer_pb2.AnalyzerServiceDownloadRecordingRequest, _analyzer_pb2.AnalyzerServiceDownloadRecordingResponse]  # type: ignore[assignment]
 
 class AnalyzerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -117,5 +127,34 @@ class AnalyzerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _analyzer_pb2.AnalyzerServiceSilenceFindingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceSilenceFindingResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceSilenceFindingResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def StartRecording(
+        self,
+        request: _analyzer_pb2.AnalyzerServiceStartRecordingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceStartRecordingResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceStartRecordingResponse]]:
+        """The replica that is asked to start a recording writes it."""
+
+    @_abc_1.abstractmethod
+    def StopRecording(
+        self,
+        request: _analyzer_pb2.AnalyzerServiceStopRecordingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceStopRecordingResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceStopRecordingResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListRecordings(
+        self,
+        request: _analyzer_pb2.AnalyzerServiceListRecordingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceListRecordingsResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceListRecordingsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DownloadRecording(
+        self,
+        request: _analyzer_pb2.AnalyzerServiceDownloadRecordingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_analyzer_pb2.AnalyzerServiceDownloadRecordingResponse], _abc.AsyncIterator[_analyzer_pb2.AnalyzerServiceDownloadRecordingResponse]]: ...
 
 def add_AnalyzerServiceServicer_to_server(servicer: AnalyzerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -109,6 +109,26 @@ class DebuggerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceResponse.FromString,
                 _registered_method=True)
+        self.StartRecording = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/StartRecording',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.StartRecordingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.StartRecordingResponse.FromString,
+                _registered_method=True)
+        self.StopRecording = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/StopRecording',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.StopRecordingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.StopRecordingResponse.FromString,
+                _registered_method=True)
+        self.ListRecordings = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/ListRecordings',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.ListRecordingsRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.ListRecordingsResponse.FromString,
+                _registered_method=True)
+        self.DownloadRecording = channel.unary_stream(
+                '/moe_debugger.v1.DebuggerService/DownloadRecording',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.DownloadRecordingRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.DownloadRecordingResponse.FromString,
+                _registered_method=True)
 
 
 class DebuggerServiceServicer(object):
@@ -210,6 +230,32 @@ class DebuggerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartRecording(self, request, context):
+        """Recordings of sessions as Parquet files. One of a session at a time: a second start gives the one that runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopRecording(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRecordings(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadRecording(self, request, context):
+        """The files of a recording that has ended, one after another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DebuggerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -287,6 +333,26 @@ def add_DebuggerServiceServicer_to_server(servicer, server):
                     servicer.CloseSource,
                     request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceResponse.SerializeToString,
+            ),
+            'StartRecording': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartRecording,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.StartRecordingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.StartRecordingResponse.SerializeToString,
+            ),
+            'StopRecording': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopRecording,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.StopRecordingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.StopRecordingResponse.SerializeToString,
+            ),
+            'ListRecordings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRecordings,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.ListRecordingsRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.ListRecordingsResponse.SerializeToString,
+            ),
+            'DownloadRecording': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadRecording,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.DownloadRecordingRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.DownloadRecordingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -694,6 +760,114 @@ class DebuggerService(object):
             '/moe_debugger.v1.DebuggerService/CloseSource',
             moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceRequest.SerializeToString,
             moe__debugger_dot_v1_dot_gateway__pb2.CloseSourceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/StartRecording',
+            moe__debugger_dot_v1_dot_gateway__pb2.StartRecordingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.StartRecordingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/StopRecording',
+            moe__debugger_dot_v1_dot_gateway__pb2.StopRecordingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.StopRecordingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRecordings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/ListRecordings',
+            moe__debugger_dot_v1_dot_gateway__pb2.ListRecordingsRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.ListRecordingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/DownloadRecording',
+            moe__debugger_dot_v1_dot_gateway__pb2.DownloadRecordingRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.DownloadRecordingResponse.FromString,
             options,
             channel_credentials,
             insecure,

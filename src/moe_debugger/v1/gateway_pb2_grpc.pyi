@@ -52,6 +52,12 @@ class DebuggerServiceStub:
     """The push door, for engines whose process cannot speak NATS: open a source, push routes, close it."""
     PublishRoutes: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.PublishRoutesRequest, _gateway_pb2.PublishRoutesResponse]
     CloseSource: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CloseSourceRequest, _gateway_pb2.CloseSourceResponse]
+    StartRecording: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.StartRecordingRequest, _gateway_pb2.StartRecordingResponse]
+    """Recordings of sessions as Parquet files. One of a session at a time: a second start gives the one that runs."""
+    StopRecording: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.StopRecordingRequest, _gateway_pb2.StopRecordingResponse]
+    ListRecordings: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListRecordingsRequest, _gateway_pb2.ListRecordingsResponse]
+    DownloadRecording: _grpc.UnaryStreamMultiCallable[_gateway_pb2.DownloadRecordingRequest, _gateway_pb2.DownloadRecordingResponse]
+    """The files of a recording that has ended, one after another."""
 
 @_typing.type_check_only
 class DebuggerServiceAsyncStub(DebuggerServiceStub):
@@ -77,6 +83,12 @@ class DebuggerServiceAsyncStub(DebuggerServiceStub):
     """The push door, for engines whose process cannot speak NATS: open a source, push routes, close it."""
     PublishRoutes: _aio.UnaryUnaryMultiCallable[_gateway_pb2.PublishRoutesRequest, _gateway_pb2.PublishRoutesResponse]  # type: ignore[assignment]
     CloseSource: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CloseSourceRequest, _gateway_pb2.CloseSourceResponse]  # type: ignore[assignment]
+    StartRecording: _aio.UnaryUnaryMultiCallable[_gateway_pb2.StartRecordingRequest, _gateway_pb2.StartRecordingResponse]  # type: ignore[assignment]
+    """Recordings of sessions as Parquet files. One of a session at a time: a second start gives the one that runs."""
+    StopRecording: _aio.UnaryUnaryMultiCallable[_gateway_pb2.StopRecordingRequest, _gateway_pb2.StopRecordingResponse]  # type: ignore[assignment]
+    ListRecordings: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListRecordingsRequest, _gateway_pb2.ListRecordingsResponse]  # type: ignore[assignment]
+    DownloadRecording: _aio.UnaryStreamMultiCallable[_gateway_pb2.DownloadRecordingRequest, _gateway_pb2.DownloadRecordingResponse]  # type: ignore[assignment]
+    """The files of a recording that has ended, one after another."""
 
 class DebuggerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -189,5 +201,35 @@ class DebuggerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.CloseSourceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.CloseSourceResponse, _abc.Awaitable[_gateway_pb2.CloseSourceResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def StartRecording(
+        self,
+        request: _gateway_pb2.StartRecordingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.StartRecordingResponse, _abc.Awaitable[_gateway_pb2.StartRecordingResponse]]:
+        """Recordings of sessions as Parquet files. One of a session at a time: a second start gives the one that runs."""
+
+    @_abc_1.abstractmethod
+    def StopRecording(
+        self,
+        request: _gateway_pb2.StopRecordingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.StopRecordingResponse, _abc.Awaitable[_gateway_pb2.StopRecordingResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListRecordings(
+        self,
+        request: _gateway_pb2.ListRecordingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.ListRecordingsResponse, _abc.Awaitable[_gateway_pb2.ListRecordingsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DownloadRecording(
+        self,
+        request: _gateway_pb2.DownloadRecordingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.DownloadRecordingResponse], _abc.AsyncIterator[_gateway_pb2.DownloadRecordingResponse]]:
+        """The files of a recording that has ended, one after another."""
 
 def add_DebuggerServiceServicer_to_server(servicer: DebuggerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

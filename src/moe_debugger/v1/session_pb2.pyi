@@ -120,6 +120,35 @@ FINDING_STATE_OPEN: FindingState.ValueType  # 1
 FINDING_STATE_CLOSED: FindingState.ValueType  # 2
 Global___FindingState: _TypeAlias = FindingState  # noqa: Y015
 
+class _RecordingState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RecordingStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordingState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RECORDING_STATE_UNSPECIFIED: _RecordingState.ValueType  # 0
+    RECORDING_STATE_RECORDING: _RecordingState.ValueType  # 1
+    RECORDING_STATE_STOPPING: _RecordingState.ValueType  # 2
+    """Asked to stop; what was stored until then is still being written."""
+    RECORDING_STATE_FINISHED: _RecordingState.ValueType  # 3
+    RECORDING_STATE_FAILED: _RecordingState.ValueType  # 4
+    """The disk refused. What is whole can be read."""
+    RECORDING_STATE_INTERRUPTED: _RecordingState.ValueType  # 5
+    """The analyzer that wrote it is gone. What is whole can be read."""
+
+class RecordingState(_RecordingState, metaclass=_RecordingStateEnumTypeWrapper): ...
+
+RECORDING_STATE_UNSPECIFIED: RecordingState.ValueType  # 0
+RECORDING_STATE_RECORDING: RecordingState.ValueType  # 1
+RECORDING_STATE_STOPPING: RecordingState.ValueType  # 2
+"""Asked to stop; what was stored until then is still being written."""
+RECORDING_STATE_FINISHED: RecordingState.ValueType  # 3
+RECORDING_STATE_FAILED: RecordingState.ValueType  # 4
+"""The disk refused. What is whole can be read."""
+RECORDING_STATE_INTERRUPTED: RecordingState.ValueType  # 5
+"""The analyzer that wrote it is gone. What is whole can be read."""
+Global___RecordingState: _TypeAlias = RecordingState  # noqa: Y015
+
 @_typing.final
 class Session(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -871,3 +900,101 @@ class RequestLayerRoutes(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestLayerRoutes: _TypeAlias = RequestLayerRoutes  # noqa: Y015
+
+@_typing.final
+class Recording(_message.Message):
+    """A recording of a session, made by the fleet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumRowsNotWrittenEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RECORDING_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_NAME_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STARTED_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
+    ENDED_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_SOURCES_FIELD_NUMBER: _builtins.int
+    NUM_MISSING_MESSAGES_FIELD_NUMBER: _builtins.int
+    NUM_DECISIONS_DROPPED_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_NOT_WRITTEN_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    recording_id: _builtins.str
+    session_id: _builtins.str
+    session_name: _builtins.str
+    name: _builtins.str
+    """What the caller called it."""
+    state: Global___RecordingState.ValueType
+    started_at_unix_ns: _builtins.int
+    ended_at_unix_ns: _builtins.int
+    """0 while it runs."""
+    num_rows: _builtins.int
+    """Rows in the files: one for each token at each MoE layer, padding too. Of sources at the level "counts": sums."""
+    size_bytes: _builtins.int
+    """Of the whole files and of the one that is being written."""
+    max_bytes: _builtins.int
+    """It takes no more rows once it is so large."""
+    num_sources: _builtins.int
+    num_missing_messages: _builtins.int
+    """Messages of its sources that never came, between the first and the last that did."""
+    num_decisions_dropped: _builtins.int
+    """Decisions that sources dropped while it ran."""
+    path: _builtins.str
+    """The folder, as the analyzer that wrote it sees it."""
+    detail: _builtins.str
+    """Why it ended, where nobody asked for it, and what went wrong."""
+    @_builtins.property
+    def num_rows_not_written(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows that came and are in no file, by reason; docs/recordings.md has the reasons."""
+
+    def __init__(
+        self,
+        *,
+        recording_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        session_name: _builtins.str = ...,
+        name: _builtins.str = ...,
+        state: Global___RecordingState.ValueType = ...,
+        started_at_unix_ns: _builtins.int = ...,
+        ended_at_unix_ns: _builtins.int = ...,
+        num_rows: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        num_sources: _builtins.int = ...,
+        num_missing_messages: _builtins.int = ...,
+        num_decisions_dropped: _builtins.int = ...,
+        num_rows_not_written: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        path: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "ended_at_unix_ns", b"ended_at_unix_ns", "max_bytes", b"max_bytes", "name", b"name", "num_decisions_dropped", b"num_decisions_dropped", "num_missing_messages", b"num_missing_messages", "num_rows", b"num_rows", "num_rows_not_written", b"num_rows_not_written", "num_sources", b"num_sources", "path", b"path", "recording_id", b"recording_id", "session_id", b"session_id", "session_name", b"session_name", "size_bytes", b"size_bytes", "started_at_unix_ns", b"started_at_unix_ns", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Recording: _TypeAlias = Recording  # noqa: Y015

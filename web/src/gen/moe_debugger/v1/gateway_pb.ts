@@ -10,7 +10,7 @@ import type { GenerateRequest, GenerateResponse } from "./collector_pb";
 import { file_moe_debugger_v1_collector } from "./collector_pb";
 import type { CaptureLevel, LayerDescription, Phase, SourceCounters } from "./routing_pb";
 import { file_moe_debugger_v1_routing } from "./routing_pb";
-import type { Finding, RequestRoutes, RequestSummary, RollUp, Series, Session, SessionSnapshot } from "./session_pb";
+import type { Finding, Recording, RequestRoutes, RequestSummary, RollUp, Series, Session, SessionSnapshot } from "./session_pb";
 import { file_moe_debugger_v1_session } from "./session_pb";
 import type { Message } from "@bufbuild/protobuf";
 
@@ -18,7 +18,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file moe_debugger/v1/gateway.proto.
  */
 export const file_moe_debugger_v1_gateway: GenFile = /*@__PURE__*/
-  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvZ2F0ZXdheS5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IqIBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRI0Cgpjb21wb25lbnRzGAIgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aBIYChBtYXhfcHJvbXB0X2J5dGVzGAMgASgNEhQKDG1heF93YXRjaF9oehgEIAEoDRISCgpoYXNfd29ya2VyGAUgASgIIl8KD0NvbXBvbmVudEhlYWx0aBIMCgRuYW1lGAEgASgJEi4KBXN0YXRlGAIgASgOMh8ubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudFN0YXRlEg4KBmRldGFpbBgDIAEoCSIVChNMaXN0U2Vzc2lvbnNSZXF1ZXN0IkIKFExpc3RTZXNzaW9uc1Jlc3BvbnNlEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iJwoRR2V0U2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChJHZXRTZXNzaW9uUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90IlEKEUdldEhpc3RvcnlSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSFAoMcmVzb2x1dGlvbl9zGAIgASgNEhIKCm1heF9wb2ludHMYAyABKA0iPQoSR2V0SGlzdG9yeVJlc3BvbnNlEicKBnBvaW50cxgBIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Sb2xsVXAiSQoQR2V0U2VyaWVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg0KBW5hbWVzGAIgAygJEhIKCm1heF9wb2ludHMYAyABKA0iWQoRR2V0U2VyaWVzUmVzcG9uc2USJwoGc2VyaWVzGAEgAygLMhcubW9lX2RlYnVnZ2VyLnYxLlNlcmllcxIbChNudW1fcG9pbnRzX25vdF9rZXB0GAIgASgEIj4KE0xpc3RSZXF1ZXN0c1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRITCgttYXhfcmVzdWx0cxgCIAEoDSJJChRMaXN0UmVxdWVzdHNSZXNwb25zZRIxCghyZXF1ZXN0cxgBIAMoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeSJBChdHZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkiSgoYR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlEi4KBnJvdXRlcxgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0Um91dGVzIikKE0Nsb3NlU2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJBChRDbG9zZVNlc3Npb25SZXNwb25zZRIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iTgoZQWNrbm93bGVkZ2VGaW5kaW5nUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg8KB3J1bGVfaWQYAiABKAkSDAoEdW5kbxgDIAEoCCJHChpBY2tub3dsZWRnZUZpbmRpbmdSZXNwb25zZRIpCgdmaW5kaW5nGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmciUAoVU2lsZW5jZUZpbmRpbmdSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSDwoHcnVsZV9pZBgCIAEoCRISCgpkdXJhdGlvbl9zGAMgASgNIkMKFlNpbGVuY2VGaW5kaW5nUmVzcG9uc2USKQoHZmluZGluZxgBIAEoCzIYLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nIlEKDFdhdGNoUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg4KBm1heF9oehgCIAEoARIdChVyZXN1bWVfYWZ0ZXJfc2VxdWVuY2UYAyABKAQinAIKDVdhdGNoUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyHi5tb2VfZGVidWdnZXIudjEuV2F0Y2hTbmFwc2hvdEgAEiwKBWZyYW1lGAIgASgLMhsubW9lX2RlYnVnZ2VyLnYxLldhdGNoRnJhbWVIABIyCghzZXNzaW9ucxgDIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFNlc3Npb25zSAASNgoKY29tcG9uZW50cxgEIAEoCzIgLm1vZV9kZWJ1Z2dlci52MS5XYXRjaENvbXBvbmVudHNIABI0CgloZWFydGJlYXQYBSABKAsyHy5tb2VfZGVidWdnZXIudjEuV2F0Y2hIZWFydGJlYXRIAEIHCgVldmVudCJDCg1XYXRjaFNuYXBzaG90EjIKCHNuYXBzaG90GAEgASgLMiAubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb25TbmFwc2hvdCJzCgpXYXRjaEZyYW1lEhAKCHNlcXVlbmNlGAEgASgEEhUKDWV4cGVydF9jb3VudHMYAiABKAwSEgoKbnVtX3Rva2VucxgDIAEoDBIVCg1udW1fY29uZmxhdGVkGAQgASgNEhEKCWxhc3Rfc3RlcBgFIAEoBCI7Cg1XYXRjaFNlc3Npb25zEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iRwoPV2F0Y2hDb21wb25lbnRzEjQKCmNvbXBvbmVudHMYASADKAsyIC5tb2VfZGVidWdnZXIudjEuQ29tcG9uZW50SGVhbHRoIikKDldhdGNoSGVhcnRiZWF0EhcKD3NlbnRfYXRfdW5peF9ucxgBIAEoAyJTCh5EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlcXVlc3QSMQoHcmVxdWVzdBgBIAEoCzIgLm1vZV9kZWJ1Z2dlci52MS5HZW5lcmF0ZVJlcXVlc3QiVgofRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXNwb25zZRIzCghyZXNwb25zZRgBIAEoCzIhLm1vZV9kZWJ1Z2dlci52MS5HZW5lcmF0ZVJlc3BvbnNlIsQCChFPcGVuU291cmNlUmVxdWVzdBIUCgxzZXNzaW9uX25hbWUYASABKAkSEgoKbW9kZWxfbmFtZRgCIAEoCRISCgptb2RlbF90eXBlGAMgASgJEjEKBmxheWVycxgEIAMoCzIhLm1vZV9kZWJ1Z2dlci52MS5MYXllckRlc2NyaXB0aW9uEiwKBWxldmVsGAUgASgOMh0ubW9lX2RlYnVnZ2VyLnYxLkNhcHR1cmVMZXZlbBIbChNwaHlzaWNhbF90b19sb2dpY2FsGAYgASgMEkIKCHZlcnNpb25zGAcgAygLMjAubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXF1ZXN0LlZlcnNpb25zRW50cnkaLwoNVmVyc2lvbnNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIm4KEk9wZW5Tb3VyY2VSZXNwb25zZRISCgpzZXNzaW9uX2lkGAEgASgJEhEKCXNvdXJjZV9pZBgCIAEoCRIZChFtYXhfcmVxdWVzdF9ieXRlcxgDIAEoDRIWCg5pZGxlX3RpbWVvdXRfcxgEIAEoASLXAgoUUHVibGlzaFJvdXRlc1JlcXVlc3QSEQoJc291cmNlX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkSEgoKbnVtX3Rva2VucxgDIAEoDRISCgpleHBlcnRfaWRzGAQgASgMEhAKCHBvc2l0aW9uGAUgASgMEhQKDGdhdGVfd2VpZ2h0cxgGIAEoDBIlCgVwaGFzZRgHIAEoDjIWLm1vZV9kZWJ1Z2dlci52MS5QaGFzZRIeChFudW1fcHJvbXB0X3Rva2VucxgIIAEoDUgAiAEBEh4KEW51bV9jYWNoZWRfdG9rZW5zGAkgASgNSAGIAQESEAoIdG9rZW5faWQYCiABKAwSEgoKaXNfcGFkZGluZxgLIAEoDBIPCgdjYWxsX2lkGAwgASgJQhQKEl9udW1fcHJvbXB0X3Rva2Vuc0IUChJfbnVtX2NhY2hlZF90b2tlbnMigAIKFVB1Ymxpc2hSb3V0ZXNSZXNwb25zZRISCgpyZXF1ZXN0X2lkGAEgASgJEhIKCm51bV90b2tlbnMYAiABKA0SFQoNbnVtX2RlY2lzaW9ucxgDIAEoBBIdChVudW1fbm90X3JvdXRlZF90b2tlbnMYBCABKA0SEAoIaXNfdGFrZW4YBSABKAgSRgoIcHJvYmxlbXMYBiADKAsyNC5tb2VfZGVidWdnZXIudjEuUHVibGlzaFJvdXRlc1Jlc3BvbnNlLlByb2JsZW1zRW50cnkaLwoNUHJvYmxlbXNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKA06AjgBIj8KEkNsb3NlU291cmNlUmVxdWVzdBIRCglzb3VyY2VfaWQYASABKAkSFgoOY2xvc2VzX3Nlc3Npb24YAiABKAgiSAoTQ2xvc2VTb3VyY2VSZXNwb25zZRIxCghjb3VudGVycxgBIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2VDb3VudGVycyqEAQoOQ29tcG9uZW50U3RhdGUSHwobQ09NUE9ORU5UX1NUQVRFX1VOU1BFQ0lGSUVEEAASHAoYQ09NUE9ORU5UX1NUQVRFX1NUQVJUSU5HEAESGQoVQ09NUE9ORU5UX1NUQVRFX1JFQURZEAISGAoUQ09NUE9ORU5UX1NUQVRFX0RPV04QAzKRCwoPRGVidWdnZXJTZXJ2aWNlEl4KDUdldFNlcnZlckluZm8SJS5tb2VfZGVidWdnZXIudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaJi5tb2VfZGVidWdnZXIudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlElsKDExpc3RTZXNzaW9ucxIkLm1vZV9kZWJ1Z2dlci52MS5MaXN0U2Vzc2lvbnNSZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkxpc3RTZXNzaW9uc1Jlc3BvbnNlElUKCkdldFNlc3Npb24SIi5tb2VfZGVidWdnZXIudjEuR2V0U2Vzc2lvblJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuR2V0U2Vzc2lvblJlc3BvbnNlElUKCkdldEhpc3RvcnkSIi5tb2VfZGVidWdnZXIudjEuR2V0SGlzdG9yeVJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuR2V0SGlzdG9yeVJlc3BvbnNlElIKCUdldFNlcmllcxIhLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJpZXNSZXF1ZXN0GiIubW9lX2RlYnVnZ2VyLnYxLkdldFNlcmllc1Jlc3BvbnNlElsKDExpc3RSZXF1ZXN0cxIkLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVxdWVzdHNSZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkxpc3RSZXF1ZXN0c1Jlc3BvbnNlEmcKEEdldFJlcXVlc3RSb3V0ZXMSKC5tb2VfZGVidWdnZXIudjEuR2V0UmVxdWVzdFJvdXRlc1JlcXVlc3QaKS5tb2VfZGVidWdnZXIudjEuR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlElsKDENsb3NlU2Vzc2lvbhIkLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNlc3Npb25SZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkNsb3NlU2Vzc2lvblJlc3BvbnNlEm0KEkFja25vd2xlZGdlRmluZGluZxIqLm1vZV9kZWJ1Z2dlci52MS5BY2tub3dsZWRnZUZpbmRpbmdSZXF1ZXN0GisubW9lX2RlYnVnZ2VyLnYxLkFja25vd2xlZGdlRmluZGluZ1Jlc3BvbnNlEmEKDlNpbGVuY2VGaW5kaW5nEiYubW9lX2RlYnVnZ2VyLnYxLlNpbGVuY2VGaW5kaW5nUmVxdWVzdBonLm1vZV9kZWJ1Z2dlci52MS5TaWxlbmNlRmluZGluZ1Jlc3BvbnNlEkgKBVdhdGNoEh0ubW9lX2RlYnVnZ2VyLnYxLldhdGNoUmVxdWVzdBoeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFJlc3BvbnNlMAESbwoIR2VuZXJhdGUSLy5tb2VfZGVidWdnZXIudjEuRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXF1ZXN0GjAubW9lX2RlYnVnZ2VyLnYxLkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVzcG9uc2UwARJVCgpPcGVuU291cmNlEiIubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXF1ZXN0GiMubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXNwb25zZRJeCg1QdWJsaXNoUm91dGVzEiUubW9lX2RlYnVnZ2VyLnYxLlB1Ymxpc2hSb3V0ZXNSZXF1ZXN0GiYubW9lX2RlYnVnZ2VyLnYxLlB1Ymxpc2hSb3V0ZXNSZXNwb25zZRJYCgtDbG9zZVNvdXJjZRIjLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNvdXJjZVJlcXVlc3QaJC5tb2VfZGVidWdnZXIudjEuQ2xvc2VTb3VyY2VSZXNwb25zZWIGcHJvdG8z", [file_moe_debugger_v1_collector, file_moe_debugger_v1_routing, file_moe_debugger_v1_session]);
+  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvZ2F0ZXdheS5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IqIBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRI0Cgpjb21wb25lbnRzGAIgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aBIYChBtYXhfcHJvbXB0X2J5dGVzGAMgASgNEhQKDG1heF93YXRjaF9oehgEIAEoDRISCgpoYXNfd29ya2VyGAUgASgIIl8KD0NvbXBvbmVudEhlYWx0aBIMCgRuYW1lGAEgASgJEi4KBXN0YXRlGAIgASgOMh8ubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudFN0YXRlEg4KBmRldGFpbBgDIAEoCSIVChNMaXN0U2Vzc2lvbnNSZXF1ZXN0IkIKFExpc3RTZXNzaW9uc1Jlc3BvbnNlEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iJwoRR2V0U2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChJHZXRTZXNzaW9uUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90IlEKEUdldEhpc3RvcnlSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSFAoMcmVzb2x1dGlvbl9zGAIgASgNEhIKCm1heF9wb2ludHMYAyABKA0iPQoSR2V0SGlzdG9yeVJlc3BvbnNlEicKBnBvaW50cxgBIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Sb2xsVXAiSQoQR2V0U2VyaWVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg0KBW5hbWVzGAIgAygJEhIKCm1heF9wb2ludHMYAyABKA0iWQoRR2V0U2VyaWVzUmVzcG9uc2USJwoGc2VyaWVzGAEgAygLMhcubW9lX2RlYnVnZ2VyLnYxLlNlcmllcxIbChNudW1fcG9pbnRzX25vdF9rZXB0GAIgASgEIj4KE0xpc3RSZXF1ZXN0c1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRITCgttYXhfcmVzdWx0cxgCIAEoDSJJChRMaXN0UmVxdWVzdHNSZXNwb25zZRIxCghyZXF1ZXN0cxgBIAMoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeSJBChdHZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkiSgoYR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlEi4KBnJvdXRlcxgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0Um91dGVzIikKE0Nsb3NlU2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJBChRDbG9zZVNlc3Npb25SZXNwb25zZRIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iTgoZQWNrbm93bGVkZ2VGaW5kaW5nUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg8KB3J1bGVfaWQYAiABKAkSDAoEdW5kbxgDIAEoCCJHChpBY2tub3dsZWRnZUZpbmRpbmdSZXNwb25zZRIpCgdmaW5kaW5nGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmciUAoVU2lsZW5jZUZpbmRpbmdSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSDwoHcnVsZV9pZBgCIAEoCRISCgpkdXJhdGlvbl9zGAMgASgNIkMKFlNpbGVuY2VGaW5kaW5nUmVzcG9uc2USKQoHZmluZGluZxgBIAEoCzIYLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nIlEKDFdhdGNoUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg4KBm1heF9oehgCIAEoARIdChVyZXN1bWVfYWZ0ZXJfc2VxdWVuY2UYAyABKAQinAIKDVdhdGNoUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyHi5tb2VfZGVidWdnZXIudjEuV2F0Y2hTbmFwc2hvdEgAEiwKBWZyYW1lGAIgASgLMhsubW9lX2RlYnVnZ2VyLnYxLldhdGNoRnJhbWVIABIyCghzZXNzaW9ucxgDIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFNlc3Npb25zSAASNgoKY29tcG9uZW50cxgEIAEoCzIgLm1vZV9kZWJ1Z2dlci52MS5XYXRjaENvbXBvbmVudHNIABI0CgloZWFydGJlYXQYBSABKAsyHy5tb2VfZGVidWdnZXIudjEuV2F0Y2hIZWFydGJlYXRIAEIHCgVldmVudCJDCg1XYXRjaFNuYXBzaG90EjIKCHNuYXBzaG90GAEgASgLMiAubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb25TbmFwc2hvdCJzCgpXYXRjaEZyYW1lEhAKCHNlcXVlbmNlGAEgASgEEhUKDWV4cGVydF9jb3VudHMYAiABKAwSEgoKbnVtX3Rva2VucxgDIAEoDBIVCg1udW1fY29uZmxhdGVkGAQgASgNEhEKCWxhc3Rfc3RlcBgFIAEoBCI7Cg1XYXRjaFNlc3Npb25zEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iRwoPV2F0Y2hDb21wb25lbnRzEjQKCmNvbXBvbmVudHMYASADKAsyIC5tb2VfZGVidWdnZXIudjEuQ29tcG9uZW50SGVhbHRoIikKDldhdGNoSGVhcnRiZWF0EhcKD3NlbnRfYXRfdW5peF9ucxgBIAEoAyJTCh5EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlcXVlc3QSMQoHcmVxdWVzdBgBIAEoCzIgLm1vZV9kZWJ1Z2dlci52MS5HZW5lcmF0ZVJlcXVlc3QiVgofRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXNwb25zZRIzCghyZXNwb25zZRgBIAEoCzIhLm1vZV9kZWJ1Z2dlci52MS5HZW5lcmF0ZVJlc3BvbnNlIsQCChFPcGVuU291cmNlUmVxdWVzdBIUCgxzZXNzaW9uX25hbWUYASABKAkSEgoKbW9kZWxfbmFtZRgCIAEoCRISCgptb2RlbF90eXBlGAMgASgJEjEKBmxheWVycxgEIAMoCzIhLm1vZV9kZWJ1Z2dlci52MS5MYXllckRlc2NyaXB0aW9uEiwKBWxldmVsGAUgASgOMh0ubW9lX2RlYnVnZ2VyLnYxLkNhcHR1cmVMZXZlbBIbChNwaHlzaWNhbF90b19sb2dpY2FsGAYgASgMEkIKCHZlcnNpb25zGAcgAygLMjAubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXF1ZXN0LlZlcnNpb25zRW50cnkaLwoNVmVyc2lvbnNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIm4KEk9wZW5Tb3VyY2VSZXNwb25zZRISCgpzZXNzaW9uX2lkGAEgASgJEhEKCXNvdXJjZV9pZBgCIAEoCRIZChFtYXhfcmVxdWVzdF9ieXRlcxgDIAEoDRIWCg5pZGxlX3RpbWVvdXRfcxgEIAEoASLXAgoUUHVibGlzaFJvdXRlc1JlcXVlc3QSEQoJc291cmNlX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkSEgoKbnVtX3Rva2VucxgDIAEoDRISCgpleHBlcnRfaWRzGAQgASgMEhAKCHBvc2l0aW9uGAUgASgMEhQKDGdhdGVfd2VpZ2h0cxgGIAEoDBIlCgVwaGFzZRgHIAEoDjIWLm1vZV9kZWJ1Z2dlci52MS5QaGFzZRIeChFudW1fcHJvbXB0X3Rva2VucxgIIAEoDUgAiAEBEh4KEW51bV9jYWNoZWRfdG9rZW5zGAkgASgNSAGIAQESEAoIdG9rZW5faWQYCiABKAwSEgoKaXNfcGFkZGluZxgLIAEoDBIPCgdjYWxsX2lkGAwgASgJQhQKEl9udW1fcHJvbXB0X3Rva2Vuc0IUChJfbnVtX2NhY2hlZF90b2tlbnMigAIKFVB1Ymxpc2hSb3V0ZXNSZXNwb25zZRISCgpyZXF1ZXN0X2lkGAEgASgJEhIKCm51bV90b2tlbnMYAiABKA0SFQoNbnVtX2RlY2lzaW9ucxgDIAEoBBIdChVudW1fbm90X3JvdXRlZF90b2tlbnMYBCABKA0SEAoIaXNfdGFrZW4YBSABKAgSRgoIcHJvYmxlbXMYBiADKAsyNC5tb2VfZGVidWdnZXIudjEuUHVibGlzaFJvdXRlc1Jlc3BvbnNlLlByb2JsZW1zRW50cnkaLwoNUHJvYmxlbXNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKA06AjgBIj8KEkNsb3NlU291cmNlUmVxdWVzdBIRCglzb3VyY2VfaWQYASABKAkSFgoOY2xvc2VzX3Nlc3Npb24YAiABKAgiSAoTQ2xvc2VTb3VyY2VSZXNwb25zZRIxCghjb3VudGVycxgBIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2VDb3VudGVycyJMChVTdGFydFJlY29yZGluZ1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRIMCgRuYW1lGAIgASgJEhEKCW1heF9ieXRlcxgDIAEoBCJcChZTdGFydFJlY29yZGluZ1Jlc3BvbnNlEi0KCXJlY29yZGluZxgBIAEoCzIaLm1vZV9kZWJ1Z2dlci52MS5SZWNvcmRpbmcSEwoLd2FzX3J1bm5pbmcYAiABKAgiQAoUU3RvcFJlY29yZGluZ1JlcXVlc3QSFAoMcmVjb3JkaW5nX2lkGAEgASgJEhIKCnNlc3Npb25faWQYAiABKAkiRgoVU3RvcFJlY29yZGluZ1Jlc3BvbnNlEi0KCXJlY29yZGluZxgBIAEoCzIaLm1vZV9kZWJ1Z2dlci52MS5SZWNvcmRpbmciKwoVTGlzdFJlY29yZGluZ3NSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkiSAoWTGlzdFJlY29yZGluZ3NSZXNwb25zZRIuCgpyZWNvcmRpbmdzGAEgAygLMhoubW9lX2RlYnVnZ2VyLnYxLlJlY29yZGluZyIwChhEb3dubG9hZFJlY29yZGluZ1JlcXVlc3QSFAoMcmVjb3JkaW5nX2lkGAEgASgJIlwKGURvd25sb2FkUmVjb3JkaW5nUmVzcG9uc2USDAoEcGF0aBgBIAEoCRIOCgZvZmZzZXQYAiABKAQSDAoEZGF0YRgDIAEoDBITCgt0b3RhbF9ieXRlcxgEIAEoBCqEAQoOQ29tcG9uZW50U3RhdGUSHwobQ09NUE9ORU5UX1NUQVRFX1VOU1BFQ0lGSUVEEAASHAoYQ09NUE9ORU5UX1NUQVRFX1NUQVJUSU5HEAESGQoVQ09NUE9ORU5UX1NUQVRFX1JFQURZEAISGAoUQ09NUE9ORU5UX1NUQVRFX0RPV04QAzKlDgoPRGVidWdnZXJTZXJ2aWNlEl4KDUdldFNlcnZlckluZm8SJS5tb2VfZGVidWdnZXIudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaJi5tb2VfZGVidWdnZXIudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlElsKDExpc3RTZXNzaW9ucxIkLm1vZV9kZWJ1Z2dlci52MS5MaXN0U2Vzc2lvbnNSZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkxpc3RTZXNzaW9uc1Jlc3BvbnNlElUKCkdldFNlc3Npb24SIi5tb2VfZGVidWdnZXIudjEuR2V0U2Vzc2lvblJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuR2V0U2Vzc2lvblJlc3BvbnNlElUKCkdldEhpc3RvcnkSIi5tb2VfZGVidWdnZXIudjEuR2V0SGlzdG9yeVJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuR2V0SGlzdG9yeVJlc3BvbnNlElIKCUdldFNlcmllcxIhLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJpZXNSZXF1ZXN0GiIubW9lX2RlYnVnZ2VyLnYxLkdldFNlcmllc1Jlc3BvbnNlElsKDExpc3RSZXF1ZXN0cxIkLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVxdWVzdHNSZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkxpc3RSZXF1ZXN0c1Jlc3BvbnNlEmcKEEdldFJlcXVlc3RSb3V0ZXMSKC5tb2VfZGVidWdnZXIudjEuR2V0UmVxdWVzdFJvdXRlc1JlcXVlc3QaKS5tb2VfZGVidWdnZXIudjEuR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlElsKDENsb3NlU2Vzc2lvbhIkLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNlc3Npb25SZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkNsb3NlU2Vzc2lvblJlc3BvbnNlEm0KEkFja25vd2xlZGdlRmluZGluZxIqLm1vZV9kZWJ1Z2dlci52MS5BY2tub3dsZWRnZUZpbmRpbmdSZXF1ZXN0GisubW9lX2RlYnVnZ2VyLnYxLkFja25vd2xlZGdlRmluZGluZ1Jlc3BvbnNlEmEKDlNpbGVuY2VGaW5kaW5nEiYubW9lX2RlYnVnZ2VyLnYxLlNpbGVuY2VGaW5kaW5nUmVxdWVzdBonLm1vZV9kZWJ1Z2dlci52MS5TaWxlbmNlRmluZGluZ1Jlc3BvbnNlEkgKBVdhdGNoEh0ubW9lX2RlYnVnZ2VyLnYxLldhdGNoUmVxdWVzdBoeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFJlc3BvbnNlMAESbwoIR2VuZXJhdGUSLy5tb2VfZGVidWdnZXIudjEuRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXF1ZXN0GjAubW9lX2RlYnVnZ2VyLnYxLkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVzcG9uc2UwARJVCgpPcGVuU291cmNlEiIubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXF1ZXN0GiMubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXNwb25zZRJeCg1QdWJsaXNoUm91dGVzEiUubW9lX2RlYnVnZ2VyLnYxLlB1Ymxpc2hSb3V0ZXNSZXF1ZXN0GiYubW9lX2RlYnVnZ2VyLnYxLlB1Ymxpc2hSb3V0ZXNSZXNwb25zZRJYCgtDbG9zZVNvdXJjZRIjLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNvdXJjZVJlcXVlc3QaJC5tb2VfZGVidWdnZXIudjEuQ2xvc2VTb3VyY2VSZXNwb25zZRJhCg5TdGFydFJlY29yZGluZxImLm1vZV9kZWJ1Z2dlci52MS5TdGFydFJlY29yZGluZ1JlcXVlc3QaJy5tb2VfZGVidWdnZXIudjEuU3RhcnRSZWNvcmRpbmdSZXNwb25zZRJeCg1TdG9wUmVjb3JkaW5nEiUubW9lX2RlYnVnZ2VyLnYxLlN0b3BSZWNvcmRpbmdSZXF1ZXN0GiYubW9lX2RlYnVnZ2VyLnYxLlN0b3BSZWNvcmRpbmdSZXNwb25zZRJhCg5MaXN0UmVjb3JkaW5ncxImLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVjb3JkaW5nc1JlcXVlc3QaJy5tb2VfZGVidWdnZXIudjEuTGlzdFJlY29yZGluZ3NSZXNwb25zZRJsChFEb3dubG9hZFJlY29yZGluZxIpLm1vZV9kZWJ1Z2dlci52MS5Eb3dubG9hZFJlY29yZGluZ1JlcXVlc3QaKi5tb2VfZGVidWdnZXIudjEuRG93bmxvYWRSZWNvcmRpbmdSZXNwb25zZTABYgZwcm90bzM", [file_moe_debugger_v1_collector, file_moe_debugger_v1_routing, file_moe_debugger_v1_session]);
 
 /**
  * @generated from message moe_debugger.v1.GetServerInfoRequest
@@ -981,6 +981,195 @@ export const CloseSourceResponseSchema: GenMessage<CloseSourceResponse> = /*@__P
   messageDesc(file_moe_debugger_v1_gateway, 35);
 
 /**
+ * @generated from message moe_debugger.v1.StartRecordingRequest
+ */
+export type StartRecordingRequest = Message<"moe_debugger.v1.StartRecordingRequest"> & {
+  /**
+   * @generated from field: string session_id = 1;
+   */
+  sessionId: string;
+
+  /**
+   * For people; empty = the session's.
+   *
+   * @generated from field: string name = 2;
+   */
+  name: string;
+
+  /**
+   * 0, and more than the fleet's own bound = that bound.
+   *
+   * @generated from field: uint64 max_bytes = 3;
+   */
+  maxBytes: bigint;
+};
+
+/**
+ * Describes the message moe_debugger.v1.StartRecordingRequest.
+ * Use `create(StartRecordingRequestSchema)` to create a new message.
+ */
+export const StartRecordingRequestSchema: GenMessage<StartRecordingRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 36);
+
+/**
+ * @generated from message moe_debugger.v1.StartRecordingResponse
+ */
+export type StartRecordingResponse = Message<"moe_debugger.v1.StartRecordingResponse"> & {
+  /**
+   * @generated from field: moe_debugger.v1.Recording recording = 1;
+   */
+  recording?: Recording | undefined;
+
+  /**
+   * The session was being recorded already: this is that recording, as it was asked for then.
+   *
+   * @generated from field: bool was_running = 2;
+   */
+  wasRunning: boolean;
+};
+
+/**
+ * Describes the message moe_debugger.v1.StartRecordingResponse.
+ * Use `create(StartRecordingResponseSchema)` to create a new message.
+ */
+export const StartRecordingResponseSchema: GenMessage<StartRecordingResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 37);
+
+/**
+ * @generated from message moe_debugger.v1.StopRecordingRequest
+ */
+export type StopRecordingRequest = Message<"moe_debugger.v1.StopRecordingRequest"> & {
+  /**
+   * Either of the two; a recording that has ended stays as it is.
+   *
+   * @generated from field: string recording_id = 1;
+   */
+  recordingId: string;
+
+  /**
+   * @generated from field: string session_id = 2;
+   */
+  sessionId: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.StopRecordingRequest.
+ * Use `create(StopRecordingRequestSchema)` to create a new message.
+ */
+export const StopRecordingRequestSchema: GenMessage<StopRecordingRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 38);
+
+/**
+ * @generated from message moe_debugger.v1.StopRecordingResponse
+ */
+export type StopRecordingResponse = Message<"moe_debugger.v1.StopRecordingResponse"> & {
+  /**
+   * Stopping, where writing what was stored until now takes more than some seconds.
+   *
+   * @generated from field: moe_debugger.v1.Recording recording = 1;
+   */
+  recording?: Recording | undefined;
+};
+
+/**
+ * Describes the message moe_debugger.v1.StopRecordingResponse.
+ * Use `create(StopRecordingResponseSchema)` to create a new message.
+ */
+export const StopRecordingResponseSchema: GenMessage<StopRecordingResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 39);
+
+/**
+ * @generated from message moe_debugger.v1.ListRecordingsRequest
+ */
+export type ListRecordingsRequest = Message<"moe_debugger.v1.ListRecordingsRequest"> & {
+  /**
+   * Empty: of all sessions.
+   *
+   * @generated from field: string session_id = 1;
+   */
+  sessionId: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.ListRecordingsRequest.
+ * Use `create(ListRecordingsRequestSchema)` to create a new message.
+ */
+export const ListRecordingsRequestSchema: GenMessage<ListRecordingsRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 40);
+
+/**
+ * @generated from message moe_debugger.v1.ListRecordingsResponse
+ */
+export type ListRecordingsResponse = Message<"moe_debugger.v1.ListRecordingsResponse"> & {
+  /**
+   * Newest first, at most 500.
+   *
+   * @generated from field: repeated moe_debugger.v1.Recording recordings = 1;
+   */
+  recordings: Recording[];
+};
+
+/**
+ * Describes the message moe_debugger.v1.ListRecordingsResponse.
+ * Use `create(ListRecordingsResponseSchema)` to create a new message.
+ */
+export const ListRecordingsResponseSchema: GenMessage<ListRecordingsResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 41);
+
+/**
+ * @generated from message moe_debugger.v1.DownloadRecordingRequest
+ */
+export type DownloadRecordingRequest = Message<"moe_debugger.v1.DownloadRecordingRequest"> & {
+  /**
+   * @generated from field: string recording_id = 1;
+   */
+  recordingId: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.DownloadRecordingRequest.
+ * Use `create(DownloadRecordingRequestSchema)` to create a new message.
+ */
+export const DownloadRecordingRequestSchema: GenMessage<DownloadRecordingRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 42);
+
+/**
+ * @generated from message moe_debugger.v1.DownloadRecordingResponse
+ */
+export type DownloadRecordingResponse = Message<"moe_debugger.v1.DownloadRecordingResponse"> & {
+  /**
+   * Within the recording's folder. Chunks of a file follow each other.
+   *
+   * @generated from field: string path = 1;
+   */
+  path: string;
+
+  /**
+   * @generated from field: uint64 offset = 2;
+   */
+  offset: bigint;
+
+  /**
+   * @generated from field: bytes data = 3;
+   */
+  data: Uint8Array;
+
+  /**
+   * Of all files.
+   *
+   * @generated from field: uint64 total_bytes = 4;
+   */
+  totalBytes: bigint;
+};
+
+/**
+ * Describes the message moe_debugger.v1.DownloadRecordingResponse.
+ * Use `create(DownloadRecordingResponseSchema)` to create a new message.
+ */
+export const DownloadRecordingResponseSchema: GenMessage<DownloadRecordingResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 43);
+
+/**
  * @generated from enum moe_debugger.v1.ComponentState
  */
 export enum ComponentState {
@@ -1146,6 +1335,42 @@ export const DebuggerService: GenService<{
     methodKind: "unary";
     input: typeof CloseSourceRequestSchema;
     output: typeof CloseSourceResponseSchema;
+  },
+  /**
+   * Recordings of sessions as Parquet files. One of a session at a time: a second start gives the one that runs.
+   *
+   * @generated from rpc moe_debugger.v1.DebuggerService.StartRecording
+   */
+  startRecording: {
+    methodKind: "unary";
+    input: typeof StartRecordingRequestSchema;
+    output: typeof StartRecordingResponseSchema;
+  },
+  /**
+   * @generated from rpc moe_debugger.v1.DebuggerService.StopRecording
+   */
+  stopRecording: {
+    methodKind: "unary";
+    input: typeof StopRecordingRequestSchema;
+    output: typeof StopRecordingResponseSchema;
+  },
+  /**
+   * @generated from rpc moe_debugger.v1.DebuggerService.ListRecordings
+   */
+  listRecordings: {
+    methodKind: "unary";
+    input: typeof ListRecordingsRequestSchema;
+    output: typeof ListRecordingsResponseSchema;
+  },
+  /**
+   * The files of a recording that has ended, one after another.
+   *
+   * @generated from rpc moe_debugger.v1.DebuggerService.DownloadRecording
+   */
+  downloadRecording: {
+    methodKind: "server_streaming";
+    input: typeof DownloadRecordingRequestSchema;
+    output: typeof DownloadRecordingResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_moe_debugger_v1_gateway, 0);
