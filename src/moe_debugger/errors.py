@@ -5,6 +5,8 @@ MoEDebuggerError
 ├── AlreadyAttachedError     a debugger watches this model already
 ├── SessionClosedError       the session was closed; start a new one
 ├── InvalidInputError        a value from the caller is wrong (also a ValueError)
+│   └── QueryError           a query has a fault; says where, with a caret
+│       └── QueryCostError   a query would read more than it may
 ├── ConfigError              settings or a config file are wrong; lists all problems at once
 ├── WireFormatError          bytes that are not, or not wholly, one of our messages
 │   └── UnsupportedFormatError   written by a newer major version
@@ -21,6 +23,8 @@ __all__ = [
     "InvalidInputError",
     "MoEDebuggerError",
     "ModelNotSupportedError",
+    "QueryCostError",
+    "QueryError",
     "RecordingError",
     "SessionClosedError",
     "UnsupportedFormatError",
@@ -46,6 +50,39 @@ class SessionClosedError(MoEDebuggerError):
 
 class InvalidInputError(MoEDebuggerError, ValueError):
     """A value from the caller is wrong."""
+
+
+class QueryError(InvalidInputError):
+    """A query has a fault.
+
+    Attributes:
+        reason: what is wrong, in one line; the error's text adds the query's line with a caret under the place.
+        query: the text of the query.
+        start, end: the characters of it that are at fault; both equal to its length where something is missing there.
+    """
+
+    def __init__(self, reason: str, query: str = "", start: int = 0, end: int | None = None) -> None:
+        self.reason = reason
+        self.query = query
+        self.start = min(max(0, start), len(query))
+        self.end = min(max(self.start, self.start + 1 if end is None else end), len(query))
+        super().__init__(f"{reason}\n{self._shown()}" if query else reason)
+
+    def _shown(self) -> str:
+        """Return the line at fault and a line of carets, cut to what a terminal shows."""
+        first = self.query.rfind("\n", 0, self.start) + 1
+        last = self.query.find("\n", self.start)
+        line = self.query[first : len(self.query) if last < 0 else last]
+        place, width = self.start - first, max(1, min(self.end - self.start, len(line) - (self.start - first)))
+        if place > 60:
+            line, place = "…" + line[place - 50 :], 51
+        # A control character would move the caret, or the terminal.
+        shown = "".join(each if each.isprintable() else " " for each in line[:100])
+        return f"  {shown}\n  {' ' * place}{'^' * min(width, max(1, 100 - place))}"
+
+
+class QueryCostError(QueryError):
+    """A query would read, or has read, more than it may; the text says the cap, the cost and how to narrow it."""
 
 
 class ConfigError(MoEDebuggerError):
