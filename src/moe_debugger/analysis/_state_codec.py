@@ -4,8 +4,10 @@ Layout, little-endian: ``b"MoRS"``, u8 major, u8 minor, u16 zero, u32 CRC-32 of 
 registers, phase counts, token classes, u32 number of layers, layers. Integer arrays are written in the narrowest
 unsigned width that holds their maximum (one byte says which), so that a window's blocks cost one byte a cell.
 
-Major 2 tells skipped, identity and unused slots apart and knows identity experts. Major 1 had one number for the three;
-it is read as unused slots.
+Major 3 adds blocks of positions, workloads, and the history: the series over steps and the samples of steps and tokens,
+each layer's behind a byte that says whether it is there. Major 2 told skipped, identity and unused slots apart and knew
+identity experts. Major 1 had one number for the three; it is read as unused slots. States of both are read as states
+without a history.
 """
 
 import struct
@@ -18,22 +20,26 @@ from moe_debugger.analysis.sketch import NUM_REGISTERS
 from moe_debugger.analysis.state import (
     NUM_PHASES,
     NUM_TOKEN_CLASSES,
+    NUM_WORKLOAD_CLASSES,
     FixedSum,
     LayerShape,
     LayerState,
     RoutingState,
     num_blocks,
 )
+from moe_debugger.analysis.step_loads import LoadSeries, StepSample, sample_capacity, series_capacity
+from moe_debugger.analysis.token_sample import SAMPLE_TOKENS, TokenSample
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireFormatError
 
 __all__ = ["STATE_FORMAT_MAJOR", "decode_state", "encode_state"]
 
-STATE_FORMAT_MAJOR = 2
+STATE_FORMAT_MAJOR = 3
 STATE_FORMAT_MINOR = 0
 _MAGIC = b"MoRS"
 _HEADER = struct.Struct("<4sBBHI")
 _LAYER = struct.Struct("<IIII8QQQ")
 _LAYER_1 = struct.Struct("<III6QQQ")
+_SERIES = struct.Struct("<BIQQQQ")
 _SUMS = ("router_entropy", "top1_probability", "margin", "z_squared")
 _WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 _NO_STEP = 2**64 - 1
@@ -42,7 +48,12 @@ _MAX_LAYERS = 4096
 
 def encode_state(state: RoutingState) -> bytes:
     """Return `state` in the layout of this module."""
-    parts = [state.request_registers.tobytes(), _pack(state.phase_tokens), _pack(state.token_classes)]
+    parts = [
+        state.request_registers.tobytes(),
+        _pack(state.phase_tokens),
+        _pack(state.token_classes),
+        _pack(state.workload_tokens),
+    ]
     parts.append(struct.pack("<I", len(state.layers)))
     for layer in state.layers.values():
         parts.extend(_encode_layer(layer))
@@ -78,7 +89,41 @@ def _encode_layer(layer: LayerState) -> list[bytes]:
         _pack(layer.block_tokens),
         # Probabilities are not negative, so the narrow unsigned form holds them.
         _pack(layer.probability_sum.astype(np.uint64)),
+        _pack(layer.position_counts),
+        *_encode_series(layer.load_series),
+        *_encode_steps(layer.step_sample),
+        *_encode_tokens(layer.token_sample),
     ]
+
+
+def _encode_series(series: LoadSeries | None) -> list[bytes]:
+    if series is None:
+        return [b"\0"]
+    head = _SERIES.pack(
+        series.shift,
+        len(series.buckets),
+        _NO_STEP if series.first is None else series.first,
+        _NO_STEP if series.last is None else series.last,
+        series.low_source,
+        series.high_source,
+    )
+    # Buckets follow one another mostly: differences fit one byte.
+    steps = np.diff(series.buckets, prepend=np.uint64(0)) if len(series.buckets) else series.buckets
+    return [b"\1", head, _pack(steps), _pack(series.num_tokens), _pack(series.counts)]
+
+
+def _encode_steps(sample: StepSample | None) -> list[bytes]:
+    if sample is None:
+        return [b"\0"]
+    parts = (sample.hashes, sample.steps, sample.num_tokens, sample.counts)
+    return [b"\1", struct.pack("<I", len(sample.steps)), *(_pack(part) for part in parts)]
+
+
+def _encode_tokens(sample: TokenSample | None) -> list[bytes]:
+    if sample is None:
+        return [b"\0"]
+    ids = (sample.expert_ids + 1).astype(np.uint64)
+    return [b"\1", struct.pack("<I", len(sample.keys)), _pack(sample.keys), _pack(ids)]
 
 
 def _pack(values: npt.NDArray[np.uint64]) -> bytes:
@@ -106,6 +151,15 @@ class _Reader:
         if width not in _WIDTHS:
             raise WireFormatError(f"routing state: {what} has element width {width}, expected one of {list(_WIDTHS)}")
         return np.frombuffer(self.take(size * width, what), _WIDTHS[width]).astype(np.uint64)
+
+    def count(self, largest: int, what: str) -> int:
+        (number,) = struct.unpack("<I", self.take(4, what))
+        if number > largest:
+            raise WireFormatError(f"routing state: {number} {what}, expected at most {largest}")
+        return int(number)
+
+    def is_there(self, what: str) -> bool:
+        return self.take(1, what)[0] != 0
 
     def registers(self, what: str) -> npt.NDArray[np.uint8]:
         return np.frombuffer(self.take(NUM_REGISTERS, what), np.uint8).copy()
@@ -141,6 +195,7 @@ def decode_state(data: bytes) -> RoutingState:
     requests = reader.registers("the request counter")
     phases = reader.unsigned(NUM_PHASES, "phase counts")
     classes = reader.unsigned(NUM_TOKEN_CLASSES, "token classes")
+    workloads = reader.unsigned(NUM_WORKLOAD_CLASSES, "workloads") if major >= 3 else None
     (num_layers,) = struct.unpack("<I", reader.take(4, "the number of layers"))
     if num_layers > _MAX_LAYERS:
         raise WireFormatError(f"routing state has {num_layers} layers, expected at most {_MAX_LAYERS}")
@@ -149,7 +204,7 @@ def decode_state(data: bytes) -> RoutingState:
     by_index = {layer.shape.layer_index: layer for layer in layers}
     if len(by_index) != num_layers:
         raise WireFormatError("routing state describes a layer twice")
-    return RoutingState(by_index, requests, phases, classes)
+    return RoutingState(by_index, requests, phases, classes, workloads)
 
 
 def _decode_layer(reader: _Reader, major: int) -> LayerState:
@@ -177,11 +232,18 @@ def _decode_layer(reader: _Reader, major: int) -> LayerState:
     block_counts = reader.unsigned(blocks * experts, f"{what}: blocks").reshape(blocks, experts)
     block_tokens = reader.unsigned(blocks, f"{what}: block sizes")
     probability_sum = reader.unsigned(experts, f"{what}: probabilities").astype(np.int64)
+    has_more = major >= 3
+    position_counts = (
+        reader.unsigned(blocks * experts, f"{what}: blocks of positions").reshape(blocks, experts)
+        if has_more
+        else np.zeros((blocks, experts), np.uint64)
+    )
     return LayerState(
         shape=shape,
         counts=counts,
         block_counts=block_counts,
         block_tokens=block_tokens,
+        position_counts=position_counts,
         probability_sum=probability_sum,
         content_registers=registers,
         num_tokens=tokens,
@@ -198,4 +260,48 @@ def _decode_layer(reader: _Reader, major: int) -> LayerState:
         z_squared=sums[3],
         first_step=None if first == _NO_STEP else first,
         last_step=None if last == _NO_STEP else last,
+        load_series=_decode_series(reader, experts, what) if has_more else None,
+        step_sample=_decode_steps(reader, experts, what) if has_more else None,
+        token_sample=_decode_tokens(reader, top_k, what) if has_more else None,
     )
+
+
+def _decode_series(reader: _Reader, experts: int, what: str) -> LoadSeries | None:
+    what = f"{what}: series"
+    if not reader.is_there(what):
+        return None
+    shift, num, first, last, low, high = _SERIES.unpack(reader.take(_SERIES.size, what))
+    if num > series_capacity(experts) or shift > 63:
+        raise WireFormatError(f"routing state: {what} has {num} buckets of 2**{shift} steps")
+    buckets = np.cumsum(reader.unsigned(num, what), dtype=np.uint64)
+    num_tokens = reader.unsigned(num, what)
+    counts = reader.unsigned(num * experts, what).reshape(num, experts)
+    return LoadSeries(
+        shift,
+        buckets,
+        counts,
+        num_tokens,
+        None if first == _NO_STEP else first,
+        None if last == _NO_STEP else last,
+        low,
+        high,
+    )
+
+
+def _decode_steps(reader: _Reader, experts: int, what: str) -> StepSample | None:
+    what = f"{what}: sampled steps"
+    if not reader.is_there(what):
+        return None
+    num = reader.count(sample_capacity(experts), what)
+    hashes, steps, num_tokens = (reader.unsigned(num, what) for _ in range(3))
+    return StepSample(hashes, steps, reader.unsigned(num * experts, what).reshape(num, experts), num_tokens)
+
+
+def _decode_tokens(reader: _Reader, top_k: int, what: str) -> TokenSample | None:
+    what = f"{what}: sampled tokens"
+    if not reader.is_there(what):
+        return None
+    num = reader.count(SAMPLE_TOKENS, what)
+    keys = reader.unsigned(num, what)
+    ids = reader.unsigned(num * top_k, what).astype(np.int32).reshape(num, top_k) - 1
+    return TokenSample(keys, ids)

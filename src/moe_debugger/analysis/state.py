@@ -9,7 +9,10 @@ Glossary:
             the differences between blocks, never from tokens as if they were independent. A request belongs to block
             ``hash(request id) mod num_blocks``; in training, where every step brings new sequences under old names, to
             ``hash(request id, step) mod num_blocks``. So a request lands in one block however its rows are split over
-            batches, which is what makes the state the same for every split.
+            batches, which is what makes the state the same for every split. Where there are too few requests for a
+            variance, stretches of 64 positions of a request take their place: the same tables a second time.
+    history the loads over steps, and samples of single steps and tokens (`moe_debugger.analysis.step_loads`,
+            `token_sample`). A state may do without: one without a history makes every merge without.
 
 Everything is an integer sum, a maximum or a minimum (means are kept as fixed-point sums), so ``merge`` is exactly
 associative and commutative.
@@ -24,12 +27,14 @@ Example: 3 tokens with k = 2 through 4 experts, the last one padding::
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.analysis.sketch import NUM_REGISTERS, combine, distinct_estimate, hash_strings, mix, observe
+from moe_debugger.analysis.step_loads import LoadSeries, StepSample
+from moe_debugger.analysis.token_sample import TokenSample
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
@@ -39,6 +44,8 @@ __all__ = [
     "MAX_EXPERTS",
     "NUM_PHASES",
     "NUM_TOKEN_CLASSES",
+    "NUM_WORKLOAD_CLASSES",
+    "POSITIONS_PER_BLOCK",
     "FixedSum",
     "LayerShape",
     "LayerState",
@@ -51,6 +58,10 @@ MAX_EXPERTS = 65_535
 NUM_PHASES = len(pb.Phase.values())
 # Token ids are counted in this many hashed classes: enough to tell a dozen kinds of tokens from a vocabulary.
 NUM_TOKEN_CLASSES = 256
+# Labels of workloads are counted in this many hashed classes.
+NUM_WORKLOAD_CLASSES = 64
+# Positions of a request that are one block where there are too few requests.
+POSITIONS_PER_BLOCK = 64
 # Means are kept as sums of round(value * 2**20): exact to 1e-6 a value, and independent of the order of addition.
 _FIXED_POINT = 1 << 20
 # Beyond this a router statistic is no statistic any more; the bound keeps a batch's sum inside int64.
@@ -132,6 +143,10 @@ class LayerState:
         counts: [E] uint64, load per expert.
         block_counts: [B, E] uint64, the part of `counts` whose request is known, per block.
         block_tokens: [B] uint64, valid tokens per block.
+        position_counts: [B, E] uint64, as `block_counts`, per block of 64 positions of a request.
+        load_series: loads over all steps; None where the state keeps no history.
+        step_sample: loads of single steps; None likewise.
+        token_sample: routes of single tokens; None likewise.
         num_tokens: valid tokens.
         num_padding: padding rows; never part of anything else.
         num_dropped_slots, num_skipped_slots, num_identity_slots, num_unused_slots: slots of valid tokens that are no
@@ -150,6 +165,7 @@ class LayerState:
     counts: _U64
     block_counts: _U64
     block_tokens: _U64
+    position_counts: _U64
     probability_sum: npt.NDArray[np.int64]
     content_registers: npt.NDArray[np.uint8]
     num_tokens: int = 0
@@ -166,9 +182,12 @@ class LayerState:
     z_squared: FixedSum = field(default_factory=FixedSum)
     first_step: int | None = None
     last_step: int | None = None
+    load_series: LoadSeries | None = None
+    step_sample: StepSample | None = None
+    token_sample: TokenSample | None = None
 
     @classmethod
-    def empty(cls, shape: LayerShape) -> Self:
+    def empty(cls, shape: LayerShape, *, with_history: bool = True) -> Self:
         """Return the state of a layer that has seen nothing."""
         blocks = num_blocks(shape.num_experts)
         return cls(
@@ -176,8 +195,12 @@ class LayerState:
             counts=np.zeros(shape.num_experts, np.uint64),
             block_counts=np.zeros((blocks, shape.num_experts), np.uint64),
             block_tokens=np.zeros(blocks, np.uint64),
+            position_counts=np.zeros((blocks, shape.num_experts), np.uint64),
             probability_sum=np.zeros(shape.num_experts, np.int64),
             content_registers=np.zeros(NUM_REGISTERS, np.uint8),
+            load_series=LoadSeries.empty(shape.num_experts) if with_history else None,
+            step_sample=StepSample.empty(shape.num_experts) if with_history else None,
+            token_sample=TokenSample.empty(shape.top_k) if with_history else None,
         )
 
     @property
@@ -218,6 +241,7 @@ class LayerState:
             counts=self.counts + other.counts,
             block_counts=self.block_counts + other.block_counts,
             block_tokens=self.block_tokens + other.block_tokens,
+            position_counts=self.position_counts + other.position_counts,
             probability_sum=self.probability_sum + other.probability_sum,
             content_registers=np.maximum(self.content_registers, other.content_registers),
             num_tokens=self.num_tokens + other.num_tokens,
@@ -234,7 +258,14 @@ class LayerState:
             z_squared=self.z_squared.plus(other.z_squared),
             first_step=_extreme(min, self.first_step, other.first_step),
             last_step=_extreme(max, self.last_step, other.last_step),
+            load_series=_merged(self.load_series, other.load_series),
+            step_sample=_merged(self.step_sample, other.step_sample),
+            token_sample=_merged(self.token_sample, other.token_sample),
         )
+
+    def without_history(self) -> "LayerState":
+        """Return a copy without series and samples."""
+        return self.merge(LayerState.empty(self.shape, with_history=False))
 
     def see_steps(self, first: int, last: int) -> None:
         """Widen the range of steps by `first`..`last`."""
@@ -250,9 +281,10 @@ class RoutingState:
         request_registers: [256] uint8, distinct counter over requests.
         phase_tokens: [5] uint64, valid token rows by `Phase`, of all stacks.
         token_classes: [256] uint64, valid token rows by a hash of their token id, where captured.
+        workload_tokens: [64] uint64, valid token rows by a hash of their workload's label, where labelled.
     """
 
-    __slots__ = ("layers", "phase_tokens", "request_registers", "token_classes")
+    __slots__ = ("layers", "phase_tokens", "request_registers", "token_classes", "workload_tokens")
 
     def __init__(
         self,
@@ -260,14 +292,17 @@ class RoutingState:
         request_registers: npt.NDArray[np.uint8] | None = None,
         phase_tokens: _U64 | None = None,
         token_classes: _U64 | None = None,
+        workload_tokens: _U64 | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.request_registers = np.zeros(NUM_REGISTERS, np.uint8) if request_registers is None else request_registers
         self.phase_tokens = np.zeros(NUM_PHASES, np.uint64) if phase_tokens is None else phase_tokens
         self.token_classes = np.zeros(NUM_TOKEN_CLASSES, np.uint64) if token_classes is None else token_classes
+        none = np.zeros(NUM_WORKLOAD_CLASSES, np.uint64)
+        self.workload_tokens = none if workload_tokens is None else workload_tokens
 
     @classmethod
-    def empty(cls, shapes: Iterable[LayerShape]) -> "RoutingState":
+    def empty(cls, shapes: Iterable[LayerShape], *, with_history: bool = True) -> "RoutingState":
         """Return a state that has seen nothing.
 
         Raises:
@@ -277,7 +312,7 @@ class RoutingState:
         for shape in shapes:
             if shape.layer_index in layers:
                 raise InvalidInputError(f"layer {shape.layer_index} is described twice")
-            layers[shape.layer_index] = LayerState.empty(shape)
+            layers[shape.layer_index] = LayerState.empty(shape, with_history=with_history)
         return cls(layers)
 
     @property
@@ -305,8 +340,29 @@ class RoutingState:
         """The last step that any layer has seen."""
         return max((x.last_step for x in self.layers.values() if x.last_step is not None), default=None)
 
-    def fold(self, columns: RoutingColumns) -> None:
+    def num_workloads(self, min_share: float = 0.05) -> int:
+        """Return how many labelled workloads hold at least `min_share` of the labelled tokens; 0 without labels."""
+        total = int(self.workload_tokens.sum())
+        return int((self.workload_tokens >= max(min_share * total, 1)).sum()) if total else 0
+
+    def without_history(self) -> "RoutingState":
+        """Return a copy without the layers' series and samples; what it is merged with has none either."""
+        layers = {index: layer.without_history() for index, layer in self.layers.items()}
+        return RoutingState(
+            layers,
+            self.request_registers.copy(),
+            self.phase_tokens.copy(),
+            self.token_classes.copy(),
+            self.workload_tokens.copy(),
+        )
+
+    def fold(self, columns: RoutingColumns, *, step_source: int = 0) -> None:
         """Add the rows of one batch, in place.
+
+        Args:
+            columns: the rows.
+            step_source: 0 where the steps are global; else a number for the independent source that counted them:
+                equal steps of two sources are two steps.
 
         Raises:
             InvalidInputError: a layer, k or an expert id is not of this state's shapes; nothing was added.
@@ -321,8 +377,9 @@ class RoutingState:
         if columns.token_id is not None:
             classes = mix(columns.token_id[valid].astype(np.uint64)) % np.uint64(NUM_TOKEN_CLASSES)
             self.token_classes += np.bincount(classes.astype(np.intp), minlength=NUM_TOKEN_CLASSES).astype(np.uint64)
+        batch = _Batch.of(columns, hashes, known, step_source)
         for layer in columns.layers:
-            _fold_layer(self.layers[layer.layer_index], layer, columns, hashes, known)
+            _fold_layer(self.layers[layer.layer_index], layer, batch)
 
     def _check(self, layer: LayerColumns, num_tokens: int) -> None:
         state = self.layers.get(layer.layer_index)
@@ -346,10 +403,11 @@ class RoutingState:
         elif len(layer.row_index) != rows or (rows and int(layer.row_index.max()) >= num_tokens):
             raise InvalidInputError(f"{where}row_index does not fit {rows} rows of a batch of {num_tokens} tokens")
 
-    def fold_counts(self, columns: CountsColumns) -> None:
-        """Add sums of the `counts` level, in place; they belong to no block, so no interval comes from them.
+    def fold_counts(self, columns: CountsColumns, *, step_source: int = 0) -> None:
+        """Add sums of the `counts` level, in place; they belong to no request, so intervals come from steps alone.
 
-        Of `phase_tokens` they tell the tokens of the layer that saw most.
+        Of `phase_tokens` they tell the tokens of the layer that saw most. In the series, sums of several steps stand
+        at their last one.
 
         Raises:
             InvalidInputError: a layer is unknown, its columns do not have E entries, or it accounts for more slots than
@@ -370,6 +428,11 @@ class RoutingState:
             state.num_unused_slots += layer.num_tokens * state.shape.top_k - _num_accounted(layer)
             if layer.num_tokens:
                 state.see_steps(columns.first_step, columns.last_step)
+                sums = (columns.last_step, np.asarray(layer.expert_counts, np.uint64), layer.num_tokens, step_source)
+                if state.load_series is not None:
+                    state.load_series.add_sums(*sums)
+                if state.step_sample is not None and columns.first_step == columns.last_step:
+                    state.step_sample.add_sums(*sums)
         self.phase_tokens[min(columns.phase, NUM_PHASES - 1)] += np.uint64(columns.num_tokens)
 
     def _check_sums(self, layer: LayerCountColumns) -> None:
@@ -400,12 +463,14 @@ class RoutingState:
             layers[index] = self.layers[index].merge(other.layers[index])
         for index in self.layers.keys() ^ other.layers.keys():
             # A copy: folding into the result must not change its parts.
-            layers[index] = layers[index].merge(LayerState.empty(layers[index].shape))
+            alone = layers[index]
+            layers[index] = alone.merge(LayerState.empty(alone.shape))
         return RoutingState(
             layers,
             np.maximum(self.request_registers, other.request_registers),
             self.phase_tokens + other.phase_tokens,
             self.token_classes + other.token_classes,
+            self.workload_tokens + other.workload_tokens,
         )
 
     def copy(self) -> "RoutingState":
@@ -472,21 +537,60 @@ def _blocks(columns: RoutingColumns) -> tuple[_U64, npt.NDArray[np.bool_]]:
     return np.where(is_named, hashes, forwards), is_named | is_whole_forward
 
 
-def _fold_layer(
-    state: LayerState, layer: LayerColumns, columns: RoutingColumns, hashes: _U64, known: npt.NDArray[np.bool_]
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The rows of a batch with the hashes that all its layers need.
+
+    Attributes:
+        blocks: [n] uint64, hash of what the row's block is made of: its request.
+        known: [n] bool, whether that is known.
+        stretches: [n] uint64, hash of the row's request and stretch of positions.
+        keys: [n] uint64, hash of the token itself.
+    """
+
+    columns: RoutingColumns
+    blocks: _U64
+    known: npt.NDArray[np.bool_]
+    stretches: _U64
+    keys: _U64
+    step_source: int
+
+    @classmethod
+    def of(cls, columns: RoutingColumns, hashes: _U64, known: npt.NDArray[np.bool_], step_source: int) -> "_Batch":
+        position = columns.position.astype(np.uint64)
+        stretches = mix(hashes + position // np.uint64(POSITIONS_PER_BLOCK))
+        return cls(columns, hashes, known, stretches, mix(hashes ^ mix(position)), step_source)
+
+
+def _fold_layer(state: LayerState, layer: LayerColumns, batch: _Batch) -> None:
+    columns = batch.columns
     rows = slice(None) if layer.row_index is None else layer.row_index
     padding = columns.is_padding[rows]
     num_padding = int(padding.sum())
     state.num_padding += num_padding
     if num_padding == len(padding):
         return
-    valid = ~padding
+    valid = slice(None) if not num_padding else ~padding
     steps = columns.step[rows][valid]
     state.see_steps(int(steps.min()), int(steps.max()))
     state.num_tokens += len(steps)
     ids = layer.expert_ids[valid]
-    _fold_load(state, layer, ids, valid, hashes[rows][valid], known[rows][valid])
+    status = None if layer.slot_status is None else layer.slot_status[valid]
+    slots = SlotClasses.of(ids, status, state.shape.num_experts)
+    state.num_dropped_slots += slots.num_dropped
+    state.num_skipped_slots += slots.num_skipped
+    state.num_identity_slots += slots.num_identity
+    state.num_unused_slots += slots.num_unused
+    known = batch.known[rows][valid]
+    counts = _fold_blocks(state.block_counts, ids, slots.is_load, batch.blocks[rows][valid], known, state.block_tokens)
+    state.counts += counts
+    _fold_blocks(state.position_counts, ids, slots.is_load, batch.stretches[rows][valid], known)
+    if state.load_series is not None:
+        state.load_series.fold(steps, ids, slots.is_load, batch.step_source)
+    if state.step_sample is not None:
+        state.step_sample.fold(steps, ids, slots.is_load, batch.step_source)
+    if state.token_sample is not None:
+        state.token_sample.fold(batch.keys[rows][valid], ids, slots.is_load)
     for name, total in (
         ("router_entropy", state.router_entropy),
         ("top1_probability", state.top1_probability),
@@ -502,34 +606,32 @@ def _fold_layer(
     _fold_content(state, layer, ids, valid, columns, rows)
 
 
-def _fold_load(
-    state: LayerState,
-    layer: LayerColumns,
+def _fold_blocks(
+    table: _U64,
     ids: npt.NDArray[np.int32],
-    valid: npt.NDArray[np.bool_],
+    is_load: npt.NDArray[np.bool_],
     hashes: _U64,
     known: npt.NDArray[np.bool_],
-) -> None:
-    experts, blocks = state.shape.num_experts, len(state.block_tokens)
-    slots = SlotClasses.of(ids, None if layer.slot_status is None else layer.slot_status[valid], experts)
-    state.num_dropped_slots += slots.num_dropped
-    state.num_skipped_slots += slots.num_skipped
-    state.num_identity_slots += slots.num_identity
-    state.num_unused_slots += slots.num_unused
+    num_tokens: _U64 | None = None,
+) -> _U64:
+    """Add the rows of each block to `table` ([B, E]), and their number to `num_tokens`; return all rows' counts [E]."""
+    num, experts = table.shape
     # Rows of unknown requests go to one more block, which is dropped after counting.
-    block = np.where(known, (hashes >> np.uint64(32)) % np.uint64(blocks), np.uint64(blocks)).astype(np.intp)
-    cells = (block[:, None] * experts + ids)[slots.is_load]
-    table = np.bincount(cells, minlength=(blocks + 1) * experts).astype(np.uint64).reshape(blocks + 1, experts)
-    state.counts += table.sum(axis=0)
-    state.block_counts += table[:blocks]
-    state.block_tokens += np.bincount(block, minlength=blocks + 1)[:blocks].astype(np.uint64)
+    block = np.where(known, (hashes >> np.uint64(32)) % np.uint64(num), np.uint64(num)).astype(np.intp)
+    cells = (block[:, None] * experts + ids)[is_load]
+    sums = np.bincount(cells, minlength=(num + 1) * experts).astype(np.uint64).reshape(num + 1, experts)
+    table += sums[:num]
+    if num_tokens is not None:
+        num_tokens += np.bincount(block, minlength=num + 1)[:num].astype(np.uint64)
+    total: _U64 = sums.sum(axis=0)
+    return total
 
 
 def _fold_content(
     state: LayerState,
     layer: LayerColumns,
     ids: npt.NDArray[np.int32],
-    valid: npt.NDArray[np.bool_],
+    valid: npt.NDArray[np.bool_] | slice,
     columns: RoutingColumns,
     rows: slice | npt.NDArray[np.uint32],
 ) -> None:
@@ -577,3 +679,11 @@ def _num_accounted(layer: LayerCountColumns) -> int:
 def _extreme(choose: Callable[[list[int]], int], a: int | None, b: int | None) -> int | None:
     known = [x for x in (a, b) if x is not None]
     return choose(known) if known else None
+
+
+_History = TypeVar("_History", LoadSeries, StepSample, TokenSample)
+
+
+def _merged(a: _History | None, b: _History | None) -> _History | None:
+    """Return the merge of both, None where one of them is not kept."""
+    return None if a is None or b is None else a.merge(b)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from moe_debugger.analysis.state import LayerShape, RoutingState
 
 # Three tokens, one of them padding: experts [0, 1], [2, -1]; the second slots dropped and skipped.
@@ -21,3 +23,25 @@ def test_a_state_of_major_1_reads_and_goes_on() -> None:
     assert state.token_classes.sum() == 2
     assert state.merge(state).layers[0].counts.tolist() == [2, 0, 2, 0]
     assert RoutingState.from_bytes(state.to_bytes()) == state
+
+
+# Three tokens in steps 3, 3, 4 through four experts and an identity one, the last one padding.
+@pytest.mark.parametrize("major", [2, 3])
+def test_a_state_of_a_later_major_reads_and_goes_on(major: int) -> None:
+    state = RoutingState.from_bytes((GOLDEN.parent / f"routing_state_{major}.bin").read_bytes())
+    layer = state.layers[0]
+    assert layer.shape == LayerShape(0, 4, 2, 1)
+    assert layer.counts.tolist() == [1, 1, 1, 0]
+    assert (layer.num_tokens, layer.num_padding, layer.num_identity_slots) == (2, 1, 1)
+    assert layer.router_entropy.mean == 0.75
+    if major == 2:
+        # That version kept no history, and what is merged with it has none either.
+        assert layer.load_series is None
+    else:
+        assert layer.load_series is not None
+        assert layer.load_series.first_steps.tolist() == [3]
+        assert layer.token_sample is not None
+        assert sorted(layer.token_sample.expert_ids.tolist()) == [[-1, 2], [0, 1]]
+    again = state.merge(state)
+    assert again.layers[0].counts.tolist() == [2, 2, 2, 0]
+    assert RoutingState.from_bytes(again.to_bytes()) == again

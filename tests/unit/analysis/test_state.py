@@ -181,7 +181,7 @@ def test_damaged_bytes_are_a_wire_format_error(make_columns: MakeColumns) -> Non
         with pytest.raises(WireFormatError):
             RoutingState.from_bytes(bytes(damaged))
     with pytest.raises(UnsupportedFormatError, match="upgrade"):
-        RoutingState.from_bytes(data[:4] + b"\x03" + data[5:])
+        RoutingState.from_bytes(data[:4] + b"\x04" + data[5:])
 
 
 def test_unnamed_training_rows_form_blocks_by_forward_and_unnamed_decode_rows_none() -> None:
