@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.analysis.intervals import Interval, jackknife
+from moe_debugger.analysis.small_samples import BalancedBand, balanced_band
 from moe_debugger.analysis.state import LayerState
 
 __all__ = [
@@ -208,9 +209,20 @@ class LayerMetrics:
     identity_share: float
     skipped_share: float
 
+    @property
+    def balanced_band(self) -> BalancedBand:
+        """What a perfectly balanced router shows on as many independent tokens as these are worth.
+
+        T is `effective_tokens` where requests are known, else all tokens, less the share of slots that are no load.
+        """
+        slots = self.num_tokens * self.top_k
+        tokens = self.num_tokens if math.isnan(self.effective_tokens) else self.effective_tokens
+        used = tokens * self.num_assignments / slots if slots else 0.0
+        return balanced_band(self.num_experts, min(self.top_k, self.num_experts), used)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the metrics as plain values."""
-        return asdict(self)
+        """Return the metrics as plain values, `balanced_band` with them."""
+        return {**asdict(self), "balanced_band": self.balanced_band.to_dict()}
 
 
 def layer_metrics(state: LayerState) -> LayerMetrics:
