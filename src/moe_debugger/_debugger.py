@@ -146,6 +146,7 @@ class MoEDebugger:
             layer_numbers=self._numbers,
             expert_owners=owners,
             model_name=self._model_name,
+            step_domain=_STEP_DOMAINS[step_domain],
         )
 
     @property

@@ -63,6 +63,7 @@ class SessionOptions:
     # By index in the whole model.
     expert_owners: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     model_name: str = ""
+    step_domain: int = pb.STEP_DOMAIN_SOURCE
 
 
 @dataclass(slots=True)
@@ -393,6 +394,8 @@ class Session:
             raise InvalidInputError(f"this session is recorded to {self._recorder.path} already; stop that one first")
         limits = Limits(part_bytes=part_bytes, part_seconds=part_seconds, max_bytes=max_bytes)
         self._recorder = recorder = Recorder(self, path, buffer_bytes=buffer_bytes, limits=limits)
+        # Those that came between are given twice, and written once.
+        recorder.offer_series(self._series.points())
         return recorder
 
     def series(self) -> SeriesTable:
@@ -473,6 +476,8 @@ class Session:
         return GradientProbe(self._capture.discovery.sites, self._capture.model, self._options.layer_numbers)
 
     def _send_series(self, points: Sequence[SeriesPoint]) -> None:
+        if self._recorder is not None:
+            self._recorder.offer_series(points)
         if self.publisher is not None:
             self.publisher.set_series({p.name: float(p.values[0]) for p in points if p.layer_index == NO_INDEX})
             self.publisher.add_series_points([point.to_message() for point in points])

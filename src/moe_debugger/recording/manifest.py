@@ -6,8 +6,9 @@ It is replaced as a whole with every part that is finished, so that it never nam
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -18,8 +19,11 @@ __all__ = [
     "FORMAT",
     "FORMAT_MAJOR",
     "FORMAT_MINOR",
+    "GROUP_FORMAT",
     "MANIFEST_NAME",
+    "MAX_MEMBERS",
     "MAX_PARTS",
+    "GroupManifest",
     "Health",
     "Manifest",
     "ModelIdentity",
@@ -27,17 +31,20 @@ __all__ = [
     "RowsLayout",
     "SeriesNotes",
     "Topology",
+    "read_any_manifest",
     "read_manifest",
     "write_manifest",
 ]
 
 FORMAT = "moe-debugger-recording"
+GROUP_FORMAT = "moe-debugger-recording-group"
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
 MANIFEST_NAME = "manifest.json"
 # Looked at before anything is parsed; so many parts take less.
 _MAX_BYTES = 64 * 1024 * 1024
 MAX_PARTS = 50_000
+MAX_MEMBERS = 4096
 
 _Count = Annotated[int, Field(ge=0, lt=2**64)]
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -47,6 +54,7 @@ _PartPath = Annotated[
     str,
     StringConstraints(pattern=r"^(rows/part-[0-9]{8}|counts/part-[0-9]{8}|layers-[0-9]{8}|series-[0-9]{8})\.parquet$"),
 ]
+_MemberPath = Annotated[str, StringConstraints(pattern=r"^sources/[0-9a-z]{26}$")]
 
 
 class _Model(BaseModel):
@@ -173,6 +181,10 @@ class Manifest(_Model):
     Attributes:
         format_version: "major.minor"; a newer major cannot be read.
         recording_id: minted when the recording began.
+        group_id: the recording of a whole session that this one of a single source is a member of; empty = none.
+        source_id: of the process in its fleet; empty where it was in none.
+        step_domain: "global" where steps of equal number in other recordings of the session are the same step;
+            "source" where they are not; empty where it is not known (written before version 1.1).
         status: "recording" until it is stopped, so also after a crash; "failed" where the disk refused; "finished".
         started_at_unix_ns, ended_at_unix_ns: wall clock; None while it is not finished.
         level: "counts" (no rows, sums instead), "routes", "routes+tokens" or "full".
@@ -181,6 +193,8 @@ class Manifest(_Model):
         num_requests: distinct requests in the parts; at least so many where `is_num_requests_exact` is false.
         num_rows_not_written: rows that were captured and are in no part, by reason.
         num_decisions_dropped: decisions that the capture lost while the recording ran, by reason. They have no rows.
+        num_missing_messages: messages of the source that never came, between the first and the last that did; 0 where
+            the process recorded itself.
         capture_health: at the end; None while it is not finished.
         problems: what went wrong, in words.
         parts: every whole file.
@@ -189,6 +203,9 @@ class Manifest(_Model):
     format: Literal["moe-debugger-recording"] = "moe-debugger-recording"
     format_version: _Text = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
     recording_id: _Text
+    group_id: _Text = ""
+    source_id: _Text = ""
+    step_domain: Literal["", "source", "global"] = ""
     status: Literal["recording", "finished", "failed"] = "recording"
     started_at_unix_ns: _Count
     ended_at_unix_ns: _Count | None = None
@@ -205,6 +222,7 @@ class Manifest(_Model):
     last_step: _Count | None = None
     num_rows_not_written: dict[_Text, _Count] = Field(default_factory=dict)
     num_decisions_dropped: dict[_Text, _Count] = Field(default_factory=dict)
+    num_missing_messages: _Count = 0
     capture_health: Health | None = None
     series: SeriesNotes | None = None
     problems: list[_Text] = Field(default_factory=list)
@@ -220,13 +238,45 @@ class Manifest(_Model):
         return self.model_dump(mode="json")
 
 
+class GroupManifest(_Model):
+    """What is known of a recording of several sources, each of which is a recording in a folder below.
+
+    Attributes:
+        recording_id: minted when the recording began.
+        name: what whoever asked for it called it.
+        status: as of `Manifest`.
+        end_reason: why it ended, where nobody asked for it.
+        members: folders of the sources, in the order in which they came.
+        num_rows_not_written: rows that came and belong to no member, by reason; members have their own.
+        problems: what went wrong, in words; members have their own.
+    """
+
+    format: Literal["moe-debugger-recording-group"] = "moe-debugger-recording-group"
+    format_version: _Text = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
+    recording_id: _Text
+    name: _Text = ""
+    status: Literal["recording", "finished", "failed"] = "recording"
+    end_reason: _Text = ""
+    started_at_unix_ns: _Count
+    ended_at_unix_ns: _Count | None = None
+    session_name: _Text
+    session_id: _Text | None = None
+    members: list[_MemberPath] = Field(default_factory=list, max_length=MAX_MEMBERS)
+    num_rows_not_written: dict[_Text, _Count] = Field(default_factory=dict)
+    problems: list[_Text] = Field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as in the file."""
+        return self.model_dump(mode="json")
+
+
 def _checksum(values: dict[str, Any]) -> str:
     rest = {name: value for name, value in values.items() if name != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest | GroupManifest) -> None:
     """Replace the manifest of a folder: after a crash the file is the old or the new one, never a part of one.
 
     Raises:
@@ -246,9 +296,27 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a folder.
 
     Raises:
+        RecordingError: there is none, or it is damaged, or no manifest of a recording of one process.
+        UnsupportedFormatError: written by a newer major version.
+    """
+    values = _read(folder, (FORMAT,))
+    return _validated(folder, Manifest, values)
+
+
+def read_any_manifest(folder: Path) -> Manifest | GroupManifest:
+    """Return the manifest of a folder, of one process or of several.
+
+    Raises:
         RecordingError: there is none, or it is damaged, or no manifest of a recording.
         UnsupportedFormatError: written by a newer major version.
     """
+    values = _read(folder, (FORMAT, GROUP_FORMAT))
+    if values["format"] == GROUP_FORMAT:
+        return _validated(folder, GroupManifest, values)
+    return _validated(folder, Manifest, values)
+
+
+def _read(folder: Path, formats: Sequence[str]) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     try:
         with open(path, "rb") as file:
@@ -266,8 +334,9 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecordingError(f"{path} is damaged, it is no JSON: {error}", part=MANIFEST_NAME) from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise RecordingError(f'{path} is no manifest of a recording: "format" is not "{FORMAT}"', part=MANIFEST_NAME)
+    if not isinstance(values, dict) or values.get("format") not in formats:
+        expected = " or ".join(f'"{name}"' for name in formats)
+        raise RecordingError(f'{path} is no manifest of a recording: "format" is not {expected}', part=MANIFEST_NAME)
     _check_version(path, values.get("format_version"))
     try:
         is_same = values.get("sha256") == _checksum(values)
@@ -277,13 +346,21 @@ def read_manifest(folder: Path) -> Manifest:
         raise RecordingError(
             f"{path} is damaged: its content does not have the checksum that it states", part=MANIFEST_NAME
         )
+    return values
+
+
+_M = TypeVar("_M", Manifest, GroupManifest)
+
+
+def _validated(folder: Path, model: type[_M], values: dict[str, Any]) -> _M:
     try:
-        return Manifest.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(each) for each in first["loc"])
         raise RecordingError(
-            f"{path} is damaged: {where}={str(first['input'])[:80]!r}: {first['msg']}", part=MANIFEST_NAME
+            f"{folder / MANIFEST_NAME} is damaged: {where}={str(first['input'])[:80]!r}: {first['msg']}",
+            part=MANIFEST_NAME,
         ) from error
 
 

@@ -172,18 +172,19 @@ class Recording:
         return state
 
     def series(self) -> SeriesTable:
-        """Return the training series, as of the end of the recording; empty where there are none.
+        """Return the training series, up to the last that was written; empty where there are none.
 
         Raises:
-            RecordingError: the part is damaged.
+            RecordingError: a part is damaged.
         """
         notes = self.manifest.series
         kept = ({}, 0) if notes is None else (notes.notes, notes.num_not_kept)
+        read: list[SeriesTable] = []
         for entry in self._entries("series"):
             for number, batch in self._batches(entry):
                 with self._parsing(entry, number):
-                    return tables.batch_to_series(batch, *kept)
-        return SeriesTable([], notes=kept[0], num_not_kept=kept[1])
+                    read.append(tables.batch_to_series(batch, {}, 0))
+        return tables.merge_series(read, *kept)
 
     def capture_health(self) -> CaptureHealth | None:
         """Return the capture's health at the end of the recording; None where it was not stopped in order."""

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from moe_debugger.publish.batching import columns_size_bytes
 from moe_debugger.recording.manifest import Health, Manifest, ModelIdentity, Topology
 from moe_debugger.recording.tables import require_pyarrow
 from moe_debugger.recording.writer import Ending, Limits, RecordingWriter, make_folder
+from moe_debugger.training.series import SeriesPoint, SeriesTable
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 from moe_debugger.wire.ids import new_id
@@ -44,6 +45,8 @@ _LEVELS: dict[int, Literal["counts", "routes", "routes+tokens", "full"]] = {
 # What arrays and objects weigh beside their values; as of the rows in memory.
 _OVERHEAD_BYTES = 2000
 _TICK_S = 1.0
+# Of series, some 300 bytes each.
+_MAX_WAITING_POINTS = 262_144
 # How long garbage collection or the interpreter's exit waits for the disk.
 _GOODBYE_S = 5.0
 # Differ between two loads of the same model.
@@ -79,6 +82,8 @@ class _Feed:
         self._items: deque[tuple[int, tuple[RoutingColumns | CountsColumns, ...]]] = deque()
         self._changed = threading.Condition()
         self._lost: Counter[str] = Counter()
+        self._points: list[SeriesPoint] = []
+        self.num_points_lost = 0
         self._ending: Ending | None = None
         self._is_closed = False
         self._process_id = os.getpid()
@@ -96,6 +101,13 @@ class _Feed:
             self._items.append((size, parts))
             self.used_bytes += size
             self._changed.notify()
+
+    def offer_series(self, points: Sequence[SeriesPoint]) -> None:
+        with self._changed:
+            if self._is_closed or len(self._points) + len(points) > _MAX_WAITING_POINTS:
+                self.num_points_lost += len(points)
+            else:
+                self._points += points
 
     def close(self, ending: Ending | None = None, timeout_s: float = 60.0) -> bool:
         """Write what waits, and end the thread; without an ending the recording stays unfinished."""
@@ -117,6 +129,9 @@ class _Feed:
                 parts = self._items[0][1] if self._items else None
                 is_closed = self._is_closed
                 lost, self._lost = self._lost, Counter()
+                points, self._points = self._points, []
+            if points:
+                self.writer.add_series(points)
             for reason, num_rows in lost.items():
                 self.writer.count_not_written(reason, num_rows)
             if parts is not None:
@@ -158,6 +173,8 @@ class Recorder:
         self._if_lost = weakref.finalize(self, self._feed.close, None, _GOODBYE_S)
         self._is_recording = True
         self._lock = threading.Lock()
+        # Points that the session had given up before: those that come are all written, whatever it keeps of them.
+        self._num_points_before = session.series().num_not_kept
 
     @property
     def is_recording(self) -> bool:
@@ -173,6 +190,10 @@ class Recorder:
         """Take what was captured together: called on the capture's thread; never waits for the disk."""
         if parts:
             self._feed.offer(parts)
+
+    def offer_series(self, points: Sequence[SeriesPoint]) -> None:
+        """Take points of training series; never waits for the disk."""
+        self._feed.offer_series(points)
 
     def statistics(self) -> RecorderStatistics:
         """Return what is written so far."""
@@ -222,10 +243,11 @@ class Recorder:
             return Ending()
         finally:
             self._session._recorder = None
+        notes = SeriesTable([], notes=series.notes, num_not_kept=self._num_points_before + self._feed.num_points_lost)
         dropped = {
             reason: number - self._dropped_before.get(reason, 0) for reason, number in (health.dropped or {}).items()
         }
-        return Ending(Health.of(health), series, {reason: number for reason, number in dropped.items() if number > 0})
+        return Ending(Health.of(health), notes, {reason: number for reason, number in dropped.items() if number > 0})
 
     def __enter__(self) -> "Recorder":
         return self
@@ -260,6 +282,8 @@ def _manifest(session: "Session") -> Manifest:
         started_at_unix_ns=time.time_ns(),
         session_name=session.name[:4096],
         session_id=session.session_id,
+        source_id="" if session.publisher is None else session.publisher.source_id,
+        step_domain="global" if options.step_domain == pb.STEP_DOMAIN_GLOBAL else "source",
         level=_LEVELS[options.level],
         sampling_rate=options.sampling_rate,
         model=_identity(session._capture.model, options.model_name),

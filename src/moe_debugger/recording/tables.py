@@ -29,6 +29,7 @@ __all__ = [
     "counts_to_batch",
     "dictionary_columns",
     "layers_to_batch",
+    "merge_series",
     "require_pyarrow",
     "schema_of",
     "series_to_batch",
@@ -65,6 +66,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "top1_probability": "float32",
         # Parquet's half floats are young; every float16 is a float32.
         "logits": "[float32]",
+        "source_id": "text",
     },
     "counts": {
         "batch": "uint64",
@@ -85,6 +87,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "bad_slots": "uint64",
         "expert_counts": "[uint64]",
         "probability_sum": "[float64]",
+        "source_id": "text",
     },
     "layers": {
         "layer_index": "uint32",
@@ -105,6 +108,8 @@ _COLUMNS: dict[str, dict[str, str]] = {
     },
     "series": {"step": "int64", "name": "text", "layer_index": "int32", "expert_id": "int32", "value": "float64"},
 }
+# Came with version 1.1: files that were written before do not have them.
+_ADDED = {"rows": ("source_id",), "counts": ("source_id",)}
 # Null in every row of a row group where nothing of the kind was captured.
 _NULLABLE = {"rows": ("token_id", "intended_expert_ids", "logits"), "counts": ("probability_sum",)}
 _TOKEN_COLUMNS = ("step", "forward_index", "phase", "position", "token_id", "is_padding")
@@ -201,7 +206,13 @@ def _texts(values: Sequence[str]) -> Any:
     return arrow_texts(np.array([places[value] for value in values], np.int32), names)
 
 
-def block_to_batch(block: RowBlock, captured_at: Mapping[int, int], module_names: Mapping[int, str], rank: int) -> Any:
+def block_to_batch(
+    block: RowBlock,
+    captured_at: Mapping[int, int],
+    module_names: Mapping[int, str],
+    rank: int,
+    source_id: str = "",
+) -> Any:
     """Return rows as a record batch.
 
     Args:
@@ -209,6 +220,7 @@ def block_to_batch(block: RowBlock, captured_at: Mapping[int, int], module_names
         captured_at: Unix time in nanoseconds by forward index.
         module_names: by layer index.
         rank: global rank of the process that captured the rows.
+        source_id: its id in its fleet.
     """
     columns, request_ids = flatten([block], Layout.of([block]), len(block))
     forwards, place = np.unique(columns["forward_index"], return_inverse=True)
@@ -222,6 +234,7 @@ def block_to_batch(block: RowBlock, captured_at: Mapping[int, int], module_names
     values["request_id"] = arrow_texts(columns["request_index"], request_ids or ("",))
     values["module_name"] = arrow_texts(columns["layer_index"], names)
     values["rank"] = np.full(len(block), rank, np.uint32)
+    values["source_id"] = arrow_texts(np.zeros(len(block), np.int32), (source_id,))
     return _batch("rows", values)
 
 
@@ -278,13 +291,14 @@ def _values(column: Any, name: str) -> Array:
     return values
 
 
-def counts_to_batch(counts: Sequence[CountsColumns], first_batch: int, rank: int) -> Any:
+def counts_to_batch(counts: Sequence[CountsColumns], first_batch: int, rank: int, source_id: str = "") -> Any:
     """Return sums as a record batch, one row for each of them and layer.
 
     Args:
         counts: in order.
         first_batch: number of the first of them in the recording.
         rank: global rank of the process that captured them.
+        source_id: its id in its fleet.
     """
     pairs = [(first_batch + place, each, layer) for place, each in enumerate(counts) for layer in each.layers]
     layers = [layer for _, _, layer in pairs]
@@ -292,6 +306,7 @@ def counts_to_batch(counts: Sequence[CountsColumns], first_batch: int, rank: int
         "batch": np.array([number for number, _, _ in pairs], np.uint64),
         CAPTURED_AT: np.array([each.captured_at_unix_ns for _, each, _ in pairs], np.int64),
         "rank": np.full(len(pairs), rank, np.uint32),
+        "source_id": arrow_texts(np.zeros(len(pairs), np.int32), (source_id,)),
     }
     for name in ("first_step", "last_step", "phase"):
         values[name] = np.array([getattr(each, name) for _, each, _ in pairs], _COLUMNS["counts"][name])
@@ -384,6 +399,27 @@ def batch_to_series(batch: Any, notes: Mapping[str, int], num_not_kept: int) -> 
     return table
 
 
+def merge_series(tables: Sequence[SeriesTable], notes: Mapping[str, int], num_not_kept: int) -> SeriesTable:
+    """Return the points of tables that were written one after another.
+
+    A point of the same step, series, layer and expert that comes later replaces the one before.
+    """
+    merged = SeriesTable([], notes=notes, num_not_kept=num_not_kept)
+    if not any(len(table) for table in tables):
+        return merged
+    columns = {name: np.concatenate([table[name] for table in tables if len(table)]) for name in merged}
+    _names, codes = np.unique(columns["name"], return_inverse=True)
+    keys = np.stack([columns["step"], codes, columns["layer_index"], columns["expert_id"]], axis=1).astype(np.int64)
+    _, first, place = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    last = np.zeros(len(first), np.int64)
+    last[place.reshape(-1)] = np.arange(len(keys))
+    # By step, then as they were first recorded.
+    order = np.lexsort((first, columns["step"][last]))
+    for name in merged:
+        setattr(merged, name, columns[name][last[order]])
+    return merged
+
+
 def check_columns(schema: Any, kind: str, part: str) -> None:
     """Check that a file has the columns of its table.
 
@@ -391,6 +427,9 @@ def check_columns(schema: Any, kind: str, part: str) -> None:
         RecordingError: it has others.
     """
     expected = schema_of(kind)
+    for name in _ADDED.get(kind, ()):
+        if name not in schema.names:
+            expected = expected.remove(expected.get_field_index(name))
     if not schema.remove_metadata().equals(expected):
         different = sorted(set(schema.names) ^ set(expected.names)) or [
             name for name in expected.names if schema.field(name).type != expected.field(name).type

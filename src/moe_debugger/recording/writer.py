@@ -23,7 +23,7 @@ from moe_debugger.errors import InvalidInputError
 from moe_debugger.publish.batching import columns_size_bytes
 from moe_debugger.recording import tables
 from moe_debugger.recording.manifest import MAX_PARTS, Health, Manifest, PartEntry, SeriesNotes, write_manifest
-from moe_debugger.training.series import SeriesTable
+from moe_debugger.training.series import SeriesPoint, SeriesTable
 from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 
 __all__ = ["Ending", "Limits", "RecordingWriter", "make_folder"]
@@ -36,6 +36,11 @@ _MAX_REQUESTS = 1_000_000
 _MAX_PROBLEMS = 16
 # The open part, layers old and new, series.
 _OTHER_PARTS = 4
+# Series are many small parts in a long recording; so many of them in a row, each below this size, become one.
+_SMALL_PARTS = 16
+_SMALL_BYTES = 4 * 1024 * 1024
+# Points that wait for their part.
+_MAX_POINTS = 65_536
 _COMPRESSION = "zstd"
 
 
@@ -64,7 +69,11 @@ class Limits:
 
 @dataclass(slots=True)
 class Ending:
-    """What is known of a session when its recording ends."""
+    """What is known of a session when its recording ends.
+
+    Attributes:
+        series: all points that `RecordingWriter.add_series` did not get, and the notes of all.
+    """
 
     health: Health | None = None
     series: SeriesTable | None = None
@@ -262,6 +271,9 @@ class RecordingWriter:
         self._requests: set[int] = set()
         self._is_exact = True
         self._known_layers: tuple[LayerInfo, ...] = ()
+        self._points: list[SeriesPoint] = []
+        self._points_since = 0.0
+        self._num_points_lost = 0
         self._status = "recording"
         self._write_layers()
         self._save()
@@ -292,10 +304,49 @@ class RecordingWriter:
         if self._pending_rows >= _GROUP_ROWS or self._pending_bytes >= _GROUP_BYTES:
             self._guarded(self._write_and_cut)
 
+    def add_series(self, points: Sequence[SeriesPoint]) -> None:
+        """Take points of training series; one of the same step, name and layer that comes later replaces it."""
+        if self.has_failed:
+            self._num_points_lost += len(points)
+            return
+        if not self._points:
+            self._points_since = time.monotonic()
+        self._points += points
+        if len(self._points) >= _MAX_POINTS:
+            self._guarded(self._write_series)
+
+    def note(self, **fields: Any) -> None:
+        """Set fields of the manifest; it is written with the next part."""
+        self.manifest = self.manifest.model_copy(update=fields)
+
     def tick(self) -> None:
-        """End the part where the oldest of its rows are old enough."""
-        if self._oldest_at is not None and time.monotonic() - self._oldest_at >= self._limits.part_seconds:
+        """End the part where the oldest of its rows, or of the points that wait, are old enough."""
+        now, seconds = time.monotonic(), self._limits.part_seconds
+        if self._oldest_at is not None and now - self._oldest_at >= seconds:
             self.end_part()
+        elif self._points and now - self._points_since >= seconds and not self.has_failed:
+            self._guarded(self._write_series)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the parts, whole and open."""
+        return self._size_bytes + (0 if self._open is None else self._open.size_bytes)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the rows in memory, which are in no file."""
+        return self._pending_bytes
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, or sums, that were taken and are in a part, or on their way there."""
+        whole = sum(each.num_rows for each in self._parts if each.kind in ("rows", "counts"))
+        return whole + (0 if self._open is None else self._open.num_rows) + self._pending_rows
+
+    def write_pending(self) -> None:
+        """Write the rows that are in memory as a row group, however small."""
+        if not self.has_failed:
+            self._guarded(self._write_and_cut)
 
     def end_part(self) -> None:
         """Write what waits, and end the open part."""
@@ -320,8 +371,9 @@ class RecordingWriter:
     def _end(self, ending: Ending) -> None:
         self._end_part()
         self._write_layers()
+        self._write_series()
         if ending.series is not None and len(ending.series):
-            self._write_table("series", tables.series_to_batch(ending.series))
+            self._append_series(ending.series)
         self.manifest = self._at_end(ending)
         self._status = "finished"
         self._save()
@@ -331,7 +383,9 @@ class RecordingWriter:
         notes = None
         if series is not None:
             texts = {text[:1000]: number for text, number in series.notes.items()}
-            notes = SeriesNotes(notes=texts, num_not_kept=series.num_not_kept)
+            notes = SeriesNotes(notes=texts, num_not_kept=series.num_not_kept + self._num_points_lost)
+        elif self._num_points_lost:
+            notes = SeriesNotes(num_not_kept=self._num_points_lost)
         return self.manifest.model_copy(
             update={
                 "capture_health": ending.health,
@@ -343,8 +397,7 @@ class RecordingWriter:
 
     def _full_by(self) -> str | None:
         """Return which bound the recording has reached."""
-        size_bytes = self._size_bytes + (0 if self._open is None else self._open.size_bytes)
-        if self._limits.max_bytes is not None and size_bytes >= self._limits.max_bytes:
+        if self._limits.max_bytes is not None and self.size_bytes >= self._limits.max_bytes:
             return "max_bytes"
         return "max_parts" if len(self._parts) >= MAX_PARTS - _OTHER_PARTS else None
 
@@ -365,6 +418,8 @@ class RecordingWriter:
             self._open = None
         self.count_not_written("write_failed", lost)
         self._forget_pending()
+        self._num_points_lost += len(self._points)
+        self._points = []
         self._oldest_at = None
         with contextlib.suppress(OSError, ValueError):
             self._save()
@@ -404,7 +459,8 @@ class RecordingWriter:
                 "first_forward_index": int(forward.min()),
                 "last_forward_index": int(forward.max()),
             }
-            self._part("rows").write(tables.block_to_batch(part, captured_at, names, self._rank), ranges, layout)
+            batch = tables.block_to_batch(part, captured_at, names, self._rank, self.manifest.source_id)
+            self._part("rows").write(batch, ranges, layout)
             # Not before they were written: what is counted twice after an error would be worse.
             self._pending_rows -= len(part)
         used = np.unique(block.tokens["request_index"]) if block.request_ids else ()
@@ -430,7 +486,7 @@ class RecordingWriter:
             "first_step": min(each.first_step for each in pending),
             "last_step": max(each.last_step for each in pending),
         }
-        batch = tables.counts_to_batch(pending, self._num_batches, self._rank)
+        batch = tables.counts_to_batch(pending, self._num_batches, self._rank, self.manifest.source_id)
         self._part("counts").write(batch, ranges)
         self._num_batches += len(pending)
         self._pending_rows -= batch.num_rows
@@ -455,7 +511,38 @@ class RecordingWriter:
 
     def _end_part(self) -> None:
         self._write_pending()
+        if self._points:
+            self._write_series()
         self._close_part()
+
+    def _write_series(self) -> None:
+        points, self._points = self._points, []
+        if points:
+            self._append_series(SeriesTable(points))
+
+    def _append_series(self, series: SeriesTable) -> None:
+        """Write points as a part of their own, in place of a run of small ones before it where there are many."""
+        run: list[PartEntry] = []
+        for entry in reversed([each for each in self._parts if each.kind == "series"]):
+            if entry.size_bytes >= _SMALL_BYTES:
+                break
+            run.insert(0, entry)
+        if len(run) < _SMALL_PARTS - 1:
+            run = []
+        else:
+            before = [self._read_series(entry) for entry in run]
+            series = tables.merge_series([*before, series], {}, 0)
+        entry = self._whole_part("series", tables.series_to_batch(series))
+        self._parts = [*(each for each in self._parts if each not in run), entry]
+        self._save()
+        for each in run:
+            (self.folder / each.path).unlink(missing_ok=True)
+
+    def _read_series(self, entry: PartEntry) -> SeriesTable:
+        import pyarrow.parquet as pq
+
+        batches = pq.read_table(self.folder / entry.path).combine_chunks().to_batches()
+        return tables.merge_series([tables.batch_to_series(batch, {}, 0) for batch in batches], {}, 0)
 
     def _close_part(self) -> None:
         part = self._open
@@ -478,20 +565,24 @@ class RecordingWriter:
 
     def _write_table(self, kind: str, batch: Any) -> None:
         """Write a table that is one file, in place of the one before; the older goes once no manifest names it."""
-        part = _OpenPart(self.folder, f"{kind}-{self._numbers[kind]:08d}.parquet", kind, self.manifest.recording_id)
-        self._numbers[kind] += 1
-        try:
-            part.write(batch, {})
-            entry = part.finish()
-        except BaseException:
-            part.discard()
-            raise
+        entry = self._whole_part(kind, batch)
         older = [each for each in self._parts if each.kind == kind]
         self._parts = [*(each for each in self._parts if each.kind != kind), entry]
         if older:
             self._save()
             for each in older:
                 (self.folder / each.path).unlink(missing_ok=True)
+
+    def _whole_part(self, kind: str, batch: Any) -> PartEntry:
+        """Write a part that is one batch, and return its entry."""
+        part = _OpenPart(self.folder, f"{kind}-{self._numbers[kind]:08d}.parquet", kind, self.manifest.recording_id)
+        self._numbers[kind] += 1
+        try:
+            part.write(batch, {})
+            return part.finish()
+        except BaseException:
+            part.discard()
+            raise
 
     def _save(self) -> None:
         rows = [each for each in self._parts if each.kind == "rows"]

@@ -118,6 +118,11 @@ class SeriesRecorder:
             self.poll(waits=True)
             return SeriesTable(self._store.points(), notes=self._notes, num_not_kept=self._store.num_not_kept)
 
+    def points(self) -> list[SeriesPoint]:
+        """Return the points that are kept now, by step."""
+        with self._lock:
+            return self._store.points()
+
     def _put(self, pending: "Reading | _Scalars") -> None:
         self._pending.append(pending)
         if len(self._pending) > _MAX_PENDING:

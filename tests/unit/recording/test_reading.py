@@ -136,7 +136,7 @@ def test_others_read_the_files(tmp_path: Path) -> None:
     assert table["expert_ids"].to_pylist() == expected.expert_ids[of_layer].tolist()
     assert table["request_id"].to_pylist() == expected.request_id[of_layer].tolist()
     frame = pd.read_parquet(folder / "rows")
-    assert set(frame.columns) == {*COLUMNS, "captured_at_unix_ns"} - {"request_index"}
+    assert set(frame.columns) == {*COLUMNS, "captured_at_unix_ns", "source_id"} - {"request_index"}
     np.testing.assert_array_equal(frame["margin"], expected.margin)
     np.testing.assert_array_equal(np.stack(list(frame["logits"])), expected.logits)
     assert frame["module_name"].tolist() == expected.module_name.tolist()
