@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from moe_analyzer.aggregate import Limits
 from moe_analyzer.consumer import Consumer
 from moe_analyzer.lifecycle import SessionDirectory, answer_open_session
+from moe_analyzer.live import publish_news
 from moe_analyzer.ownership import Ownership
 from moe_analyzer.partition import PartitionContext
 from moe_analyzer.queries import Queries
@@ -116,7 +118,8 @@ async def run(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
         transient = (nats.errors.Error, OSError, TimeoutError)
         await _until_it_answers("stream", context.ensure_stream, transient, stop)
         await _until_it_answers("stream", lambda: ensure_dead_letter_stream(context.js), transient, stop)
-        server = AnalyzerServer(AnalyzerService(queries, directory), settings.host, settings.port)
+        service = AnalyzerService(queries, directory, tell=functools.partial(publish_news, client))
+        server = AnalyzerServer(service, settings.host, settings.port)
         await server.start()
         await answer_open_session(client, catalogue)
         try:

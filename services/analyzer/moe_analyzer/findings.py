@@ -1,55 +1,111 @@
-"""What was found in a session, when first, when last and how often. Pure."""
+"""The life of a session's findings: opened, updated, closed, opened again. Pure: no Redis, no SQL, no clock."""
+
+from collections.abc import Iterable, Mapping
 
 from moe_analyzer.blob import pack, unpack
-from moe_debugger.analysis import Analysis, findings_to_proto
+from moe_debugger.analysis import Analysis, FindingKind, Thresholds, findings_to_proto
+from moe_debugger.catalogue import FindingMarks
 from moe_debugger.v1 import session_pb2 as pb
 
-__all__ = ["TrackedFindings"]
+__all__ = ["QUIET_SECONDS_TO_CLOSE", "TrackedFindings", "with_marks"]
 
-# Of the resolved ones the oldest go first.
+# A rule that does not hold for this many judged seconds of data in a row is over. The recent window smooths already;
+# this keeps a value that sways around its limit from opening and closing all the time.
+QUIET_SECONDS_TO_CLOSE = 10
+# The closed ones that were seen longest ago go first.
 _MAX_FINDINGS = 256
+_NS = 1_000_000_000
+# These speak of what is there, however little that is; all others need the evidence that docs/metrics.md asks for.
+_NEED_NO_MINIMUM = {FindingKind.CAPTURE_UNHEALTHY, FindingKind.CAPACITY_OVERFLOW}
+_INSUFFICIENT = "insufficient_evidence"
 
 
 class TrackedFindings:
-    """Findings by rule id.
+    """Findings by rule id: one entry each, however often the rule holds.
 
-    An occurrence is one second of broker time in which the rule held, so looking twice at the same data counts once.
+    An occurrence is one second of broker time in which the rule held, so looking twice at the same data counts once. A
+    second in which the rule does not hold counts towards the end only where there was enough data to judge it: silence
+    is no recovery.
+
+    Attributes:
+        evaluated_ns: broker time of the newest data that was looked at.
+        turned: rule ids that opened or closed since this object was made.
+        evicted: rule ids that had to go since this object was made.
     """
 
     def __init__(self, findings: dict[str, pb.Finding] | None = None, evaluated_ns: int = 0) -> None:
         self.findings = findings or {}
         self.evaluated_ns = evaluated_ns
+        self.turned: set[str] = set()
+        self.evicted: set[str] = set()
 
-    def update(self, analysis: Analysis, newest_ns: int) -> bool:
+    def update(self, analysis: Analysis, newest_ns: int, thresholds: Thresholds | None = None) -> bool:
         """Take in what holds now, of data up to `newest_ns`; return False where that says nothing new."""
-        known = self.findings.keys()
-        if newest_ns < self.evaluated_ns or (
-            newest_ns == self.evaluated_ns and all(finding.rule_id in known for finding in analysis.findings)
-        ):
+        holding = {finding.rule_id: finding for finding in findings_to_proto(analysis.findings)}
+        is_same_data = newest_ns == self.evaluated_ns
+        if newest_ns < self.evaluated_ns or (is_same_data and all(map(self._is_open, holding))):
             return False
-        is_new_second = newest_ns // 1_000_000_000 > self.evaluated_ns // 1_000_000_000
-        for finding in findings_to_proto(analysis.findings):
-            before = self.findings.get(finding.rule_id)
-            finding.last_seen_at_unix_ns = newest_ns
-            if before is None:
-                finding.first_seen_at_unix_ns, finding.num_occurrences = newest_ns, 1
-            else:
-                finding.first_seen_at_unix_ns = before.first_seen_at_unix_ns
-                finding.num_occurrences = before.num_occurrences + is_new_second
-                if before.HasField("since_step"):
-                    finding.since_step = min(before.since_step, finding.since_step)
-            self.findings[finding.rule_id] = finding
+        is_new_second = newest_ns // _NS > self.evaluated_ns // _NS
+        known = set(self.findings)
+        for finding in holding.values():
+            self._hold(finding, newest_ns, is_new_second=is_new_second)
+        if is_new_second:
+            limits = thresholds or Thresholds()
+            for rule_id, finding in self.findings.items():
+                if self._is_open(rule_id) and rule_id not in holding and _is_judged(finding, analysis, limits):
+                    self._be_quiet(finding, newest_ns)
         self.evaluated_ns = newest_ns
-        by_age = sorted(self.findings.values(), key=lambda one: one.last_seen_at_unix_ns)
-        for old in by_age[: max(0, len(by_age) - _MAX_FINDINGS)]:
-            del self.findings[old.rule_id]
+        self._evict(known)
         return True
 
+    def _is_open(self, rule_id: str) -> bool:
+        return rule_id in self.findings and self.findings[rule_id].state == pb.FINDING_STATE_OPEN
+
+    def _hold(self, finding: pb.Finding, newest_ns: int, *, is_new_second: bool) -> None:
+        before = self.findings.get(finding.rule_id)
+        finding.state = pb.FINDING_STATE_OPEN
+        finding.num_quiet_seconds_to_close = QUIET_SECONDS_TO_CLOSE
+        finding.last_seen_at_unix_ns = newest_ns
+        finding.first_seen_at_unix_ns = finding.opened_at_unix_ns = newest_ns
+        finding.num_occurrences = 1
+        if before is not None:
+            finding.first_seen_at_unix_ns = before.first_seen_at_unix_ns
+            finding.num_occurrences = before.num_occurrences + is_new_second
+            finding.num_reopened = before.num_reopened
+            if before.state == pb.FINDING_STATE_OPEN:
+                finding.opened_at_unix_ns = before.opened_at_unix_ns
+                if before.HasField("since_step"):
+                    now = finding.since_step if finding.HasField("since_step") else before.since_step
+                    finding.since_step = min(before.since_step, now)
+            else:
+                finding.num_reopened += 1
+        if before is None or before.state != pb.FINDING_STATE_OPEN:
+            self.turned.add(finding.rule_id)
+        self.findings[finding.rule_id] = finding
+
+    def _be_quiet(self, finding: pb.Finding, newest_ns: int) -> None:
+        finding.num_quiet_seconds += 1
+        if finding.num_quiet_seconds >= QUIET_SECONDS_TO_CLOSE:
+            finding.state = pb.FINDING_STATE_CLOSED
+            finding.closed_at_unix_ns = newest_ns
+            self.turned.add(finding.rule_id)
+
+    def _evict(self, known: set[str]) -> None:
+        by_worth = sorted(
+            self.findings.values(),
+            key=lambda one: (one.state == pb.FINDING_STATE_OPEN, one.last_seen_at_unix_ns, one.severity, one.rule_id),
+        )
+        for old in by_worth[: max(0, len(by_worth) - _MAX_FINDINGS)]:
+            del self.findings[old.rule_id]
+            self.turned.discard(old.rule_id)
+            if old.rule_id in known:
+                self.evicted.add(old.rule_id)
+
     def in_order(self) -> list[pb.Finding]:
-        """Return the findings: those that hold now first, the most severe first."""
+        """Return the findings: open ones first, the most severe first."""
         return sorted(
             self.findings.values(),
-            key=lambda one: (-(one.last_seen_at_unix_ns == self.evaluated_ns), -one.severity, one.rule_id),
+            key=lambda one: (one.state != pb.FINDING_STATE_OPEN, -one.severity, one.rule_id),
         )
 
     def encode(self) -> bytes:
@@ -58,10 +114,57 @@ class TrackedFindings:
         return pack({"kind": "findings", "evaluated": self.evaluated_ns}, values)
 
     @classmethod
-    def decode(cls, data: bytes | None) -> "TrackedFindings":
+    def decode(cls, data: bytes) -> "TrackedFindings":
         """Return the findings that `encode` gave."""
-        if data is None:
-            return cls()
         header, columns = unpack(data)
-        findings = [pb.Finding.FromString(column) for column in columns]
-        return cls({finding.rule_id: finding for finding in findings}, header["evaluated"])
+        return cls.of_messages(columns, header["evaluated"])
+
+    @classmethod
+    def of_messages(cls, messages: Iterable[bytes], evaluated_ns: int) -> "TrackedFindings":
+        """Return findings from their messages."""
+        findings = [pb.Finding.FromString(message) for message in messages]
+        for finding in findings:
+            # Written before findings had a life: all of them were shown as present.
+            if finding.state == pb.FINDING_STATE_UNSPECIFIED:
+                finding.state = pb.FINDING_STATE_OPEN
+                finding.opened_at_unix_ns = finding.first_seen_at_unix_ns
+                finding.num_quiet_seconds_to_close = QUIET_SECONDS_TO_CLOSE
+        return cls({finding.rule_id: finding for finding in findings}, evaluated_ns)
+
+
+def with_marks(findings: Iterable[pb.Finding], marks: Mapping[str, FindingMarks], now_ns: int) -> list[pb.Finding]:
+    """Return copies of `findings` that bear what people said about them.
+
+    Args:
+        marks: by rule id. An acknowledgement is of the episode that began at its `acknowledged_opened_at_unix_ns`.
+        now_ns: a silence that has ended by then is none.
+    """
+    marked = []
+    for finding in findings:
+        copy = pb.Finding()
+        copy.CopyFrom(finding)
+        mark = marks.get(finding.rule_id)
+        if mark is not None:
+            if mark.acknowledged_at_unix_ns and mark.acknowledged_opened_at_unix_ns == finding.opened_at_unix_ns:
+                copy.acknowledged_at_unix_ns, copy.acknowledged_by = mark.acknowledged_at_unix_ns, mark.acknowledged_by
+            if mark.silenced_until_unix_ns > now_ns:
+                copy.silenced_until_unix_ns, copy.silenced_by = mark.silenced_until_unix_ns, mark.silenced_by
+        marked.append(copy)
+    return marked
+
+
+def _is_judged(finding: pb.Finding, analysis: Analysis, limits: Thresholds) -> bool:
+    """Return whether the data were enough for the rule of `finding` to speak, had it held."""
+    if not finding.HasField("layer_index"):
+        return True
+    metrics = analysis.metrics.get(finding.layer_index)
+    if metrics is None or not metrics.num_tokens:
+        return False
+    kind = FindingKind(pb.FindingKind.Name(finding.kind).removeprefix("FINDING_KIND_").lower())
+    if kind in _NEED_NO_MINIMUM or finding.code == _INSUFFICIENT:
+        return True
+    if any(one.code == _INSUFFICIENT and one.layer_index == finding.layer_index for one in analysis.findings):
+        return False
+    # No request at all: the session is captured as sums, which have none.
+    has_requests = analysis.num_requests >= limits.min_requests or not analysis.num_requests
+    return metrics.num_tokens >= limits.min_tokens and has_requests

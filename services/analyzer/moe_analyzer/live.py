@@ -7,7 +7,7 @@ from moe_debugger.v1 import control_pb2 as control
 from moe_debugger.wire.codec import format_version
 from moe_debugger.wire.subjects import live_subject
 
-__all__ = ["live_delta", "publish_live"]
+__all__ = ["live_delta", "publish_live", "publish_news"]
 
 
 def live_delta(session_id: str, partition: int, writes: SessionWrites) -> control.LiveDelta:
@@ -34,3 +34,11 @@ async def publish_live(client: Client, partition: int, tenant: str, session_id: 
     if client.is_connected:
         delta = live_delta(session_id, partition, writes)
         await client.publish(live_subject(tenant, session_id), delta.SerializeToString())
+
+
+async def publish_news(client: Client, tenant: str, session_id: str) -> None:
+    """Tell those who watch that more than counts changed, outside any flush: they ask for a snapshot."""
+    if client.is_connected:
+        # Flush 0 is older than any: nothing is counted, and no hole is seen.
+        news = control.LiveDelta(format_version=format_version(), session_id=session_id, overview_changed=True)
+        await client.publish(live_subject(tenant, session_id), news.SerializeToString())

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from moe_analyzer._wire import account_message, layer_snapshot, roll_up, routes_message, source_message, summary_message
 from moe_analyzer.aggregate import RESOLUTIONS_S, PartHead, SourceState, rollup_field
 from moe_analyzer.blob import unpack
-from moe_analyzer.findings import TrackedFindings
+from moe_analyzer.errors import NotFoundError
+from moe_analyzer.finding_lives import FindingLives
 from moe_analyzer.lifecycle import CLOSE_GRACE_NS
 from moe_analyzer.lost import num_lost
 from moe_analyzer.requests import RequestEntry, RowChunk, counts_field, decode_counts, rows_field
@@ -16,7 +17,7 @@ from moe_analyzer.store import Store
 from moe_debugger.analysis import CaptureHealth, RoutingState, Thresholds, finish, merge_all
 from moe_debugger.capture_health import HealthCheck, merge_checks
 from moe_debugger.catalogue import Catalogue, SessionRow
-from moe_debugger.errors import InvalidInputError, MoEDebuggerError
+from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as routing
 from moe_debugger.v1 import session_pb2 as pb
 from moe_debugger.wire.ids import check_id, check_tenant
@@ -31,10 +32,6 @@ _MAX_REQUESTS = 1000
 _DEFAULT_REQUESTS = 100
 _MAX_REQUEST_ID_CHARS = 128
 _NS = 1_000_000_000
-
-
-class NotFoundError(MoEDebuggerError):
-    """There is no such session or request in this tenant."""
 
 
 @dataclass(slots=True)
@@ -69,6 +66,7 @@ class Queries:
         self._recent_window_s = recent_window_s
         self._stale_after_ns = int(stale_after_s * _NS)
         self._thresholds = thresholds
+        self._lives = FindingLives(store, catalogue, thresholds)
 
     async def list_sessions(self, tenant: str) -> list[pb.Session]:
         """Return the tenant's sessions, newest first."""
@@ -118,7 +116,7 @@ class Queries:
                 ),
             ),
             sources=[source_message(one, is_live=self._is_live(one, now)) for one in merged.sources],
-            findings=findings.in_order(),
+            findings=findings,
             first_step=merged.totals.first_step or 0,
             last_step=merged.totals.last_step or 0,
             recent_window_s=self._recent_window_s,
@@ -129,6 +127,20 @@ class Queries:
     async def evaluate(self, tenant: str, session_id: str) -> None:
         """Look for findings in the newest data and remember them."""
         await self._findings(tenant, session_id, await self._merged(tenant, session_id))
+
+    async def acknowledge_finding(
+        self, tenant: str, session_id: str, rule_id: str, *, actor: str, undo: bool
+    ) -> pb.Finding:
+        """Acknowledge a finding, or take that back; see `FindingLives.acknowledge`."""
+        await self._row(tenant, session_id)
+        return await self._lives.acknowledge(tenant, session_id, rule_id, actor=actor, undo=undo)
+
+    async def silence_finding(
+        self, tenant: str, session_id: str, rule_id: str, *, actor: str, duration_s: int
+    ) -> pb.Finding:
+        """Silence a finding for a time, or no more; see `FindingLives.silence`."""
+        await self._row(tenant, session_id)
+        return await self._lives.silence(tenant, session_id, rule_id, actor=actor, duration_s=duration_s)
 
     async def history(self, tenant: str, session_id: str, resolution_s: int, max_points: int) -> list[pb.RollUp]:
         """Return the newest roll-ups of one resolution, oldest first.
@@ -308,16 +320,12 @@ class Queries:
                     found.setdefault(start, []).append(RoutingState.from_bytes(values[name]))
         return found
 
-    async def _findings(self, tenant: str, session_id: str, merged: MergedSession) -> TrackedFindings:
-        tracked = TrackedFindings.decode(await self._store.read_findings(tenant, session_id))
+    async def _findings(self, tenant: str, session_id: str, merged: MergedSession) -> list[pb.Finding]:
         health = _health(merged.sources)
         # A source whose hooks never fire sends no data, and that is what there is to say about it.
         newest_ns = merged.newest_data_ns or (0 if health.is_healthy else merged.newest_ns)
-        if newest_ns:
-            analysis = finish(merged.recent, thresholds=self._thresholds, health=health)
-            if tracked.update(analysis, newest_ns):
-                await self._store.write_findings(tenant, session_id, tracked.encode())
-        return tracked
+        analysis = finish(merged.recent, thresholds=self._thresholds, health=health) if newest_ns else None
+        return await self._lives.look(tenant, session_id, analysis, newest_ns)
 
 
 def _health(sources: list[SourceState]) -> CaptureHealth:

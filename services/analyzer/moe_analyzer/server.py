@@ -1,16 +1,19 @@
 """The RPC edge: AnalyzerService and grpc health on one loopback port."""
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+import nats.errors
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from moe_analyzer.errors import NotFoundError
 from moe_analyzer.lifecycle import SessionDirectory
-from moe_analyzer.queries import NotFoundError, Queries
+from moe_analyzer.queries import Queries
 from moe_debugger.errors import FleetError, InvalidInputError, WireFormatError
 from moe_debugger.v1 import analyzer_pb2 as pb
 from moe_debugger.v1 import analyzer_pb2_grpc as rpc
@@ -25,11 +28,18 @@ _MAX_MESSAGE_BYTES = 64 << 20
 
 
 class AnalyzerService(rpc.AnalyzerServiceServicer):
-    """Answers the gateway. The tenant comes from the gateway, never from its client."""
+    """Answers the gateway. The tenant and the actor come from the gateway, never from its client.
 
-    def __init__(self, queries: Queries, directory: SessionDirectory) -> None:
+    Args:
+        tell: called with tenant and session id after people changed something, so that those who watch look again.
+    """
+
+    def __init__(
+        self, queries: Queries, directory: SessionDirectory, tell: Callable[[str, str], Awaitable[None]] | None = None
+    ) -> None:
         self._queries = queries
         self._directory = directory
+        self._tell = tell
 
     async def ListSessions(
         self, request: pb.AnalyzerServiceListSessionsRequest, context: Any
@@ -84,6 +94,31 @@ class AnalyzerService(rpc.AnalyzerServiceServicer):
         await self._directory.close_now(request.session_id, "closed by request")
         session = await self._queries.session(request.tenant, request.session_id)
         return pb.AnalyzerServiceCloseSessionResponse(session=session)
+
+    async def AcknowledgeFinding(
+        self, request: pb.AnalyzerServiceAcknowledgeFindingRequest, context: Any
+    ) -> pb.AnalyzerServiceAcknowledgeFindingResponse:
+        """Acknowledge a finding, or take that back."""
+        finding = await self._queries.acknowledge_finding(
+            request.tenant, request.session_id, request.rule_id, actor=request.actor, undo=request.undo
+        )
+        await self._say_changed(request.tenant, request.session_id)
+        return pb.AnalyzerServiceAcknowledgeFindingResponse(finding=finding)
+
+    async def SilenceFinding(
+        self, request: pb.AnalyzerServiceSilenceFindingRequest, context: Any
+    ) -> pb.AnalyzerServiceSilenceFindingResponse:
+        """Silence a finding for a time, or no more."""
+        finding = await self._queries.silence_finding(
+            request.tenant, request.session_id, request.rule_id, actor=request.actor, duration_s=request.duration_s
+        )
+        await self._say_changed(request.tenant, request.session_id)
+        return pb.AnalyzerServiceSilenceFindingResponse(finding=finding)
+
+    async def _say_changed(self, tenant: str, session_id: str) -> None:
+        if self._tell is not None:
+            with contextlib.suppress(nats.errors.Error):  # they look again by themselves, a little later
+                await self._tell(tenant, session_id)
 
 
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):

@@ -69,6 +69,13 @@ redis.call('HSET', KEYS[2], 'applied', ARGV[5], 'applied_ns', ARGV[6], 'stream',
 return 1
 """
 
+# KEYS: the findings. ARGV: what was read ('' = nothing), what to write. Returns 1 = written, 0 = another was first.
+_REPLACE_FINDINGS = """
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
+
 
 class FencedError(FleetError):
     """Another replica owns the partition, or its state is not what we began with: load it again."""
@@ -121,6 +128,7 @@ class Store:
     def __init__(self, client: Any) -> None:
         self._redis = client
         self._flush = client.register_script(_FLUSH)
+        self._replace_findings = client.register_script(_REPLACE_FINDINGS)
 
     async def load_applied(self, partition: int) -> Applied:
         """Return how far a partition has come."""
@@ -256,9 +264,10 @@ class Store:
         value: bytes | None = await self._redis.get(_findings_key(tenant, session_id))
         return value
 
-    async def write_findings(self, tenant: str, session_id: str, value: bytes) -> None:
-        """Store what was found in a session; evaluated again from the state, so the last writer is right."""
-        await self._redis.set(_findings_key(tenant, session_id), value)
+    async def replace_findings(self, tenant: str, session_id: str, before: bytes | None, after: bytes) -> bool:
+        """Store what was found in a session, unless another replica stored something since `before` was read."""
+        keys = [_findings_key(tenant, session_id)]
+        return bool(await self._replace_findings(keys=keys, args=[before or b"", after]))
 
     async def ping(self) -> None:
         """Raise where Redis does not answer."""

@@ -1,9 +1,9 @@
 """The one SQL schema. The tenant stands in every row; times are Unix nanoseconds, as on the wire."""
 
-from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, MetaData, String, text
+from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, MetaData, String, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Base", "SessionRow", "SourceRow"]
+__all__ = ["Base", "FindingMarkRow", "FindingRow", "SessionRow", "SourceRow"]
 
 _IS_OPEN = text("closed_at_unix_ns = 0")
 
@@ -53,3 +53,34 @@ class SourceRow(Base):
     session_id: Mapped[str] = mapped_column(String(26), ForeignKey("sessions.session_id", ondelete="CASCADE"))
     manifest: Mapped[bytes] = mapped_column(LargeBinary)
     started_at_unix_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class FindingRow(Base):
+    """A finding (`moe_debugger.v1.Finding`) as of the last time that it opened or closed; without marks."""
+
+    __tablename__ = "findings"
+
+    session_id: Mapped[str] = mapped_column(
+        String(26), ForeignKey("sessions.session_id", ondelete="CASCADE"), primary_key=True
+    )
+    rule_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(32))
+    message: Mapped[bytes] = mapped_column(LargeBinary)
+    evaluated_at_unix_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class FindingMarkRow(Base):
+    """What people said about a finding; a row of its own, because it outlives the finding's history."""
+
+    __tablename__ = "finding_marks"
+
+    session_id: Mapped[str] = mapped_column(
+        String(26), ForeignKey("sessions.session_id", ondelete="CASCADE"), primary_key=True
+    )
+    rule_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(32))
+    acknowledged_at_unix_ns: Mapped[int] = mapped_column(BigInteger, default=0)
+    acknowledged_by: Mapped[str] = mapped_column(String(128), default="")
+    acknowledged_opened_at_unix_ns: Mapped[int] = mapped_column(BigInteger, default=0)
+    silenced_until_unix_ns: Mapped[int] = mapped_column(BigInteger, default=0)
+    silenced_by: Mapped[str] = mapped_column(String(128), default="")

@@ -9,6 +9,7 @@ from sqlalchemy import event, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
+from moe_debugger.catalogue.findings import FindingStore
 from moe_debugger.catalogue.models import SessionRow, SourceRow
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.wire.ids import check_id, check_tenant, new_id
@@ -34,6 +35,9 @@ class Catalogue:
 
     Args:
         url: SQLAlchemy URL with an async driver, e.g. ``sqlite+aiosqlite:////data/catalogue.db``.
+
+    Attributes:
+        findings: the findings of all sessions.
     """
 
     def __init__(self, url: str) -> None:
@@ -42,6 +46,7 @@ class Catalogue:
         if self._is_sqlite:
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+        self.findings = FindingStore(self._sessions, is_sqlite=self._is_sqlite)
 
     async def close(self) -> None:
         """Close all connections."""

@@ -13,6 +13,7 @@ from routing_ledger import LedgerSource
 from servers import ValkeyServer
 
 from moe_analyzer.aggregate import Limits, SessionPart
+from moe_analyzer.findings import TrackedFindings
 from moe_analyzer.lifecycle import SessionDirectory
 from moe_analyzer.ownership import Ownership
 from moe_analyzer.queries import Queries
@@ -35,6 +36,8 @@ class Service:
     session_id: str
     sources: list[LedgerSource]
     catalogue: Catalogue
+    store: Store
+    told: list[tuple[str, str]]
 
 
 @pytest.fixture
@@ -57,12 +60,16 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
                 part.apply(routing.SourceMessage.FromString(payload), (1000 + second) * SECOND)
             await store.flush(lease, Applied(), Applied(5, 1, "s"), {("default", session_id): part.take_writes()})
         queries = Queries(store, catalogue, num_partitions=4, recent_window_s=2, stale_after_s=15)
-        server = AnalyzerServer(
-            AnalyzerService(queries, SessionDirectory(catalogue, close_after_s=600)), "127.0.0.1", 0
-        )
+        told: list[tuple[str, str]] = []
+
+        async def tell(tenant: str, session_id: str) -> None:
+            told.append((tenant, session_id))
+
+        directory = SessionDirectory(catalogue, close_after_s=600)
+        server = AnalyzerServer(AnalyzerService(queries, directory, tell=tell), "127.0.0.1", 0)
         await server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
-        yield Service(rpc.AnalyzerServiceStub(channel), channel, session_id, sources, catalogue)
+        yield Service(rpc.AnalyzerServiceStub(channel), channel, session_id, sources, catalogue, store, told)
         await channel.close()
         await server.stop()
         await redis.aclose()
@@ -181,6 +188,36 @@ async def test_close_session(service: Service) -> None:
     assert first.closed_at_unix_ns == again.closed_at_unix_ns > 0
 
 
+async def test_acknowledge_and_silence_a_finding(service: Service) -> None:
+    place: dict[str, Any] = {"tenant": "default", "session_id": service.session_id}
+    found = session_pb2.Finding(rule_id="a.l1", state=session_pb2.FINDING_STATE_OPEN, opened_at_unix_ns=SECOND)
+    tracked = TrackedFindings({"a.l1": found}, 5000 * SECOND)
+    assert await service.store.replace_findings("default", service.session_id, None, tracked.encode())
+    which: dict[str, Any] = {**place, "rule_id": "a.l1", "actor": "ada"}
+    acknowledge = pb.AnalyzerServiceAcknowledgeFindingRequest(**which)
+    acknowledged = (await service.stub.AcknowledgeFinding(acknowledge)).finding
+    assert (acknowledged.rule_id, acknowledged.acknowledged_by) == ("a.l1", "ada")
+    silence = pb.AnalyzerServiceSilenceFindingRequest(**which, duration_s=60)
+    silenced = (await service.stub.SilenceFinding(silence)).finding
+    assert (silenced.silenced_by, silenced.acknowledged_by) == ("ada", "ada")
+    snapshot = (await service.stub.GetSnapshot(pb.AnalyzerServiceGetSnapshotRequest(**place))).snapshot
+    assert list(snapshot.findings) == [silenced]
+    lifted = (await service.stub.SilenceFinding(pb.AnalyzerServiceSilenceFindingRequest(**which))).finding
+    assert not lifted.silenced_until_unix_ns
+    undone = pb.AnalyzerServiceAcknowledgeFindingRequest(**which, undo=True)
+    assert (await service.stub.AcknowledgeFinding(undone)).finding == found
+    assert service.told == [("default", service.session_id)] * 4
+    too_long = pb.AnalyzerServiceSilenceFindingRequest(**which, duration_s=2**32 - 1)
+    with pytest.raises(grpc.aio.AioRpcError, match="at most 2592000") as caught:
+        await service.stub.SilenceFinding(too_long)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    unknown = pb.AnalyzerServiceAcknowledgeFindingRequest(**place, rule_id="b")
+    with pytest.raises(grpc.aio.AioRpcError, match=r"no finding 'b'; it has a\.l1;") as caught:
+        await service.stub.AcknowledgeFinding(unknown)
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert len(service.told) == 4
+
+
 def _requests(tenant: str, session_id: str) -> dict[str, Any]:
     place: dict[str, Any] = {"tenant": tenant, "session_id": session_id}
     return {
@@ -190,6 +227,8 @@ def _requests(tenant: str, session_id: str) -> dict[str, Any]:
         "ListRequests": pb.AnalyzerServiceListRequestsRequest(**place),
         "GetRequestRoutes": pb.AnalyzerServiceGetRequestRoutesRequest(**place, request_id="q0"),
         "CloseSession": pb.AnalyzerServiceCloseSessionRequest(**place),
+        "AcknowledgeFinding": pb.AnalyzerServiceAcknowledgeFindingRequest(**place, rule_id="x"),
+        "SilenceFinding": pb.AnalyzerServiceSilenceFindingRequest(**place, rule_id="x", duration_s=60),
     }
 
 

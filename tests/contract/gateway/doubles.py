@@ -32,6 +32,8 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
         self.is_slow = False
         self.unavailable = ""
         self.num_cancelled = 0
+        self.findings: dict[str, session_pb2.Finding] = {}
+        self.actors: set[str] = set()
 
     def add_session(self, session_id: str, name: str = "demo") -> None:
         self.sessions[session_id] = session_pb2.Session(
@@ -120,6 +122,23 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
         await self._check(request, context)
         self.sessions[request.session_id].state = session_pb2.SESSION_STATE_CLOSED
         return apb.AnalyzerServiceCloseSessionResponse(session=self.sessions[request.session_id])
+
+    async def AcknowledgeFinding(self, request: Any, context: Any) -> apb.AnalyzerServiceAcknowledgeFindingResponse:
+        finding = await self._finding(request, context)
+        finding.acknowledged_at_unix_ns = 0 if request.undo else 7
+        return apb.AnalyzerServiceAcknowledgeFindingResponse(finding=finding)
+
+    async def SilenceFinding(self, request: Any, context: Any) -> apb.AnalyzerServiceSilenceFindingResponse:
+        finding = await self._finding(request, context)
+        finding.silenced_until_unix_ns = request.duration_s
+        return apb.AnalyzerServiceSilenceFindingResponse(finding=finding)
+
+    async def _finding(self, request: Any, context: Any) -> session_pb2.Finding:
+        await self._check(request, context)
+        self.actors.add(request.actor)
+        if request.rule_id not in self.findings:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no finding {request.rule_id!r}")
+        return self.findings[request.rule_id]
 
 
 class WorkerDouble(collector_pb2_grpc.WorkerServiceServicer):

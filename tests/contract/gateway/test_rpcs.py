@@ -51,6 +51,31 @@ async def test_unary_rpcs_answer_with_the_analyzers_data(bench: Bench, connect: 
     assert bench.analyzer.tenants == {"default"}
 
 
+async def test_findings_are_acknowledged_and_silenced(bench: Bench, connect: Connect, transport: str) -> None:
+    caller = connect(transport)
+    place: dict[str, Any] = {"session_id": bench.session_id, "rule_id": "hot.l1"}
+    bench.analyzer.findings["hot.l1"] = session_pb2.Finding(rule_id="hot.l1")
+    marked = await caller.unary("AcknowledgeFinding", pb.AcknowledgeFindingRequest(**place))
+    assert marked.finding.acknowledged_at_unix_ns == 7
+    silenced = await caller.unary("SilenceFinding", pb.SilenceFindingRequest(**place, duration_s=3600))
+    assert (silenced.finding.silenced_until_unix_ns, silenced.finding.acknowledged_at_unix_ns) == (3600, 7)
+    undone = await caller.unary("AcknowledgeFinding", pb.AcknowledgeFindingRequest(**place, undo=True))
+    assert undone.finding.acknowledged_at_unix_ns == 0
+    lifted = await caller.unary("SilenceFinding", pb.SilenceFindingRequest(**place))
+    assert lifted.finding == session_pb2.Finding(rule_id="hot.l1")
+    # Tenant and actor are the gateway's own, whatever a client sends.
+    assert (bench.analyzer.tenants, bench.analyzer.actors) == ({"default"}, {"local user"})
+    for method in ("AcknowledgeFinding", "SilenceFinding"):
+        request_class = getattr(pb, f"{method}Request")
+        with pytest.raises(CallError) as caught:
+            await caller.unary(method, request_class(session_id=bench.session_id, rule_id="gone"))
+        assert (caught.value.code, caught.value.reasons) == (5, ["NOT_FOUND"])
+        assert "no finding 'gone'" in caught.value.message
+        with pytest.raises(CallError) as caught:
+            await caller.unary(method, request_class(session_id="../etc", rule_id="hot.l1"))
+        assert (caught.value.code, caught.value.reasons) == (3, ["INVALID_INPUT"])
+
+
 async def test_server_info_names_every_component_with_its_health(
     bench: Bench, connect: Connect, transport: str
 ) -> None:
