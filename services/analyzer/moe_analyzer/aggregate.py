@@ -5,12 +5,14 @@ the whole session and into the roll-ups of 1, 10 and 60 seconds, and tells reade
 """
 
 import time
+import zlib
 from dataclasses import dataclass, field
 
 from moe_analyzer.blob import pack, unpack
 from moe_analyzer.requests import RequestBook, RequestEntry
 from moe_analyzer.sequences import SequenceSet
 from moe_analyzer.series import SeriesHistory
+from moe_analyzer.step_history import StepHistory, without_history
 from moe_debugger.analysis.state import LayerShape, RoutingState
 from moe_debugger.errors import InvalidInputError, WireFormatError
 from moe_debugger.v1 import routing_pb2 as pb
@@ -60,6 +62,12 @@ class SourceState:
     last_step: int = 0
     last_seen_ns: int = 0
     said_goodbye: bool = False
+
+    @property
+    def step_source(self) -> int:
+        """Key of the clock that counts this source's steps: 0 where they are global."""
+        is_global = self.manifest is not None and self.manifest.step_domain == pb.STEP_DOMAIN_GLOBAL
+        return 0 if is_global else zlib.crc32(self.source_id.encode()) + 1
 
     @property
     def num_experts(self) -> dict[int, int]:
@@ -137,7 +145,7 @@ class PartHead:
                 "late": self.num_late,
                 "dead": self.num_dead_lettered,
             },
-            [totals.to_bytes()],
+            [without_history(totals).to_bytes()],
         )
 
     @classmethod
@@ -178,6 +186,7 @@ class SessionPart:
         self.rollups: dict[int, dict[int, RoutingState]] = {resolution: {} for resolution in RESOLUTIONS_S}
         self.requests = RequestBook(max_requests=limits.max_requests, rows_budget_bytes=limits.rows_budget_bytes)
         self.series = SeriesHistory(limits.series_budget_bytes)
+        self._steps = StepHistory()
         self.is_dirty = False
         # Batches that had waited for their manifest and then did not fit it: (source, payload, stored at, reason).
         self.rejected: list[tuple[str, bytes, int, str]] = []
@@ -202,9 +211,10 @@ class SessionPart:
                 header, (payload,) = unpack(data)
                 self._waiting.setdefault(source_id, {})[int(sequence)] = (header["stored"], payload)
                 self._waiting_bytes += len(payload)
-            elif kind.startswith("r"):
+            elif kind in ("r1", "r10", "r60"):
                 self.rollups[int(kind[1:])][int(rest)] = RoutingState.from_bytes(data)
         self.series.load(state)
+        self._steps.load(state, self.totals)
         self._shapes = {shape.layer_index: shape for shape in self.totals.shapes}
         self.sources = {source_id: SourceState.decode(source_id, data) for source_id, data in sources.items()}
         for source in self.sources.values():
@@ -335,14 +345,15 @@ class SessionPart:
             pending = pending.merge(RoutingState.empty(self._shapes.values()))
         if message.WhichOneof("payload") == "batch":
             columns = decode_batch(message.batch, source.num_experts, source.num_identity_experts)
-            pending.fold(columns)
+            pending.fold(columns, step_source=source.step_source)
             if self.requests.add(columns, stored_ns, source.stacks):
                 self._overview_changed = True
             self._set_counters(source, message.batch.counters)
             if columns.num_tokens:
                 source.last_step = max(source.last_step, int(columns.step.max()))
         else:
-            pending.fold_counts(decode_counts(message.counts, source.num_experts, source.num_identity_experts))
+            sums = decode_counts(message.counts, source.num_experts, source.num_identity_experts)
+            pending.fold_counts(sums, step_source=source.step_source)
             self._set_counters(source, message.counts.counters)
             source.last_step = max(source.last_step, message.counts.last_step)
         self._pending[second] = pending
@@ -361,9 +372,10 @@ class SessionPart:
         touched: set[tuple[int, int]] = set()
         for second, state in sorted(self._pending.items()):
             delta = delta.merge(state)
+            small = state.without_history()
             for resolution, kept in self.rollups.items():
                 start = second - second % resolution
-                kept[start] = kept[start].merge(state) if start in kept else state
+                kept[start] = kept[start].merge(small) if start in kept else small
                 touched.add((resolution, start))
         self._pending = {}
         self.totals = self.totals.merge(delta)
@@ -377,6 +389,7 @@ class SessionPart:
         sources: dict[str, bytes | None] = {one: self.sources[one].encode() for one in self._dirty_sources}
         writes["head"] = self.head.encode(self.totals)
         writes |= self.series.take_writes()
+        writes |= self._steps.take_writes(self.totals, delta)
         requests, rows = self.requests.take_writes()
         result = SessionWrites(
             writes, sources, requests, rows, delta, self.head.flush, self._overview_changed, self._summary()

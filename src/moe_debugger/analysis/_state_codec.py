@@ -89,7 +89,7 @@ def _encode_layer(layer: LayerState) -> list[bytes]:
         _pack(layer.block_tokens),
         # Probabilities are not negative, so the narrow unsigned form holds them.
         _pack(layer.probability_sum.astype(np.uint64)),
-        _pack(layer.position_counts),
+        *([b"\0"] if layer.position_counts is None else [b"\1", _pack(layer.position_counts)]),
         *_encode_series(layer.load_series),
         *_encode_steps(layer.step_sample),
         *_encode_tokens(layer.token_sample),
@@ -233,11 +233,10 @@ def _decode_layer(reader: _Reader, major: int) -> LayerState:
     block_tokens = reader.unsigned(blocks, f"{what}: block sizes")
     probability_sum = reader.unsigned(experts, f"{what}: probabilities").astype(np.int64)
     has_more = major >= 3
-    position_counts = (
-        reader.unsigned(blocks * experts, f"{what}: blocks of positions").reshape(blocks, experts)
-        if has_more
-        else np.zeros((blocks, experts), np.uint64)
-    )
+    position_counts = None
+    if has_more and reader.is_there(f"{what}: blocks of positions"):
+        cells = reader.unsigned(blocks * experts, f"{what}: blocks of positions")
+        position_counts = cells.reshape(blocks, experts)
     return LayerState(
         shape=shape,
         counts=counts,

@@ -143,8 +143,9 @@ class LayerState:
         counts: [E] uint64, load per expert.
         block_counts: [B, E] uint64, the part of `counts` whose request is known, per block.
         block_tokens: [B] uint64, valid tokens per block.
-        position_counts: [B, E] uint64, as `block_counts`, per block of 64 positions of a request.
-        load_series: loads over all steps; None where the state keeps no history.
+        position_counts: [B, E] uint64, as `block_counts`, per block of 64 positions of a request; None where the state
+            keeps no history.
+        load_series: loads over all steps; None likewise.
         step_sample: loads of single steps; None likewise.
         token_sample: routes of single tokens; None likewise.
         num_tokens: valid tokens.
@@ -165,7 +166,6 @@ class LayerState:
     counts: _U64
     block_counts: _U64
     block_tokens: _U64
-    position_counts: _U64
     probability_sum: npt.NDArray[np.int64]
     content_registers: npt.NDArray[np.uint8]
     num_tokens: int = 0
@@ -182,6 +182,7 @@ class LayerState:
     z_squared: FixedSum = field(default_factory=FixedSum)
     first_step: int | None = None
     last_step: int | None = None
+    position_counts: _U64 | None = None
     load_series: LoadSeries | None = None
     step_sample: StepSample | None = None
     token_sample: TokenSample | None = None
@@ -195,9 +196,9 @@ class LayerState:
             counts=np.zeros(shape.num_experts, np.uint64),
             block_counts=np.zeros((blocks, shape.num_experts), np.uint64),
             block_tokens=np.zeros(blocks, np.uint64),
-            position_counts=np.zeros((blocks, shape.num_experts), np.uint64),
             probability_sum=np.zeros(shape.num_experts, np.int64),
             content_registers=np.zeros(NUM_REGISTERS, np.uint8),
+            position_counts=np.zeros((blocks, shape.num_experts), np.uint64) if with_history else None,
             load_series=LoadSeries.empty(shape.num_experts) if with_history else None,
             step_sample=StepSample.empty(shape.num_experts) if with_history else None,
             token_sample=TokenSample.empty(shape.top_k) if with_history else None,
@@ -241,7 +242,6 @@ class LayerState:
             counts=self.counts + other.counts,
             block_counts=self.block_counts + other.block_counts,
             block_tokens=self.block_tokens + other.block_tokens,
-            position_counts=self.position_counts + other.position_counts,
             probability_sum=self.probability_sum + other.probability_sum,
             content_registers=np.maximum(self.content_registers, other.content_registers),
             num_tokens=self.num_tokens + other.num_tokens,
@@ -258,13 +258,14 @@ class LayerState:
             z_squared=self.z_squared.plus(other.z_squared),
             first_step=_extreme(min, self.first_step, other.first_step),
             last_step=_extreme(max, self.last_step, other.last_step),
+            position_counts=_sum(self.position_counts, other.position_counts),
             load_series=_merged(self.load_series, other.load_series),
             step_sample=_merged(self.step_sample, other.step_sample),
             token_sample=_merged(self.token_sample, other.token_sample),
         )
 
     def without_history(self) -> "LayerState":
-        """Return a copy without series and samples."""
+        """Return a copy without blocks of positions, series and samples."""
         return self.merge(LayerState.empty(self.shape, with_history=False))
 
     def see_steps(self, first: int, last: int) -> None:
@@ -346,7 +347,7 @@ class RoutingState:
         return int((self.workload_tokens >= max(min_share * total, 1)).sum()) if total else 0
 
     def without_history(self) -> "RoutingState":
-        """Return a copy without the layers' series and samples; what it is merged with has none either."""
+        """Return a copy without the layers' history; what it is merged with has none either."""
         layers = {index: layer.without_history() for index, layer in self.layers.items()}
         return RoutingState(
             layers,
@@ -584,7 +585,8 @@ def _fold_layer(state: LayerState, layer: LayerColumns, batch: _Batch) -> None:
     known = batch.known[rows][valid]
     counts = _fold_blocks(state.block_counts, ids, slots.is_load, batch.blocks[rows][valid], known, state.block_tokens)
     state.counts += counts
-    _fold_blocks(state.position_counts, ids, slots.is_load, batch.stretches[rows][valid], known)
+    if state.position_counts is not None:
+        _fold_blocks(state.position_counts, ids, slots.is_load, batch.stretches[rows][valid], known)
     if state.load_series is not None:
         state.load_series.fold(steps, ids, slots.is_load, batch.step_source)
     if state.step_sample is not None:
@@ -687,3 +689,7 @@ _History = TypeVar("_History", LoadSeries, StepSample, TokenSample)
 def _merged(a: _History | None, b: _History | None) -> _History | None:
     """Return the merge of both, None where one of them is not kept."""
     return None if a is None or b is None else a.merge(b)
+
+
+def _sum(a: _U64 | None, b: _U64 | None) -> _U64 | None:
+    return None if a is None or b is None else a + b
