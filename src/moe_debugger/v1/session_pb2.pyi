@@ -451,6 +451,7 @@ class Finding(_message.Message):
     ACKNOWLEDGED_BY_FIELD_NUMBER: _builtins.int
     SILENCED_UNTIL_UNIX_NS_FIELD_NUMBER: _builtins.int
     SILENCED_BY_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
     rule_id: _builtins.str
     kind: Global___FindingKind.ValueType
     severity: Global___Severity.ValueType
@@ -482,6 +483,10 @@ class Finding(_message.Message):
     def args(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def evidence(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvidenceRow]: ...
+    @_builtins.property
+    def explanation(self) -> Global___Explanation:
+        """Why, and what to do; absent where it was not looked for."""
+
     def __init__(
         self,
         *,
@@ -508,10 +513,11 @@ class Finding(_message.Message):
         acknowledged_by: _builtins.str = ...,
         silenced_until_unix_ns: _builtins.int = ...,
         silenced_by: _builtins.str = ...,
+        explanation: Global___Explanation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "expert_id", b"expert_id", "layer_index", b"layer_index", "since_step", b"since_step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "expert_id", b"expert_id", "explanation", b"explanation", "layer_index", b"layer_index", "since_step", b"since_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "acknowledged_at_unix_ns", b"acknowledged_at_unix_ns", "acknowledged_by", b"acknowledged_by", "args", b"args", "closed_at_unix_ns", b"closed_at_unix_ns", "code", b"code", "evidence", b"evidence", "expert_id", b"expert_id", "first_seen_at_unix_ns", b"first_seen_at_unix_ns", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "layer_index", b"layer_index", "num_occurrences", b"num_occurrences", "num_quiet_seconds", b"num_quiet_seconds", "num_quiet_seconds_to_close", b"num_quiet_seconds_to_close", "num_reopened", b"num_reopened", "opened_at_unix_ns", b"opened_at_unix_ns", "rule_id", b"rule_id", "severity", b"severity", "silenced_by", b"silenced_by", "silenced_until_unix_ns", b"silenced_until_unix_ns", "since_step", b"since_step", "state", b"state", "statistic", b"statistic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "acknowledged_at_unix_ns", b"acknowledged_at_unix_ns", "acknowledged_by", b"acknowledged_by", "args", b"args", "closed_at_unix_ns", b"closed_at_unix_ns", "code", b"code", "evidence", b"evidence", "expert_id", b"expert_id", "explanation", b"explanation", "first_seen_at_unix_ns", b"first_seen_at_unix_ns", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "layer_index", b"layer_index", "num_occurrences", b"num_occurrences", "num_quiet_seconds", b"num_quiet_seconds", "num_quiet_seconds_to_close", b"num_quiet_seconds_to_close", "num_reopened", b"num_reopened", "opened_at_unix_ns", b"opened_at_unix_ns", "rule_id", b"rule_id", "severity", b"severity", "silenced_by", b"silenced_by", "silenced_until_unix_ns", b"silenced_until_unix_ns", "since_step", b"since_step", "state", b"state", "statistic", b"statistic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expert_id: _TypeAlias = _typing.Literal["expert_id"]  # noqa: Y015
     _WhichOneofArgType__expert_id: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id"]  # noqa: Y015
@@ -527,6 +533,407 @@ class Finding(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__since_step) -> _WhichOneofReturnType__since_step | None: ...
 
 Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """Where a finding began, what goes with it, and what to do. Words are code + args, as of findings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class StatusArgsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    SPREAD_FIELD_NUMBER: _builtins.int
+    CAUSES_FIELD_NUMBER: _builtins.int
+    UNEXPLAINED_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    REMEDIES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    STATUS_ARGS_FIELD_NUMBER: _builtins.int
+    unexplained: _builtins.float
+    status: _builtins.str
+    """"ranked", "not_observable" or "no_match": `explanation.<status>` has the words."""
+    @_builtins.property
+    def started_at(self) -> Global___FindingOnset:
+        """Absent where no change was seen in the loads over steps."""
+
+    @_builtins.property
+    def spread(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerCrossing]:
+        """Layers that crossed the finding's rule, the first one first."""
+
+    @_builtins.property
+    def causes(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingCause]:
+        """The likeliest first; their weights and `unexplained` sum to 1."""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedCompositeFieldContainer[Global___MissingObservation]:
+        """What bears on it and was not observed."""
+
+    @_builtins.property
+    def remedies(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingRemedy]: ...
+    @_builtins.property
+    def rows(self) -> Global___RowsLink:
+        """Absent where no rows lie behind it."""
+
+    @_builtins.property
+    def status_args(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        started_at: Global___FindingOnset | None = ...,
+        spread: _abc.Iterable[Global___LayerCrossing] | None = ...,
+        causes: _abc.Iterable[Global___FindingCause] | None = ...,
+        unexplained: _builtins.float = ...,
+        missing: _abc.Iterable[Global___MissingObservation] | None = ...,
+        remedies: _abc.Iterable[Global___FindingRemedy] | None = ...,
+        rows: Global___RowsLink | None = ...,
+        status: _builtins.str = ...,
+        status_args: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "started_at", b"started_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "missing", b"missing", "remedies", b"remedies", "rows", b"rows", "spread", b"spread", "started_at", b"started_at", "status", b"status", "status_args", b"status_args", "unexplained", b"unexplained"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class FindingOnset(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_INDEX_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    LAST_STEP_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    layer_index: _builtins.int
+    step: _builtins.int
+    """First step after the earlier level, of first_step..last_step."""
+    first_step: _builtins.int
+    last_step: _builtins.int
+    metric: _builtins.str
+    before: _builtins.float
+    """NaN where only a limit was crossed."""
+    after: _builtins.float
+    score: _builtins.float
+    """Nats for a change, less the penalty for the search."""
+    rule: _builtins.str
+    """"change_point" or "first_crossing"."""
+    def __init__(
+        self,
+        *,
+        layer_index: _builtins.int = ...,
+        step: _builtins.int = ...,
+        first_step: _builtins.int = ...,
+        last_step: _builtins.int = ...,
+        metric: _builtins.str = ...,
+        before: _builtins.float = ...,
+        after: _builtins.float = ...,
+        score: _builtins.float = ...,
+        rule: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "first_step", b"first_step", "last_step", b"last_step", "layer_index", b"layer_index", "metric", b"metric", "rule", b"rule", "score", b"score", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindingOnset: _TypeAlias = FindingOnset  # noqa: Y015
+
+@_typing.final
+class LayerCrossing(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_INDEX_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    layer_index: _builtins.int
+    step: _builtins.int
+    def __init__(
+        self,
+        *,
+        layer_index: _builtins.int = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_index", b"layer_index", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerCrossing: _TypeAlias = LayerCrossing  # noqa: Y015
+
+@_typing.final
+class FindingCause(_message.Message):
+    """Something observed that goes with a finding: an association, never a proof."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ArgsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CODE_FIELD_NUMBER: _builtins.int
+    ARGS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    SETTING_FIELD_NUMBER: _builtins.int
+    IS_ASSOCIATION_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """`cause.<code>` has the words."""
+    weight: _builtins.float
+    """0..1"""
+    score: _builtins.float
+    """Nats in favour, as the rule defines them."""
+    rule: _builtins.str
+    setting: _builtins.str
+    """The observed series that it is about; empty where it is about data or placement."""
+    is_association: _builtins.bool
+    """Always true."""
+    @_builtins.property
+    def args(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def evidence(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvidenceRow]: ...
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        args: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        weight: _builtins.float = ...,
+        score: _builtins.float = ...,
+        rule: _builtins.str = ...,
+        evidence: _abc.Iterable[Global___EvidenceRow] | None = ...,
+        setting: _builtins.str = ...,
+        is_association: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "code", b"code", "evidence", b"evidence", "is_association", b"is_association", "rule", b"rule", "score", b"score", "setting", b"setting", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindingCause: _TypeAlias = FindingCause  # noqa: Y015
+
+@_typing.final
+class MissingObservation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ArgsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CODE_FIELD_NUMBER: _builtins.int
+    ARGS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """`missing.<code>` has the words."""
+    name: _builtins.str
+    change: _builtins.str
+    """Text to paste that supplies it."""
+    @_builtins.property
+    def args(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        args: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        name: _builtins.str = ...,
+        change: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "change", b"change", "code", b"code", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MissingObservation: _TypeAlias = MissingObservation  # noqa: Y015
+
+@_typing.final
+class FindingRemedy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ArgsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CODE_FIELD_NUMBER: _builtins.int
+    ARGS_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    EFFECT_VALUE_FIELD_NUMBER: _builtins.int
+    EFFECT_LOWER_FIELD_NUMBER: _builtins.int
+    EFFECT_UPPER_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """`remedy.<code>` has the words."""
+    change: _builtins.str
+    """Text to paste; empty where the advice is to change nothing."""
+    language: _builtins.str
+    """"python", "yaml", "json" or "query"."""
+    effect: _builtins.str
+    """`effect.<effect>` has the words; "not_predicted" where nothing was computed."""
+    effect_value: _builtins.float
+    effect_lower: _builtins.float
+    effect_upper: _builtins.float
+    cause: _builtins.str
+    """Code of the cause that it belongs to."""
+    @_builtins.property
+    def args(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        args: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        change: _builtins.str = ...,
+        language: _builtins.str = ...,
+        effect: _builtins.str = ...,
+        effect_value: _builtins.float | None = ...,
+        effect_lower: _builtins.float | None = ...,
+        effect_upper: _builtins.float | None = ...,
+        cause: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_effect_lower", b"_effect_lower", "_effect_upper", b"_effect_upper", "_effect_value", b"_effect_value", "effect_lower", b"effect_lower", "effect_upper", b"effect_upper", "effect_value", b"effect_value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effect_lower", b"_effect_lower", "_effect_upper", b"_effect_upper", "_effect_value", b"_effect_value", "args", b"args", "cause", b"cause", "change", b"change", "code", b"code", "effect", b"effect", "effect_lower", b"effect_lower", "effect_upper", b"effect_upper", "effect_value", b"effect_value", "language", b"language"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__effect_lower: _TypeAlias = _typing.Literal["effect_lower"]  # noqa: Y015
+    _WhichOneofArgType__effect_lower: _TypeAlias = _typing.Literal["_effect_lower", b"_effect_lower"]  # noqa: Y015
+    _WhichOneofReturnType__effect_upper: _TypeAlias = _typing.Literal["effect_upper"]  # noqa: Y015
+    _WhichOneofArgType__effect_upper: _TypeAlias = _typing.Literal["_effect_upper", b"_effect_upper"]  # noqa: Y015
+    _WhichOneofReturnType__effect_value: _TypeAlias = _typing.Literal["effect_value"]  # noqa: Y015
+    _WhichOneofArgType__effect_value: _TypeAlias = _typing.Literal["_effect_value", b"_effect_value"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__effect_lower) -> _WhichOneofReturnType__effect_lower | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__effect_upper) -> _WhichOneofReturnType__effect_upper | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__effect_value) -> _WhichOneofReturnType__effect_value | None: ...
+
+Global___FindingRemedy: _TypeAlias = FindingRemedy  # noqa: Y015
+
+@_typing.final
+class RowsLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FilterEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    PYTHON_FIELD_NUMBER: _builtins.int
+    query: _builtins.str
+    python: _builtins.str
+    """The same in Python, for `rows = session.decisions()`."""
+    @_builtins.property
+    def filter(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Columns of the decisions and the value that they have: layer_index, expert_id, first_step."""
+
+    def __init__(
+        self,
+        *,
+        query: _builtins.str = ...,
+        filter: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        python: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "python", b"python", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowsLink: _TypeAlias = RowsLink  # noqa: Y015
 
 @_typing.final
 class LayerSnapshot(_message.Message):

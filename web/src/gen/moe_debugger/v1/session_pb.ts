@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file moe_debugger/v1/session.proto.
  */
 export const file_moe_debugger_v1_session: GenFile = /*@__PURE__*/
-  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvc2Vzc2lvbi5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIoUCCgdTZXNzaW9uEhIKCnNlc3Npb25faWQYASABKAkSDAoEbmFtZRgCIAEoCRISCgptb2RlbF9uYW1lGAMgASgJEhIKCm1vZGVsX3R5cGUYBCABKAkSLAoFc3RhdGUYBSABKA4yHS5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblN0YXRlEhoKEmNyZWF0ZWRfYXRfdW5peF9ucxgGIAEoAxIcChRsYXN0X3NlZW5fYXRfdW5peF9ucxgHIAEoAxIZChFjbG9zZWRfYXRfdW5peF9ucxgIIAEoAxITCgtudW1fc291cmNlcxgJIAEoDRIYChBudW1fbGl2ZV9zb3VyY2VzGAogASgNIq4FCgZTb3VyY2USEQoJc291cmNlX2lkGAEgASgJEgwKBGtpbmQYAiABKAkSEQoJaG9zdF9uYW1lGAMgASgJEhIKCnByb2Nlc3NfaWQYBCABKA0SGgoSc3RhcnRlZF9hdF91bml4X25zGAUgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAYgASgDEg8KB2lzX2xpdmUYByABKAgSFAoMc2FpZF9nb29kYnllGAggASgIEiwKBWxldmVsGAkgASgOMh0ubW9lX2RlYnVnZ2VyLnYxLkNhcHR1cmVMZXZlbBIVCg1zYW1wbGluZ19yYXRlGAogASgBEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAQSEQoJbGFzdF9zdGVwGAwgASgEEjEKCGNvdW50ZXJzGA0gASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUNvdW50ZXJzEhMKC251bV9jb3VudGVkGA4gASgEEhwKFG51bV9taXNzaW5nX21lc3NhZ2VzGA8gASgEEhcKD2hvb2tfdGltZV9zaGFyZRgQIAEoARISCgppc19oZWFsdGh5GBEgASgIEhAKCHByb2JsZW1zGBIgAygJEjMKBnNlcmllcxgTIAMoCzIjLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2UuU2VyaWVzRW50cnkSGgoSdGFpbF91bmtub3duX2J5dGVzGBQgASgEEjkKC2Nvb3JkaW5hdGVzGBUgASgLMiQubW9lX2RlYnVnZ2VyLnYxLlBhcmFsbGVsQ29vcmRpbmF0ZXMSLAoGY2hlY2tzGBggAygLMhwubW9lX2RlYnVnZ2VyLnYxLkhlYWx0aENoZWNrGi0KC1Nlcmllc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAToCOAEi5wEKB0FjY291bnQSFAoMbnVtX3Byb2R1Y2VkGAEgASgEEhMKC251bV9jb3VudGVkGAIgASgEEi0KB2Ryb3BwZWQYAyADKAsyHC5tb2VfZGVidWdnZXIudjEuRHJvcENvdW50ZXISFQoNbnVtX2luX2ZsaWdodBgEIAEoBBIQCghudW1fbGF0ZRgFIAEoBBIZChFudW1fZGVhZF9sZXR0ZXJlZBgGIAEoBBIcChRudW1fbWlzc2luZ19tZXNzYWdlcxgHIAEoBBIgChhudW1fbG9zdF9zdHJlYW1fbWVzc2FnZXMYCCABKAQigQEKC0V2aWRlbmNlUm93Eg4KBm1ldHJpYxgBIAEoCRINCgV2YWx1ZRgCIAEoARIVCghiYXNlbGluZRgDIAEoAUgAiAEBEgwKBHJ1bGUYBCABKAkSEwoLc2FtcGxlX3NpemUYBSABKAQSDAoEdW5pdBgGIAEoCUILCglfYmFzZWxpbmUimQYKB0ZpbmRpbmcSDwoHcnVsZV9pZBgBIAEoCRIqCgRraW5kGAIgASgOMhwubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmdLaW5kEisKCHNldmVyaXR5GAMgASgOMhkubW9lX2RlYnVnZ2VyLnYxLlNldmVyaXR5EhgKC2xheWVyX2luZGV4GAQgASgNSACIAQESFgoJZXhwZXJ0X2lkGAUgASgNSAGIAQESFwoKc2luY2Vfc3RlcBgGIAEoBEgCiAEBEgwKBGNvZGUYByABKAkSMAoEYXJncxgIIAMoCzIiLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nLkFyZ3NFbnRyeRIuCghldmlkZW5jZRgJIAMoCzIcLm1vZV9kZWJ1Z2dlci52MS5FdmlkZW5jZVJvdxIRCglzdGF0aXN0aWMYCiABKAESHQoVZmlyc3Rfc2Vlbl9hdF91bml4X25zGAsgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAwgASgDEhcKD251bV9vY2N1cnJlbmNlcxgNIAEoDRIsCgVzdGF0ZRgOIAEoDjIdLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nU3RhdGUSGQoRb3BlbmVkX2F0X3VuaXhfbnMYDyABKAMSGQoRY2xvc2VkX2F0X3VuaXhfbnMYECABKAMSFAoMbnVtX3Jlb3BlbmVkGBEgASgNEhkKEW51bV9xdWlldF9zZWNvbmRzGBIgASgNEiIKGm51bV9xdWlldF9zZWNvbmRzX3RvX2Nsb3NlGBMgASgNEh8KF2Fja25vd2xlZGdlZF9hdF91bml4X25zGBQgASgDEhcKD2Fja25vd2xlZGdlZF9ieRgVIAEoCRIeChZzaWxlbmNlZF91bnRpbF91bml4X25zGBYgASgDEhMKC3NpbGVuY2VkX2J5GBcgASgJGisKCUFyZ3NFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBQg4KDF9sYXllcl9pbmRleEIMCgpfZXhwZXJ0X2lkQg0KC19zaW5jZV9zdGVwIqoECg1MYXllclNuYXBzaG90EjYKC2Rlc2NyaXB0aW9uGAEgASgLMiEubW9lX2RlYnVnZ2VyLnYxLkxheWVyRGVzY3JpcHRpb24SEgoKbnVtX3Rva2VucxgCIAEoBBIVCg1leHBlcnRfY291bnRzGAMgASgMEhkKEXJlY2VudF9udW1fdG9rZW5zGAQgASgEEhwKFHJlY2VudF9leHBlcnRfY291bnRzGAUgASgMEhQKDGxvYWRfZW50cm9weRgGIAEoARIZChFlZmZlY3RpdmVfZXhwZXJ0cxgHIAEoARIWCg5ob3R0ZXN0X2V4cGVydBgIIAEoDRIaChJob3R0ZXN0X2xvYWRfcmF0aW8YCSABKAESGgoSbnVtX3VudXNlZF9leHBlcnRzGAogASgNEhsKE21lYW5fcm91dGVyX2VudHJvcHkYCyABKAESHQoVbWVhbl90b3AxX3Byb2JhYmlsaXR5GAwgASgBEhoKEm51bV9wYWRkaW5nX3Rva2VucxgNIAEoBBIZChFudW1fZHJvcHBlZF9zbG90cxgOIAEoBBIeChZleHBlcnRfcGFyYWxsZWxfY291bnRzGA8gAygEEhoKEm51bV9pZGVudGl0eV9zbG90cxgQIAEoBBIZChFudW1fc2tpcHBlZF9zbG90cxgRIAEoBBIYChBudW1fdW51c2VkX3Nsb3RzGBIgASgEEhgKEG1lYW5fcHJvYmFiaWxpdHkYEyABKAwi2QIKD1Nlc3Npb25TbmFwc2hvdBIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24SEAoIc2VxdWVuY2UYAiABKAQSLgoGbGF5ZXJzGAMgAygLMh4ubW9lX2RlYnVnZ2VyLnYxLkxheWVyU25hcHNob3QSKQoHYWNjb3VudBgEIAEoCzIYLm1vZV9kZWJ1Z2dlci52MS5BY2NvdW50EigKB3NvdXJjZXMYBSADKAsyFy5tb2VfZGVidWdnZXIudjEuU291cmNlEioKCGZpbmRpbmdzGAYgAygLMhgubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmcSEgoKZmlyc3Rfc3RlcBgHIAEoBBIRCglsYXN0X3N0ZXAYCCABKAQSFwoPcmVjZW50X3dpbmRvd19zGAkgASgBEhgKEHRha2VuX2F0X3VuaXhfbnMYCiABKAMinwEKBlJvbGxVcBIVCg1zdGFydF91bml4X25zGAEgASgDEhIKCmR1cmF0aW9uX3MYAiABKA0SEgoKbnVtX3Rva2VucxgDIAEoBBIUCgxsb2FkX2VudHJvcHkYBCABKAwSGQoRZWZmZWN0aXZlX2V4cGVydHMYBSABKAwSEgoKZmlyc3Rfc3RlcBgGIAEoBBIRCglsYXN0X3N0ZXAYByABKAQisAEKBlNlcmllcxIRCglzb3VyY2VfaWQYASABKAkSEwoLZ2xvYmFsX3JhbmsYAiABKA0SDAoEbmFtZRgDIAEoCRIYCgtsYXllcl9pbmRleBgEIAEoDUgAiAEBEhIKCm51bV92YWx1ZXMYBSABKA0SFQoNaXNfcGVyX2V4cGVydBgGIAEoCBIMCgRzdGVwGAcgASgMEg0KBXZhbHVlGAggASgMQg4KDF9sYXllcl9pbmRleCLAAQoOUmVxdWVzdFN1bW1hcnkSEgoKcmVxdWVzdF9pZBgBIAEoCRISCgpudW1fdG9rZW5zGAIgASgEEhoKEm51bV9wcmVmaWxsX3Rva2VucxgDIAEoBBIZChFudW1fZGVjb2RlX3Rva2VucxgEIAEoBBIdChVmaXJzdF9zZWVuX2F0X3VuaXhfbnMYBSABKAMSHAoUbGFzdF9zZWVuX2F0X3VuaXhfbnMYBiABKAMSEgoKaGFzX3JvdXRlcxgHIAEoCCL9AQoNUmVxdWVzdFJvdXRlcxIwCgdzdW1tYXJ5GAEgASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlJlcXVlc3RTdW1tYXJ5EhIKCm51bV90b2tlbnMYAiABKA0SEAoIcG9zaXRpb24YAyABKAwSDQoFcGhhc2UYBCABKAwSEAoIdG9rZW5faWQYBSABKAwSMwoGbGF5ZXJzGAYgAygLMiMubW9lX2RlYnVnZ2VyLnYxLlJlcXVlc3RMYXllclJvdXRlcxIZChFudW1fcm93c19ub3Rfa2VwdBgHIAEoBBIOCgZzdGFja3MYCCADKAkSEwoLc3RhY2tfaW5kZXgYCSABKAwijgEKElJlcXVlc3RMYXllclJvdXRlcxITCgtsYXllcl9pbmRleBgBIAEoDRITCgtudW1fZXhwZXJ0cxgCIAEoDRINCgV0b3BfaxgDIAEoDRISCgpleHBlcnRfaWRzGAQgASgMEhQKDGdhdGVfd2VpZ2h0cxgFIAEoDBIVCg1leHBlcnRfY291bnRzGAYgASgMIvMDCglSZWNvcmRpbmcSFAoMcmVjb3JkaW5nX2lkGAEgASgJEhIKCnNlc3Npb25faWQYAiABKAkSFAoMc2Vzc2lvbl9uYW1lGAMgASgJEgwKBG5hbWUYBCABKAkSLgoFc3RhdGUYBSABKA4yHy5tb2VfZGVidWdnZXIudjEuUmVjb3JkaW5nU3RhdGUSGgoSc3RhcnRlZF9hdF91bml4X25zGAYgASgDEhgKEGVuZGVkX2F0X3VuaXhfbnMYByABKAMSEAoIbnVtX3Jvd3MYCCABKAQSEgoKc2l6ZV9ieXRlcxgJIAEoBBIRCgltYXhfYnl0ZXMYCiABKAQSEwoLbnVtX3NvdXJjZXMYCyABKA0SHAoUbnVtX21pc3NpbmdfbWVzc2FnZXMYDCABKAQSHQoVbnVtX2RlY2lzaW9uc19kcm9wcGVkGA0gASgEEk8KFG51bV9yb3dzX25vdF93cml0dGVuGA4gAygLMjEubW9lX2RlYnVnZ2VyLnYxLlJlY29yZGluZy5OdW1Sb3dzTm90V3JpdHRlbkVudHJ5EgwKBHBhdGgYDyABKAkSDgoGZGV0YWlsGBAgASgJGjgKFk51bVJvd3NOb3RXcml0dGVuRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgEOgI4ASqvAQoMU2Vzc2lvblN0YXRlEh0KGVNFU1NJT05fU1RBVEVfVU5TUEVDSUZJRUQQABIWChJTRVNTSU9OX1NUQVRFX09QRU4QARIXChNTRVNTSU9OX1NUQVRFX1NUQUxFEAISGAoUU0VTU0lPTl9TVEFURV9DTE9TRUQQAxIaChZTRVNTSU9OX1NUQVRFX0FSQ0hJVkVEEAQSGQoVU0VTU0lPTl9TVEFURV9ERUxFVEVEEAUqZAoIU2V2ZXJpdHkSGAoUU0VWRVJJVFlfVU5TUEVDSUZJRUQQABIRCg1TRVZFUklUWV9JTkZPEAESFAoQU0VWRVJJVFlfV0FSTklORxACEhUKEVNFVkVSSVRZX0NSSVRJQ0FMEAMqsAMKC0ZpbmRpbmdLaW5kEhwKGEZJTkRJTkdfS0lORF9VTlNQRUNJRklFRBAAEhwKGEZJTkRJTkdfS0lORF9ERUFEX0VYUEVSVBABEhwKGEZJTkRJTkdfS0lORF9DT0xEX0VYUEVSVBACEhsKF0ZJTkRJTkdfS0lORF9IT1RfRVhQRVJUEAMSHwobRklORElOR19LSU5EX0xPQURfSU1CQUxBTkNFEAQSIAocRklORElOR19LSU5EX1JPVVRFUl9DT0xMQVBTRRAFEiEKHUZJTkRJTkdfS0lORF9DT0xMQVBTRV9XQVJOSU5HEAYSHwobRklORElOR19LSU5EX0xPV19DT05GSURFTkNFEAcSIgoeRklORElOR19LSU5EX0NBUEFDSVRZX09WRVJGTE9XEAgSHwobRklORElOR19LSU5EX1JBTktfU1RSQUdHTEVSEAkSFgoSRklORElOR19LSU5EX0RSSUZUEAoSIgoeRklORElOR19LSU5EX0RVUExJQ0FURV9FWFBFUlRTEAsSIgoeRklORElOR19LSU5EX0NBUFRVUkVfVU5IRUFMVEhZEAwqXwoMRmluZGluZ1N0YXRlEh0KGUZJTkRJTkdfU1RBVEVfVU5TUEVDSUZJRUQQABIWChJGSU5ESU5HX1NUQVRFX09QRU4QARIYChRGSU5ESU5HX1NUQVRFX0NMT1NFRBACKskBCg5SZWNvcmRpbmdTdGF0ZRIfChtSRUNPUkRJTkdfU1RBVEVfVU5TUEVDSUZJRUQQABIdChlSRUNPUkRJTkdfU1RBVEVfUkVDT1JESU5HEAESHAoYUkVDT1JESU5HX1NUQVRFX1NUT1BQSU5HEAISHAoYUkVDT1JESU5HX1NUQVRFX0ZJTklTSEVEEAMSGgoWUkVDT1JESU5HX1NUQVRFX0ZBSUxFRBAEEh8KG1JFQ09SRElOR19TVEFURV9JTlRFUlJVUFRFRBAFYgZwcm90bzM", [file_moe_debugger_v1_routing]);
+  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvc2Vzc2lvbi5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIoUCCgdTZXNzaW9uEhIKCnNlc3Npb25faWQYASABKAkSDAoEbmFtZRgCIAEoCRISCgptb2RlbF9uYW1lGAMgASgJEhIKCm1vZGVsX3R5cGUYBCABKAkSLAoFc3RhdGUYBSABKA4yHS5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblN0YXRlEhoKEmNyZWF0ZWRfYXRfdW5peF9ucxgGIAEoAxIcChRsYXN0X3NlZW5fYXRfdW5peF9ucxgHIAEoAxIZChFjbG9zZWRfYXRfdW5peF9ucxgIIAEoAxITCgtudW1fc291cmNlcxgJIAEoDRIYChBudW1fbGl2ZV9zb3VyY2VzGAogASgNIq4FCgZTb3VyY2USEQoJc291cmNlX2lkGAEgASgJEgwKBGtpbmQYAiABKAkSEQoJaG9zdF9uYW1lGAMgASgJEhIKCnByb2Nlc3NfaWQYBCABKA0SGgoSc3RhcnRlZF9hdF91bml4X25zGAUgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAYgASgDEg8KB2lzX2xpdmUYByABKAgSFAoMc2FpZF9nb29kYnllGAggASgIEiwKBWxldmVsGAkgASgOMh0ubW9lX2RlYnVnZ2VyLnYxLkNhcHR1cmVMZXZlbBIVCg1zYW1wbGluZ19yYXRlGAogASgBEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAQSEQoJbGFzdF9zdGVwGAwgASgEEjEKCGNvdW50ZXJzGA0gASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUNvdW50ZXJzEhMKC251bV9jb3VudGVkGA4gASgEEhwKFG51bV9taXNzaW5nX21lc3NhZ2VzGA8gASgEEhcKD2hvb2tfdGltZV9zaGFyZRgQIAEoARISCgppc19oZWFsdGh5GBEgASgIEhAKCHByb2JsZW1zGBIgAygJEjMKBnNlcmllcxgTIAMoCzIjLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2UuU2VyaWVzRW50cnkSGgoSdGFpbF91bmtub3duX2J5dGVzGBQgASgEEjkKC2Nvb3JkaW5hdGVzGBUgASgLMiQubW9lX2RlYnVnZ2VyLnYxLlBhcmFsbGVsQ29vcmRpbmF0ZXMSLAoGY2hlY2tzGBggAygLMhwubW9lX2RlYnVnZ2VyLnYxLkhlYWx0aENoZWNrGi0KC1Nlcmllc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAToCOAEi5wEKB0FjY291bnQSFAoMbnVtX3Byb2R1Y2VkGAEgASgEEhMKC251bV9jb3VudGVkGAIgASgEEi0KB2Ryb3BwZWQYAyADKAsyHC5tb2VfZGVidWdnZXIudjEuRHJvcENvdW50ZXISFQoNbnVtX2luX2ZsaWdodBgEIAEoBBIQCghudW1fbGF0ZRgFIAEoBBIZChFudW1fZGVhZF9sZXR0ZXJlZBgGIAEoBBIcChRudW1fbWlzc2luZ19tZXNzYWdlcxgHIAEoBBIgChhudW1fbG9zdF9zdHJlYW1fbWVzc2FnZXMYCCABKAQigQEKC0V2aWRlbmNlUm93Eg4KBm1ldHJpYxgBIAEoCRINCgV2YWx1ZRgCIAEoARIVCghiYXNlbGluZRgDIAEoAUgAiAEBEgwKBHJ1bGUYBCABKAkSEwoLc2FtcGxlX3NpemUYBSABKAQSDAoEdW5pdBgGIAEoCUILCglfYmFzZWxpbmUizAYKB0ZpbmRpbmcSDwoHcnVsZV9pZBgBIAEoCRIqCgRraW5kGAIgASgOMhwubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmdLaW5kEisKCHNldmVyaXR5GAMgASgOMhkubW9lX2RlYnVnZ2VyLnYxLlNldmVyaXR5EhgKC2xheWVyX2luZGV4GAQgASgNSACIAQESFgoJZXhwZXJ0X2lkGAUgASgNSAGIAQESFwoKc2luY2Vfc3RlcBgGIAEoBEgCiAEBEgwKBGNvZGUYByABKAkSMAoEYXJncxgIIAMoCzIiLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nLkFyZ3NFbnRyeRIuCghldmlkZW5jZRgJIAMoCzIcLm1vZV9kZWJ1Z2dlci52MS5FdmlkZW5jZVJvdxIRCglzdGF0aXN0aWMYCiABKAESHQoVZmlyc3Rfc2Vlbl9hdF91bml4X25zGAsgASgDEhwKFGxhc3Rfc2Vlbl9hdF91bml4X25zGAwgASgDEhcKD251bV9vY2N1cnJlbmNlcxgNIAEoDRIsCgVzdGF0ZRgOIAEoDjIdLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nU3RhdGUSGQoRb3BlbmVkX2F0X3VuaXhfbnMYDyABKAMSGQoRY2xvc2VkX2F0X3VuaXhfbnMYECABKAMSFAoMbnVtX3Jlb3BlbmVkGBEgASgNEhkKEW51bV9xdWlldF9zZWNvbmRzGBIgASgNEiIKGm51bV9xdWlldF9zZWNvbmRzX3RvX2Nsb3NlGBMgASgNEh8KF2Fja25vd2xlZGdlZF9hdF91bml4X25zGBQgASgDEhcKD2Fja25vd2xlZGdlZF9ieRgVIAEoCRIeChZzaWxlbmNlZF91bnRpbF91bml4X25zGBYgASgDEhMKC3NpbGVuY2VkX2J5GBcgASgJEjEKC2V4cGxhbmF0aW9uGBggASgLMhwubW9lX2RlYnVnZ2VyLnYxLkV4cGxhbmF0aW9uGisKCUFyZ3NFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBQg4KDF9sYXllcl9pbmRleEIMCgpfZXhwZXJ0X2lkQg0KC19zaW5jZV9zdGVwIssDCgtFeHBsYW5hdGlvbhIxCgpzdGFydGVkX2F0GAEgASgLMh0ubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmdPbnNldBIuCgZzcHJlYWQYAiADKAsyHi5tb2VfZGVidWdnZXIudjEuTGF5ZXJDcm9zc2luZxItCgZjYXVzZXMYAyADKAsyHS5tb2VfZGVidWdnZXIudjEuRmluZGluZ0NhdXNlEhMKC3VuZXhwbGFpbmVkGAQgASgBEjQKB21pc3NpbmcYBSADKAsyIy5tb2VfZGVidWdnZXIudjEuTWlzc2luZ09ic2VydmF0aW9uEjAKCHJlbWVkaWVzGAYgAygLMh4ubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmdSZW1lZHkSJwoEcm93cxgHIAEoCzIZLm1vZV9kZWJ1Z2dlci52MS5Sb3dzTGluaxIOCgZzdGF0dXMYCCABKAkSQQoLc3RhdHVzX2FyZ3MYCSADKAsyLC5tb2VfZGVidWdnZXIudjEuRXhwbGFuYXRpb24uU3RhdHVzQXJnc0VudHJ5GjEKD1N0YXR1c0FyZ3NFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIqQBCgxGaW5kaW5nT25zZXQSEwoLbGF5ZXJfaW5kZXgYASABKA0SDAoEc3RlcBgCIAEoBBISCgpmaXJzdF9zdGVwGAMgASgEEhEKCWxhc3Rfc3RlcBgEIAEoBBIOCgZtZXRyaWMYBSABKAkSDgoGYmVmb3JlGAYgASgBEg0KBWFmdGVyGAcgASgBEg0KBXNjb3JlGAggASgBEgwKBHJ1bGUYCSABKAkiMgoNTGF5ZXJDcm9zc2luZxITCgtsYXllcl9pbmRleBgBIAEoDRIMCgRzdGVwGAIgASgEIoYCCgxGaW5kaW5nQ2F1c2USDAoEY29kZRgBIAEoCRI1CgRhcmdzGAIgAygLMicubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmdDYXVzZS5BcmdzRW50cnkSDgoGd2VpZ2h0GAMgASgBEg0KBXNjb3JlGAQgASgBEgwKBHJ1bGUYBSABKAkSLgoIZXZpZGVuY2UYBiADKAsyHC5tb2VfZGVidWdnZXIudjEuRXZpZGVuY2VSb3cSDwoHc2V0dGluZxgHIAEoCRIWCg5pc19hc3NvY2lhdGlvbhgIIAEoCBorCglBcmdzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASKqAQoSTWlzc2luZ09ic2VydmF0aW9uEgwKBGNvZGUYASABKAkSOwoEYXJncxgCIAMoCzItLm1vZV9kZWJ1Z2dlci52MS5NaXNzaW5nT2JzZXJ2YXRpb24uQXJnc0VudHJ5EgwKBG5hbWUYAyABKAkSDgoGY2hhbmdlGAQgASgJGisKCUFyZ3NFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIscCCg1GaW5kaW5nUmVtZWR5EgwKBGNvZGUYASABKAkSNgoEYXJncxgCIAMoCzIoLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nUmVtZWR5LkFyZ3NFbnRyeRIOCgZjaGFuZ2UYAyABKAkSEAoIbGFuZ3VhZ2UYBCABKAkSDgoGZWZmZWN0GAUgASgJEhkKDGVmZmVjdF92YWx1ZRgGIAEoAUgAiAEBEhkKDGVmZmVjdF9sb3dlchgHIAEoAUgBiAEBEhkKDGVmZmVjdF91cHBlchgIIAEoAUgCiAEBEg0KBWNhdXNlGAkgASgJGisKCUFyZ3NFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBQg8KDV9lZmZlY3RfdmFsdWVCDwoNX2VmZmVjdF9sb3dlckIPCg1fZWZmZWN0X3VwcGVyIo8BCghSb3dzTGluaxINCgVxdWVyeRgBIAEoCRI1CgZmaWx0ZXIYAiADKAsyJS5tb2VfZGVidWdnZXIudjEuUm93c0xpbmsuRmlsdGVyRW50cnkSDgoGcHl0aG9uGAMgASgJGi0KC0ZpbHRlckVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAzoCOAEiqgQKDUxheWVyU25hcHNob3QSNgoLZGVzY3JpcHRpb24YASABKAsyIS5tb2VfZGVidWdnZXIudjEuTGF5ZXJEZXNjcmlwdGlvbhISCgpudW1fdG9rZW5zGAIgASgEEhUKDWV4cGVydF9jb3VudHMYAyABKAwSGQoRcmVjZW50X251bV90b2tlbnMYBCABKAQSHAoUcmVjZW50X2V4cGVydF9jb3VudHMYBSABKAwSFAoMbG9hZF9lbnRyb3B5GAYgASgBEhkKEWVmZmVjdGl2ZV9leHBlcnRzGAcgASgBEhYKDmhvdHRlc3RfZXhwZXJ0GAggASgNEhoKEmhvdHRlc3RfbG9hZF9yYXRpbxgJIAEoARIaChJudW1fdW51c2VkX2V4cGVydHMYCiABKA0SGwoTbWVhbl9yb3V0ZXJfZW50cm9weRgLIAEoARIdChVtZWFuX3RvcDFfcHJvYmFiaWxpdHkYDCABKAESGgoSbnVtX3BhZGRpbmdfdG9rZW5zGA0gASgEEhkKEW51bV9kcm9wcGVkX3Nsb3RzGA4gASgEEh4KFmV4cGVydF9wYXJhbGxlbF9jb3VudHMYDyADKAQSGgoSbnVtX2lkZW50aXR5X3Nsb3RzGBAgASgEEhkKEW51bV9za2lwcGVkX3Nsb3RzGBEgASgEEhgKEG51bV91bnVzZWRfc2xvdHMYEiABKAQSGAoQbWVhbl9wcm9iYWJpbGl0eRgTIAEoDCLZAgoPU2Vzc2lvblNuYXBzaG90EikKB3Nlc3Npb24YASABKAsyGC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvbhIQCghzZXF1ZW5jZRgCIAEoBBIuCgZsYXllcnMYAyADKAsyHi5tb2VfZGVidWdnZXIudjEuTGF5ZXJTbmFwc2hvdBIpCgdhY2NvdW50GAQgASgLMhgubW9lX2RlYnVnZ2VyLnYxLkFjY291bnQSKAoHc291cmNlcxgFIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2USKgoIZmluZGluZ3MYBiADKAsyGC5tb2VfZGVidWdnZXIudjEuRmluZGluZxISCgpmaXJzdF9zdGVwGAcgASgEEhEKCWxhc3Rfc3RlcBgIIAEoBBIXCg9yZWNlbnRfd2luZG93X3MYCSABKAESGAoQdGFrZW5fYXRfdW5peF9ucxgKIAEoAyKfAQoGUm9sbFVwEhUKDXN0YXJ0X3VuaXhfbnMYASABKAMSEgoKZHVyYXRpb25fcxgCIAEoDRISCgpudW1fdG9rZW5zGAMgASgEEhQKDGxvYWRfZW50cm9weRgEIAEoDBIZChFlZmZlY3RpdmVfZXhwZXJ0cxgFIAEoDBISCgpmaXJzdF9zdGVwGAYgASgEEhEKCWxhc3Rfc3RlcBgHIAEoBCKwAQoGU2VyaWVzEhEKCXNvdXJjZV9pZBgBIAEoCRITCgtnbG9iYWxfcmFuaxgCIAEoDRIMCgRuYW1lGAMgASgJEhgKC2xheWVyX2luZGV4GAQgASgNSACIAQESEgoKbnVtX3ZhbHVlcxgFIAEoDRIVCg1pc19wZXJfZXhwZXJ0GAYgASgIEgwKBHN0ZXAYByABKAwSDQoFdmFsdWUYCCABKAxCDgoMX2xheWVyX2luZGV4IsABCg5SZXF1ZXN0U3VtbWFyeRISCgpyZXF1ZXN0X2lkGAEgASgJEhIKCm51bV90b2tlbnMYAiABKAQSGgoSbnVtX3ByZWZpbGxfdG9rZW5zGAMgASgEEhkKEW51bV9kZWNvZGVfdG9rZW5zGAQgASgEEh0KFWZpcnN0X3NlZW5fYXRfdW5peF9ucxgFIAEoAxIcChRsYXN0X3NlZW5fYXRfdW5peF9ucxgGIAEoAxISCgpoYXNfcm91dGVzGAcgASgIIv0BCg1SZXF1ZXN0Um91dGVzEjAKB3N1bW1hcnkYASABKAsyHy5tb2VfZGVidWdnZXIudjEuUmVxdWVzdFN1bW1hcnkSEgoKbnVtX3Rva2VucxgCIAEoDRIQCghwb3NpdGlvbhgDIAEoDBINCgVwaGFzZRgEIAEoDBIQCgh0b2tlbl9pZBgFIAEoDBIzCgZsYXllcnMYBiADKAsyIy5tb2VfZGVidWdnZXIudjEuUmVxdWVzdExheWVyUm91dGVzEhkKEW51bV9yb3dzX25vdF9rZXB0GAcgASgEEg4KBnN0YWNrcxgIIAMoCRITCgtzdGFja19pbmRleBgJIAEoDCKOAQoSUmVxdWVzdExheWVyUm91dGVzEhMKC2xheWVyX2luZGV4GAEgASgNEhMKC251bV9leHBlcnRzGAIgASgNEg0KBXRvcF9rGAMgASgNEhIKCmV4cGVydF9pZHMYBCABKAwSFAoMZ2F0ZV93ZWlnaHRzGAUgASgMEhUKDWV4cGVydF9jb3VudHMYBiABKAwi8wMKCVJlY29yZGluZxIUCgxyZWNvcmRpbmdfaWQYASABKAkSEgoKc2Vzc2lvbl9pZBgCIAEoCRIUCgxzZXNzaW9uX25hbWUYAyABKAkSDAoEbmFtZRgEIAEoCRIuCgVzdGF0ZRgFIAEoDjIfLm1vZV9kZWJ1Z2dlci52MS5SZWNvcmRpbmdTdGF0ZRIaChJzdGFydGVkX2F0X3VuaXhfbnMYBiABKAMSGAoQZW5kZWRfYXRfdW5peF9ucxgHIAEoAxIQCghudW1fcm93cxgIIAEoBBISCgpzaXplX2J5dGVzGAkgASgEEhEKCW1heF9ieXRlcxgKIAEoBBITCgtudW1fc291cmNlcxgLIAEoDRIcChRudW1fbWlzc2luZ19tZXNzYWdlcxgMIAEoBBIdChVudW1fZGVjaXNpb25zX2Ryb3BwZWQYDSABKAQSTwoUbnVtX3Jvd3Nfbm90X3dyaXR0ZW4YDiADKAsyMS5tb2VfZGVidWdnZXIudjEuUmVjb3JkaW5nLk51bVJvd3NOb3RXcml0dGVuRW50cnkSDAoEcGF0aBgPIAEoCRIOCgZkZXRhaWwYECABKAkaOAoWTnVtUm93c05vdFdyaXR0ZW5FbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAQ6AjgBKq8BCgxTZXNzaW9uU3RhdGUSHQoZU0VTU0lPTl9TVEFURV9VTlNQRUNJRklFRBAAEhYKElNFU1NJT05fU1RBVEVfT1BFThABEhcKE1NFU1NJT05fU1RBVEVfU1RBTEUQAhIYChRTRVNTSU9OX1NUQVRFX0NMT1NFRBADEhoKFlNFU1NJT05fU1RBVEVfQVJDSElWRUQQBBIZChVTRVNTSU9OX1NUQVRFX0RFTEVURUQQBSpkCghTZXZlcml0eRIYChRTRVZFUklUWV9VTlNQRUNJRklFRBAAEhEKDVNFVkVSSVRZX0lORk8QARIUChBTRVZFUklUWV9XQVJOSU5HEAISFQoRU0VWRVJJVFlfQ1JJVElDQUwQAyqwAwoLRmluZGluZ0tpbmQSHAoYRklORElOR19LSU5EX1VOU1BFQ0lGSUVEEAASHAoYRklORElOR19LSU5EX0RFQURfRVhQRVJUEAESHAoYRklORElOR19LSU5EX0NPTERfRVhQRVJUEAISGwoXRklORElOR19LSU5EX0hPVF9FWFBFUlQQAxIfChtGSU5ESU5HX0tJTkRfTE9BRF9JTUJBTEFOQ0UQBBIgChxGSU5ESU5HX0tJTkRfUk9VVEVSX0NPTExBUFNFEAUSIQodRklORElOR19LSU5EX0NPTExBUFNFX1dBUk5JTkcQBhIfChtGSU5ESU5HX0tJTkRfTE9XX0NPTkZJREVOQ0UQBxIiCh5GSU5ESU5HX0tJTkRfQ0FQQUNJVFlfT1ZFUkZMT1cQCBIfChtGSU5ESU5HX0tJTkRfUkFOS19TVFJBR0dMRVIQCRIWChJGSU5ESU5HX0tJTkRfRFJJRlQQChIiCh5GSU5ESU5HX0tJTkRfRFVQTElDQVRFX0VYUEVSVFMQCxIiCh5GSU5ESU5HX0tJTkRfQ0FQVFVSRV9VTkhFQUxUSFkQDCpfCgxGaW5kaW5nU3RhdGUSHQoZRklORElOR19TVEFURV9VTlNQRUNJRklFRBAAEhYKEkZJTkRJTkdfU1RBVEVfT1BFThABEhgKFEZJTkRJTkdfU1RBVEVfQ0xPU0VEEAIqyQEKDlJlY29yZGluZ1N0YXRlEh8KG1JFQ09SRElOR19TVEFURV9VTlNQRUNJRklFRBAAEh0KGVJFQ09SRElOR19TVEFURV9SRUNPUkRJTkcQARIcChhSRUNPUkRJTkdfU1RBVEVfU1RPUFBJTkcQAhIcChhSRUNPUkRJTkdfU1RBVEVfRklOSVNIRUQQAxIaChZSRUNPUkRJTkdfU1RBVEVfRkFJTEVEEAQSHwobUkVDT1JESU5HX1NUQVRFX0lOVEVSUlVQVEVEEAViBnByb3RvMw", [file_moe_debugger_v1_routing]);
 
 /**
  * @generated from message moe_debugger.v1.Session
@@ -454,6 +454,13 @@ export type Finding = Message<"moe_debugger.v1.Finding"> & {
    * @generated from field: string silenced_by = 23;
    */
   silencedBy: string;
+
+  /**
+   * Why, and what to do; absent where it was not looked for.
+   *
+   * @generated from field: moe_debugger.v1.Explanation explanation = 24;
+   */
+  explanation?: Explanation | undefined;
 };
 
 /**
@@ -462,6 +469,362 @@ export type Finding = Message<"moe_debugger.v1.Finding"> & {
  */
 export const FindingSchema: GenMessage<Finding> = /*@__PURE__*/
   messageDesc(file_moe_debugger_v1_session, 4);
+
+/**
+ * Where a finding began, what goes with it, and what to do. Words are code + args, as of findings.
+ *
+ * @generated from message moe_debugger.v1.Explanation
+ */
+export type Explanation = Message<"moe_debugger.v1.Explanation"> & {
+  /**
+   * Absent where no change was seen in the loads over steps.
+   *
+   * @generated from field: moe_debugger.v1.FindingOnset started_at = 1;
+   */
+  startedAt?: FindingOnset | undefined;
+
+  /**
+   * Layers that crossed the finding's rule, the first one first.
+   *
+   * @generated from field: repeated moe_debugger.v1.LayerCrossing spread = 2;
+   */
+  spread: LayerCrossing[];
+
+  /**
+   * The likeliest first; their weights and `unexplained` sum to 1.
+   *
+   * @generated from field: repeated moe_debugger.v1.FindingCause causes = 3;
+   */
+  causes: FindingCause[];
+
+  /**
+   * @generated from field: double unexplained = 4;
+   */
+  unexplained: number;
+
+  /**
+   * What bears on it and was not observed.
+   *
+   * @generated from field: repeated moe_debugger.v1.MissingObservation missing = 5;
+   */
+  missing: MissingObservation[];
+
+  /**
+   * @generated from field: repeated moe_debugger.v1.FindingRemedy remedies = 6;
+   */
+  remedies: FindingRemedy[];
+
+  /**
+   * Absent where no rows lie behind it.
+   *
+   * @generated from field: moe_debugger.v1.RowsLink rows = 7;
+   */
+  rows?: RowsLink | undefined;
+
+  /**
+   * "ranked", "not_observable" or "no_match": `explanation.<status>` has the words.
+   *
+   * @generated from field: string status = 8;
+   */
+  status: string;
+
+  /**
+   * @generated from field: map<string, string> status_args = 9;
+   */
+  statusArgs: { [key: string]: string };
+};
+
+/**
+ * Describes the message moe_debugger.v1.Explanation.
+ * Use `create(ExplanationSchema)` to create a new message.
+ */
+export const ExplanationSchema: GenMessage<Explanation> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_session, 5);
+
+/**
+ * @generated from message moe_debugger.v1.FindingOnset
+ */
+export type FindingOnset = Message<"moe_debugger.v1.FindingOnset"> & {
+  /**
+   * @generated from field: uint32 layer_index = 1;
+   */
+  layerIndex: number;
+
+  /**
+   * First step after the earlier level, of first_step..last_step.
+   *
+   * @generated from field: uint64 step = 2;
+   */
+  step: bigint;
+
+  /**
+   * @generated from field: uint64 first_step = 3;
+   */
+  firstStep: bigint;
+
+  /**
+   * @generated from field: uint64 last_step = 4;
+   */
+  lastStep: bigint;
+
+  /**
+   * @generated from field: string metric = 5;
+   */
+  metric: string;
+
+  /**
+   * NaN where only a limit was crossed.
+   *
+   * @generated from field: double before = 6;
+   */
+  before: number;
+
+  /**
+   * @generated from field: double after = 7;
+   */
+  after: number;
+
+  /**
+   * Nats for a change, less the penalty for the search.
+   *
+   * @generated from field: double score = 8;
+   */
+  score: number;
+
+  /**
+   * "change_point" or "first_crossing".
+   *
+   * @generated from field: string rule = 9;
+   */
+  rule: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.FindingOnset.
+ * Use `create(FindingOnsetSchema)` to create a new message.
+ */
+export const FindingOnsetSchema: GenMessage<FindingOnset> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_session, 6);
+
+/**
+ * @generated from message moe_debugger.v1.LayerCrossing
+ */
+export type LayerCrossing = Message<"moe_debugger.v1.LayerCrossing"> & {
+  /**
+   * @generated from field: uint32 layer_index = 1;
+   */
+  layerIndex: number;
+
+  /**
+   * @generated from field: uint64 step = 2;
+   */
+  step: bigint;
+};
+
+/**
+ * Describes the message moe_debugger.v1.LayerCrossing.
+ * Use `create(LayerCrossingSchema)` to create a new message.
+ */
+export const LayerCrossingSchema: GenMessage<LayerCrossing> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_session, 7);
+
+/**
+ * Something observed that goes with a finding: an association, never a proof.
+ *
+ * @generated from message moe_debugger.v1.FindingCause
+ */
+export type FindingCause = Message<"moe_debugger.v1.FindingCause"> & {
+  /**
+   * `cause.<code>` has the words.
+   *
+   * @generated from field: string code = 1;
+   */
+  code: string;
+
+  /**
+   * @generated from field: map<string, string> args = 2;
+   */
+  args: { [key: string]: string };
+
+  /**
+   * 0..1
+   *
+   * @generated from field: double weight = 3;
+   */
+  weight: number;
+
+  /**
+   * Nats in favour, as the rule defines them.
+   *
+   * @generated from field: double score = 4;
+   */
+  score: number;
+
+  /**
+   * @generated from field: string rule = 5;
+   */
+  rule: string;
+
+  /**
+   * @generated from field: repeated moe_debugger.v1.EvidenceRow evidence = 6;
+   */
+  evidence: EvidenceRow[];
+
+  /**
+   * The observed series that it is about; empty where it is about data or placement.
+   *
+   * @generated from field: string setting = 7;
+   */
+  setting: string;
+
+  /**
+   * Always true.
+   *
+   * @generated from field: bool is_association = 8;
+   */
+  isAssociation: boolean;
+};
+
+/**
+ * Describes the message moe_debugger.v1.FindingCause.
+ * Use `create(FindingCauseSchema)` to create a new message.
+ */
+export const FindingCauseSchema: GenMessage<FindingCause> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_session, 8);
+
+/**
+ * @generated from message moe_debugger.v1.MissingObservation
+ */
+export type MissingObservation = Message<"moe_debugger.v1.MissingObservation"> & {
+  /**
+   * `missing.<code>` has the words.
+   *
+   * @generated from field: string code = 1;
+   */
+  code: string;
+
+  /**
+   * @generated from field: map<string, string> args = 2;
+   */
+  args: { [key: string]: string };
+
+  /**
+   * @generated from field: string name = 3;
+   */
+  name: string;
+
+  /**
+   * Text to paste that supplies it.
+   *
+   * @generated from field: string change = 4;
+   */
+  change: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.MissingObservation.
+ * Use `create(MissingObservationSchema)` to create a new message.
+ */
+export const MissingObservationSchema: GenMessage<MissingObservation> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_session, 9);
+
+/**
+ * @generated from message moe_debugger.v1.FindingRemedy
+ */
+export type FindingRemedy = Message<"moe_debugger.v1.FindingRemedy"> & {
+  /**
+   * `remedy.<code>` has the words.
+   *
+   * @generated from field: string code = 1;
+   */
+  code: string;
+
+  /**
+   * @generated from field: map<string, string> args = 2;
+   */
+  args: { [key: string]: string };
+
+  /**
+   * Text to paste; empty where the advice is to change nothing.
+   *
+   * @generated from field: string change = 3;
+   */
+  change: string;
+
+  /**
+   * "python", "yaml", "json" or "query".
+   *
+   * @generated from field: string language = 4;
+   */
+  language: string;
+
+  /**
+   * `effect.<effect>` has the words; "not_predicted" where nothing was computed.
+   *
+   * @generated from field: string effect = 5;
+   */
+  effect: string;
+
+  /**
+   * @generated from field: optional double effect_value = 6;
+   */
+  effectValue?: number | undefined;
+
+  /**
+   * @generated from field: optional double effect_lower = 7;
+   */
+  effectLower?: number | undefined;
+
+  /**
+   * @generated from field: optional double effect_upper = 8;
+   */
+  effectUpper?: number | undefined;
+
+  /**
+   * Code of the cause that it belongs to.
+   *
+   * @generated from field: string cause = 9;
+   */
+  cause: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.FindingRemedy.
+ * Use `create(FindingRemedySchema)` to create a new message.
+ */
+export const FindingRemedySchema: GenMessage<FindingRemedy> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_session, 10);
+
+/**
+ * @generated from message moe_debugger.v1.RowsLink
+ */
+export type RowsLink = Message<"moe_debugger.v1.RowsLink"> & {
+  /**
+   * @generated from field: string query = 1;
+   */
+  query: string;
+
+  /**
+   * Columns of the decisions and the value that they have: layer_index, expert_id, first_step.
+   *
+   * @generated from field: map<string, int64> filter = 2;
+   */
+  filter: { [key: string]: bigint };
+
+  /**
+   * The same in Python, for `rows = session.decisions()`.
+   *
+   * @generated from field: string python = 3;
+   */
+  python: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.RowsLink.
+ * Use `create(RowsLinkSchema)` to create a new message.
+ */
+export const RowsLinkSchema: GenMessage<RowsLink> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_session, 11);
 
 /**
  * One layer's load. Counts are assignments of valid (not padded) tokens.
@@ -594,7 +957,7 @@ export type LayerSnapshot = Message<"moe_debugger.v1.LayerSnapshot"> & {
  * Use `create(LayerSnapshotSchema)` to create a new message.
  */
 export const LayerSnapshotSchema: GenMessage<LayerSnapshot> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 5);
+  messageDesc(file_moe_debugger_v1_session, 12);
 
 /**
  * @generated from message moe_debugger.v1.SessionSnapshot
@@ -660,7 +1023,7 @@ export type SessionSnapshot = Message<"moe_debugger.v1.SessionSnapshot"> & {
  * Use `create(SessionSnapshotSchema)` to create a new message.
  */
 export const SessionSnapshotSchema: GenMessage<SessionSnapshot> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 6);
+  messageDesc(file_moe_debugger_v1_session, 13);
 
 /**
  * A point of a layer's history: roll-ups on the broker's time axis.
@@ -713,7 +1076,7 @@ export type RollUp = Message<"moe_debugger.v1.RollUp"> & {
  * Use `create(RollUpSchema)` to create a new message.
  */
 export const RollUpSchema: GenMessage<RollUp> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 7);
+  messageDesc(file_moe_debugger_v1_session, 14);
 
 /**
  * One training series of one source: the newest n points, by step. Values are never summed or averaged over sources:
@@ -778,7 +1141,7 @@ export type Series = Message<"moe_debugger.v1.Series"> & {
  * Use `create(SeriesSchema)` to create a new message.
  */
 export const SeriesSchema: GenMessage<Series> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 8);
+  messageDesc(file_moe_debugger_v1_session, 15);
 
 /**
  * @generated from message moe_debugger.v1.RequestSummary
@@ -830,7 +1193,7 @@ export type RequestSummary = Message<"moe_debugger.v1.RequestSummary"> & {
  * Use `create(RequestSummarySchema)` to create a new message.
  */
 export const RequestSummarySchema: GenMessage<RequestSummary> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 9);
+  messageDesc(file_moe_debugger_v1_session, 16);
 
 /**
  * All kept decisions of one request, sorted by stack (the decoder first) and position; n token rows. An encoder's tokens
@@ -902,7 +1265,7 @@ export type RequestRoutes = Message<"moe_debugger.v1.RequestRoutes"> & {
  * Use `create(RequestRoutesSchema)` to create a new message.
  */
 export const RequestRoutesSchema: GenMessage<RequestRoutes> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 10);
+  messageDesc(file_moe_debugger_v1_session, 17);
 
 /**
  * @generated from message moe_debugger.v1.RequestLayerRoutes
@@ -950,7 +1313,7 @@ export type RequestLayerRoutes = Message<"moe_debugger.v1.RequestLayerRoutes"> &
  * Use `create(RequestLayerRoutesSchema)` to create a new message.
  */
 export const RequestLayerRoutesSchema: GenMessage<RequestLayerRoutes> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 11);
+  messageDesc(file_moe_debugger_v1_session, 18);
 
 /**
  * A recording of a session, made by the fleet.
@@ -1064,7 +1427,7 @@ export type Recording = Message<"moe_debugger.v1.Recording"> & {
  * Use `create(RecordingSchema)` to create a new message.
  */
 export const RecordingSchema: GenMessage<Recording> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_session, 12);
+  messageDesc(file_moe_debugger_v1_session, 19);
 
 /**
  * @generated from enum moe_debugger.v1.SessionState
