@@ -9,7 +9,9 @@ import {
 } from "../src/gen/moe_debugger/v1/gateway_pb";
 import { CaptureLevel, CheckStatus } from "../src/gen/moe_debugger/v1/routing_pb";
 import {
+  type Finding,
   FindingKind,
+  FindingState,
   type RequestRoutes,
   RequestRoutesSchema,
   type SessionSnapshot,
@@ -106,6 +108,22 @@ export class FakeGateway {
   watchCalls: { sessionId: string; resumeAfterSequence: bigint }[] = [];
   isDown = false;
   workerState = ComponentState.READY;
+  /** What people and time did to the one finding. */
+  life: Partial<
+    Pick<
+      Finding,
+      | "state"
+      | "closedAtUnixNs"
+      | "numReopened"
+      | "numQuietSeconds"
+      | "acknowledgedAtUnixNs"
+      | "acknowledgedBy"
+      | "silencedUntilUnixNs"
+      | "silencedBy"
+    >
+  > = {};
+  /** What the RPCs about findings answer instead, where it is not empty. */
+  findingError = "";
   #wakers = new Set<() => void>();
   #startedAt = Date.now() - 200_000;
 
@@ -239,6 +257,10 @@ export class FakeGateway {
               firstSeenAtUnixNs: BigInt(this.#startedAt) * 1_000_000n,
               lastSeenAtUnixNs: BigInt(Date.now()) * 1_000_000n,
               numOccurrences: 37,
+              state: FindingState.OPEN,
+              openedAtUnixNs: BigInt(this.#startedAt) * 1_000_000n,
+              numQuietSecondsToClose: 10,
+              ...this.life,
             },
           ]
         : [],
@@ -246,6 +268,15 @@ export class FakeGateway {
       recentWindowS: 10,
       takenAtUnixNs: BigInt(Date.now()) * 1_000_000n,
     });
+  }
+
+  /** Changes the life of the finding, and returns it. */
+  mark(ruleId: string, life: FakeGateway["life"]): { finding: Finding } {
+    if (this.findingError) throw new ConnectError(this.findingError, Code.Unavailable);
+    this.life = { ...this.life, ...life };
+    const finding = this.snapshot().findings.find((one) => one.ruleId === ruleId);
+    if (!finding) throw new ConnectError(`no finding ${ruleId}`, Code.NotFound);
+    return { finding };
   }
 
   components() {
@@ -361,6 +392,16 @@ export class FakeGateway {
         }),
         getRequestRoutes: ({ requestId }) => ({ routes: fake.routes(requestId) }),
         closeSession: () => ({ session: fake.session() }),
+        acknowledgeFinding: ({ ruleId, undo }) =>
+          fake.mark(ruleId, {
+            acknowledgedAtUnixNs: undo ? 0n : BigInt(Date.now()) * 1_000_000n,
+            acknowledgedBy: undo ? "" : "local user",
+          }),
+        silenceFinding: ({ ruleId, durationS }) =>
+          fake.mark(ruleId, {
+            silencedUntilUnixNs: durationS ? BigInt(Date.now() + durationS * 1000) * 1_000_000n : 0n,
+            silencedBy: durationS ? "local user" : "",
+          }),
         async *watch({ sessionId, resumeAfterSequence }, { signal }): AsyncGenerator<WatchResponse> {
           fake.watchCalls.push({ sessionId, resumeAfterSequence });
           if (fake.isDown) throw new ConnectError("connection refused", Code.Unavailable);

@@ -1,13 +1,14 @@
 import { lazy, Suspense, useEffect, useRef, useState } from "react";
 import { useTranslation } from "react-i18next";
 import { useServices } from "./context";
-import { countBySeverity, findingKey } from "./findings";
+import { countFindings, findingKey, isAcknowledged, needsAttention } from "./findings";
 import { formatClockMs } from "./format";
 import { Severity } from "./gen/moe_debugger/v1/session_pb";
 import { useHistoryPolling } from "./history";
 import { findingText } from "./i18n";
-import { Console, useFindings } from "./panels/Console";
+import { Console } from "./panels/Console";
 import { Loading, NoSession } from "./panels/Empty";
+import { useFindings } from "./panels/Findings";
 import { Heatmap } from "./panels/Heatmap";
 import { HistoryStrip } from "./panels/History";
 import { Details, Diagnosis, Sidebar, useRequestList } from "./panels/Sidebar";
@@ -72,7 +73,7 @@ export function AppShell() {
 }
 
 function FindingBadges() {
-  const counts = countBySeverity(useFindings());
+  const counts = countFindings(useFindings());
   return (
     <>
       {counts.critical > 0 && (
@@ -162,7 +163,7 @@ const PANEL_ICON = { experts: ExpertsIcon, training: TrainingIcon, console: Cons
 function PhoneTabs() {
   const { t } = useTranslation();
   const panel = useApp((state) => state.panel);
-  const counts = countBySeverity(useFindings());
+  const counts = countFindings(useFindings());
   const panels = usePanels();
   return (
     <Tabs
@@ -265,8 +266,7 @@ function Main({ isPhone }: { isPhone: boolean }) {
 }
 
 function WorstCard() {
-  const findings = useFindings();
-  const worst = findings[0];
+  const worst = useFindings().find(needsAttention);
   const severity =
     worst && worst.severity >= Severity.WARNING ? (worst.severity === Severity.CRITICAL ? "critical" : "warning") : "";
   return (
@@ -331,7 +331,9 @@ function Announcer() {
   const spokenAt = useRef(0);
   const [line, setLine] = useState("");
   useEffect(() => {
-    const critical = findings.filter(({ severity }) => severity >= Severity.WARNING);
+    const critical = findings.filter(
+      (finding) => finding.severity >= Severity.WARNING && needsAttention(finding) && !isAcknowledged(finding),
+    );
     const keys = new Set(critical.map(findingKey));
     const fresh = known.current ? critical.find((finding) => !known.current?.has(findingKey(finding))) : undefined;
     if (fresh && Date.now() - spokenAt.current < 5000) return;

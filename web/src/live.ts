@@ -1,7 +1,7 @@
 // The hot path, outside React: messages of the stream land here, painters pull the newest picture on an animation
 // frame, and React hears of it at most five times a second.
 import type { ComponentHealth, WatchFrame, WatchResponse } from "./gen/moe_debugger/v1/gateway_pb";
-import type { Session, SessionSnapshot } from "./gen/moe_debugger/v1/session_pb";
+import type { Finding, Session, SessionSnapshot } from "./gen/moe_debugger/v1/session_pb";
 import { applyFrame, type LoadMatrix, recentWindow, wholeSession } from "./model/load";
 
 export interface Picture {
@@ -84,6 +84,15 @@ export class LiveModel {
         this.#clock(message.event.value.sentAtUnixNs);
         break;
     }
+  }
+
+  /** Puts a finding that an RPC answered with in its place, until the next snapshot says the same. */
+  replaceFinding(sessionId: string, finding: Finding): void {
+    const before = this.picture;
+    if (before?.sessionId !== sessionId) return;
+    const findings = before.snapshot.findings.map((one) => (one.ruleId === finding.ruleId ? finding : one));
+    this.picture = { ...before, snapshot: { ...before.snapshot, findings } };
+    this.#changed();
   }
 
   #snapshot(snapshot: SessionSnapshot, sessionId: string): void {

@@ -8,7 +8,7 @@ import {
   type GetServerInfoResponse,
 } from "./gen/moe_debugger/v1/gateway_pb";
 import { CaptureLevel } from "./gen/moe_debugger/v1/routing_pb";
-import { type Session, SessionState } from "./gen/moe_debugger/v1/session_pb";
+import { type Finding, type Session, SessionState } from "./gen/moe_debugger/v1/session_pb";
 import { LiveModel, type Pace, type Picture, throttle } from "./live";
 import { type Connection, WatchConnection } from "./rpc/watch";
 
@@ -184,6 +184,30 @@ export class App {
     this.#numSkipped = 0;
     useApp.setState({ isPaused, numNewWhilePaused: 0 });
     if (!isPaused) this.#publish();
+  }
+
+  /** Acknowledges a finding of the session on screen, or takes that back. Rejects with what the gateway says. */
+  async acknowledgeFinding({ ruleId }: Finding, undo: boolean): Promise<void> {
+    const { sessionId } = useApp.getState();
+    const { finding } = await this.client.acknowledgeFinding({ sessionId, ruleId, undo });
+    this.#marked(sessionId, finding);
+  }
+
+  /** Silences a finding of the session on screen for some seconds; 0 = no more. */
+  async silenceFinding({ ruleId }: Finding, durationS: number): Promise<void> {
+    const { sessionId } = useApp.getState();
+    const { finding } = await this.client.silenceFinding({ sessionId, ruleId, durationS });
+    this.#marked(sessionId, finding);
+  }
+
+  #marked(sessionId: string, finding: Finding | undefined): void {
+    if (!finding) return;
+    this.live.replaceFinding(sessionId, finding);
+    // A paused view stands still but for what its own buttons do.
+    const { picture } = useApp.getState();
+    if (picture?.sessionId !== sessionId) return;
+    const findings = picture.snapshot.findings.map((one) => (one.ruleId === finding.ruleId ? finding : one));
+    useApp.setState({ picture: { ...picture, snapshot: { ...picture.snapshot, findings } } });
   }
 
   #publish(): void {

@@ -1,15 +1,16 @@
 import { lazy, Suspense, useEffect } from "react";
 import { useTranslation } from "react-i18next";
 import { useServices } from "../context";
-import { findingKey, SEVERITY_NAME } from "../findings";
-import { formatClock, formatInteger } from "../format";
+import { findingKey, needsAttention, SEVERITY_NAME, stateName } from "../findings";
+import { formatInteger } from "../format";
 import { findingText } from "../i18n";
 import { layerName } from "../layers";
 import { useApp } from "../store";
 import { ErrorBoundary } from "../ui/ErrorBoundary";
 import { SeverityGlyph } from "../ui/icons";
 import { Tabs } from "../ui/Tabs";
-import { EvidenceTable, Remedy, showFinding, useFindings } from "./Console";
+import { FindingActions } from "./FindingActions";
+import { EvidenceTable, FindingLife, Remedy, StateTag, showFinding, useFindings } from "./Findings";
 import { Sparkline } from "./History";
 
 // Details are loaded with the first look at them.
@@ -67,16 +68,28 @@ export function Diagnosis() {
     findings.findIndex((finding) => findingKey(finding) === selected),
   );
   const finding = findings[at];
-  if (!finding) {
+  const [first] = findings;
+  const isNoneOpen = !findings.some(needsAttention);
+  if (!finding || (isNoneOpen && selected === null)) {
     return (
       <div className="diagnosis">
         <h3>{t("diagnosis.none")}</h3>
         <p>
           {numTokens > 0
-            ? t("diagnosis.noneText", { tokens: formatInteger(numTokens), layers: layers?.length ?? 0 })
+            ? t(first ? "life.noneOpen" : "diagnosis.noneText", {
+                tokens: formatInteger(numTokens),
+                layers: layers?.length ?? 0,
+              })
             : t("diagnosis.noneWaiting")}
         </p>
         <p className="muted">{t("diagnosis.noneNote")}</p>
+        {first && (
+          <p>
+            <button type="button" className="button" onClick={() => showFinding(first)}>
+              {t("life.others", { count: findings.length })}
+            </button>
+          </p>
+        )}
       </div>
     );
   }
@@ -88,41 +101,39 @@ export function Diagnosis() {
     if (next) showFinding(next);
   };
   return (
-    <div className={`diagnosis ${severity}`}>
+    <div
+      className={`diagnosis ${severity} is-${stateName(finding)}`}
+      data-testid="diagnosis"
+      data-rule={finding.ruleId}
+    >
       <header className="diagnosis-head">
         <SeverityGlyph severity={finding.severity} size={18} />
         <h3>
           <span className="visually-hidden">{t(`severity.${finding.severity}`)}: </span>
           {findingText(finding, "title")}
         </h3>
-        <span className="num muted">{finding.ruleId}</span>
+        <StateTag finding={finding} />
       </header>
-      <p className="muted small">
-        {[
-          finding.sinceStep === undefined ? "" : t("diagnosis.since", { step: formatInteger(finding.sinceStep) }),
-          t("diagnosis.seen", { clock: formatClock(finding.lastSeenAtUnixNs) }),
-          t("diagnosis.times", { n: finding.numOccurrences }),
-        ]
-          .filter(Boolean)
-          .join(" · ")}
-        {findings.length > 1 && (
-          <span className="pager">
-            {t("diagnosis.position", { i: at + 1, n: findings.length })}
-            <button type="button" aria-label={t("diagnosis.previous")} onClick={() => step(-1)}>
-              ‹
-            </button>
-            <button type="button" aria-label={t("diagnosis.next")} onClick={() => step(1)}>
-              ›
-            </button>
-          </span>
-        )}
-      </p>
+      <p className="num muted small">{finding.ruleId}</p>
+      {findings.length > 1 && (
+        <span className="pager muted small">
+          {t("diagnosis.position", { i: at + 1, n: findings.length })}
+          <button type="button" aria-label={t("diagnosis.previous")} onClick={() => step(-1)}>
+            ‹
+          </button>
+          <button type="button" aria-label={t("diagnosis.next")} onClick={() => step(1)}>
+            ›
+          </button>
+        </span>
+      )}
+      <FindingLife finding={finding} />
       {place && <p className="muted small">{place}</p>}
       <p className="diagnosis-summary">{findingText(finding, "summary")}</p>
       {row >= 0 && <Sparkline row={row} label={t("layer.spark")} />}
       <h4>{t("diagnosis.evidence")}</h4>
       <EvidenceTable finding={finding} />
       <Remedy finding={finding} />
+      <FindingActions finding={finding} />
       {row >= 0 && (
         <p>
           <button type="button" className="button primary" onClick={() => useApp.setState({ row, sidebar: "layer" })}>

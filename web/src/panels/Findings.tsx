@@ -1,0 +1,201 @@
+import { Fragment, useMemo, useState } from "react";
+import { useTranslation } from "react-i18next";
+import { findingKey, isOpen, SEVERITY_NAME, sortFindings, stateName } from "../findings";
+import { formatClock, formatInteger, formatValue } from "../format";
+import type { Finding } from "../gen/moe_debugger/v1/session_pb";
+import { findingText, metricName } from "../i18n";
+import { layerName } from "../layers";
+import { useApp } from "../store";
+import { SeverityGlyph } from "../ui/icons";
+import { FindingActions } from "./FindingActions";
+
+/** Selects the place that a finding names, and shows its diagnosis. */
+export function showFinding(finding: Finding): void {
+  const layers = useApp.getState().picture?.whole.layers ?? [];
+  const row = layers.findIndex(({ layerIndex }) => layerIndex === finding.layerIndex);
+  useApp.setState({
+    findingKey: findingKey(finding),
+    sidebar: "diagnosis",
+    ...(row >= 0 ? { row } : {}),
+    ...(finding.expertId !== undefined ? { expert: finding.expertId } : {}),
+  });
+}
+
+export function useFindings(): Finding[] {
+  const findings = useApp((state) => state.picture?.snapshot.findings);
+  return useMemo(() => sortFindings(findings ?? []), [findings]);
+}
+
+export function FindingRow({ finding }: { finding: Finding }) {
+  const { t } = useTranslation();
+  const key = findingKey(finding);
+  const isSelected = useApp((state) => state.findingKey === key);
+  const [isOpen, setOpen] = useState(false);
+  // Of a model with several stacks: which one the layer is of.
+  const where = useApp((state) => {
+    const layers = state.picture?.whole.layers ?? [];
+    const row = layers.findIndex(({ layerIndex }) => layerIndex === finding.layerIndex);
+    return row >= 0 ? layerName(layers, row).place : "";
+  });
+  const severity = SEVERITY_NAME[finding.severity] ?? "info";
+  const state = stateName(finding);
+  const title = findingText(finding, "title");
+  const summary = findingText(finding, "summary");
+  const place =
+    finding.layerIndex === undefined
+      ? ""
+      : finding.expertId === undefined
+        ? t("console.layer", { layer: finding.layerIndex })
+        : t("console.layerExpert", { layer: finding.layerIndex, expert: finding.expertId });
+  return (
+    <Fragment>
+      <div
+        className={`console-row finding-row ${severity} is-${state}${isSelected ? " selected" : ""}`}
+        data-testid="finding"
+        data-code={finding.code}
+        data-severity={severity}
+        data-layer={finding.layerIndex}
+        data-state={state}
+      >
+        <button
+          type="button"
+          className="expander"
+          aria-expanded={isOpen}
+          aria-label={`${t("console.expand")}: ${title}`}
+          onClick={() => {
+            setOpen(!isOpen);
+            if (!isOpen) showFinding(finding);
+          }}
+        />
+        <span className="cell-severity">
+          <SeverityGlyph severity={finding.severity} />
+          <span className={`word ${severity}`}>{t(`severity.${finding.severity}`)}</span>
+        </span>
+        <span className="cell-time num">{formatClock(finding.lastSeenAtUnixNs)}</span>
+        <span className="cell-step num">{finding.sinceStep === undefined ? "" : formatInteger(finding.sinceStep)}</span>
+        <span className="cell-code num">{finding.ruleId || finding.code}</span>
+        <span className="cell-sentence">
+          <StateTag finding={finding} /> <b>{title}</b> {summary}
+        </span>
+        {place ? (
+          <button type="button" className="link num" title={where || undefined} onClick={() => showFinding(finding)}>
+            {place}
+          </button>
+        ) : (
+          <span />
+        )}
+        <span className="count num" title={t("diagnosis.times", { n: finding.numOccurrences })}>
+          {finding.numOccurrences}
+        </span>
+      </div>
+      {isOpen && (
+        <div className="finding-details">
+          <p className="finding-sentence">{summary}</p>
+          <EvidenceTable finding={finding} />
+          <div>
+            <FindingLife finding={finding} />
+            <FindingActions finding={finding} />
+            <Remedy finding={finding} />
+          </div>
+        </div>
+      )}
+    </Fragment>
+  );
+}
+
+export function EvidenceTable({ finding }: { finding: Finding }) {
+  const { t } = useTranslation();
+  if (finding.evidence.length === 0) return null;
+  const hasBaseline = finding.evidence.some(({ baseline }) => baseline !== undefined);
+  const severity = SEVERITY_NAME[finding.severity] ?? "info";
+  return (
+    <table className="evidence">
+      <thead>
+        <tr>
+          <th scope="col">{t("diagnosis.metric")}</th>
+          <th scope="col">{t("diagnosis.value")}</th>
+          {hasBaseline && <th scope="col">{t("diagnosis.baseline")}</th>}
+          <th scope="col">{t("diagnosis.rule")}</th>
+          <th scope="col">{t("diagnosis.n")}</th>
+        </tr>
+      </thead>
+      <tbody>
+        {finding.evidence.map((row) => (
+          <tr key={row.metric}>
+            <th scope="row">{metricName(row.metric)}</th>
+            <td className={`num ${row.rule ? severity : ""}`}>
+              <bdi dir="ltr">
+                {formatValue(row.value)}
+                {row.unit && row.unit !== "1" ? ` ${row.unit}` : ""}
+              </bdi>
+            </td>
+            {hasBaseline && <td className="num">{row.baseline === undefined ? "–" : formatValue(row.baseline)}</td>}
+            <td className="num">
+              <bdi dir="ltr">{row.rule}</bdi>
+            </td>
+            <td className="num">{row.sampleSize > 0n ? formatInteger(row.sampleSize) : "–"}</td>
+          </tr>
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
+export function Remedy({ finding }: { finding: Finding }) {
+  const { t } = useTranslation();
+  const remedy = findingText(finding, "remedy");
+  if (!remedy) return null;
+  return (
+    <div className="remedy">
+      <h4>{t("diagnosis.todo")}</h4>
+      {remedy.split("\n").map((line) => (
+        <p key={line}>{line}</p>
+      ))}
+    </div>
+  );
+}
+
+/** What became of a finding, where it is not simply there. */
+export function StateTag({ finding }: { finding: Finding }) {
+  const { t } = useTranslation();
+  const state = stateName(finding);
+  if (state === "open") return null;
+  return <span className={`state-tag ${state}`}>{t(`life.state.${state}`)}</span>;
+}
+
+/** Since when, until when, how often, and who said what. */
+export function FindingLife({ finding }: { finding: Finding }) {
+  const { t } = useTranslation();
+  const since =
+    finding.sinceStep === undefined
+      ? t("life.since", { clock: formatClock(finding.openedAtUnixNs) })
+      : t("life.sinceStep", {
+          clock: formatClock(finding.openedAtUnixNs),
+          step: formatInteger(finding.sinceStep),
+        });
+  const lines = [
+    since,
+    isOpen(finding)
+      ? t("diagnosis.seen", { clock: formatClock(finding.lastSeenAtUnixNs) })
+      : t("life.closed", { clock: formatClock(finding.closedAtUnixNs) }),
+    t("life.occurrences", { count: finding.numOccurrences, n: formatInteger(finding.numOccurrences) }),
+    finding.numReopened > 0 && t("life.reopened", { count: finding.numReopened }),
+    isOpen(finding) &&
+      finding.numQuietSeconds > 0 &&
+      t("life.quiet", { n: finding.numQuietSeconds, of: finding.numQuietSecondsToClose }),
+    finding.acknowledgedAtUnixNs > 0n &&
+      t("life.acknowledgedBy", { who: finding.acknowledgedBy, clock: formatClock(finding.acknowledgedAtUnixNs) }),
+    finding.silencedUntilUnixNs > 0n &&
+      t("life.silencedBy", { who: finding.silencedBy, clock: formatClock(finding.silencedUntilUnixNs) }),
+  ].filter((line) => typeof line === "string");
+  return (
+    <p className="finding-life muted small" data-testid="finding-life">
+      {lines.map((line, i) => (
+        <Fragment key={line}>
+          {i > 0 && " · "}
+          <span>{line}</span>
+        </Fragment>
+      ))}
+    </p>
+  );
+}

@@ -1,0 +1,158 @@
+// @vitest-environment happy-dom
+import { create } from "@bufbuild/protobuf";
+import { createClient } from "@connectrpc/connect";
+import { fireEvent, render, screen, waitFor, within } from "@testing-library/react";
+import { I18nextProvider } from "react-i18next";
+import { beforeEach, describe, expect, it } from "vitest";
+import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
+import { ServicesContext } from "../src/context";
+import { countFindings, sortFindings } from "../src/findings";
+import { DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
+import { FindingSchema, FindingState, Severity } from "../src/gen/moe_debugger/v1/session_pb";
+import { i18n } from "../src/i18n";
+import { recentWindow, wholeSession } from "../src/model/load";
+import { Console } from "../src/panels/Console";
+import { Diagnosis } from "../src/panels/Sidebar";
+import { App, useApp } from "../src/store";
+import { Generator } from "../src/tokens";
+
+const initial = useApp.getState();
+const NOW = 1_700_000_000_000_000_000n;
+
+const finding = (ruleId: string, severity: Severity, more: Record<string, unknown> = {}) =>
+  create(FindingSchema, { ruleId, severity, state: FindingState.OPEN, ...more });
+
+function show(fake: FakeGateway, element: React.ReactNode) {
+  fake.route(1, 0);
+  const app = new App(createClient(DebuggerService, fake.transport()));
+  const snapshot = fake.snapshot();
+  const picture = {
+    sessionId: SESSION_ID,
+    snapshot,
+    whole: wholeSession(snapshot),
+    recent: recentWindow(snapshot),
+    sequence: snapshot.sequence,
+    lastStep: snapshot.lastStep,
+  };
+  app.live.picture = picture;
+  useApp.setState({ sessionId: SESSION_ID, picture });
+  render(
+    <I18nextProvider i18n={i18n}>
+      <ServicesContext value={{ app, generator: new Generator(app) }}>{element}</ServicesContext>
+    </I18nextProvider>,
+  );
+}
+
+beforeEach(() => useApp.setState(initial, true));
+
+describe("order and counts", () => {
+  const all = [
+    finding("closed", Severity.CRITICAL, { state: FindingState.CLOSED }),
+    finding("silenced", Severity.CRITICAL, { silencedUntilUnixNs: NOW }),
+    finding("info", Severity.INFO),
+    finding("seen", Severity.WARNING, { acknowledgedAtUnixNs: NOW }),
+    finding("bad", Severity.CRITICAL),
+    // An analyzer that says nothing of a state means that it is there.
+    finding("old", Severity.WARNING, { state: FindingState.UNSPECIFIED, lastSeenAtUnixNs: 1n }),
+  ];
+
+  it("puts what needs attention first", () => {
+    expect(sortFindings(all).map(({ ruleId }) => ruleId)).toEqual(["bad", "old", "seen", "info", "silenced", "closed"]);
+  });
+
+  it("counts what needs attention, acknowledged or not", () => {
+    expect(countFindings(all)).toEqual({ critical: 1, warning: 2, info: 1, silenced: 1, closed: 1 });
+  });
+});
+
+describe("Console", () => {
+  it("acknowledges, and takes it back", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    show(fake, <Console />);
+    const row = screen.getByTestId("finding");
+    expect(row.dataset.state).toBe("open");
+    fireEvent.click(within(row).getByRole("button", { name: /Show the evidence/ }));
+    fireEvent.click(screen.getByRole("button", { name: "Acknowledge: Router collapse in layer 2" }));
+    await waitFor(() => expect(screen.getByTestId("finding").dataset.state).toBe("acknowledged"));
+    expect(screen.getByTestId("finding-life").textContent).toContain("acknowledged by local user");
+    expect(screen.getByRole("button", { name: /1 error/ })).toBeTruthy();
+    fireEvent.click(screen.getByRole("button", { name: /^Take back/ }));
+    await waitFor(() => expect(screen.getByTestId("finding").dataset.state).toBe("open"));
+  });
+
+  it("silences: it stays in the list, marked, and leaves the counts", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    show(fake, <Console />);
+    expect(screen.queryByRole("button", { name: /silenced/ })).toBeNull();
+    fireEvent.click(screen.getByRole("button", { name: /Show the evidence/ }));
+    fireEvent.click(screen.getByRole("button", { name: /^Silence 1 h/ }));
+    await waitFor(() => expect(screen.getByTestId("finding").dataset.state).toBe("silenced"));
+    const hour = Number(fake.life.silencedUntilUnixNs) / 1e6 - Date.now();
+    expect(hour).toBeGreaterThan(3_590_000);
+    expect(screen.getByRole("button", { name: /0 errors/ })).toBeTruthy();
+    fireEvent.click(screen.getByRole("button", { name: /0 errors/ }));
+    expect(screen.queryByTestId("finding")).toBeNull();
+    fireEvent.click(screen.getByRole("button", { name: "1 silenced" }));
+    expect(screen.getByTestId("finding")).toBeTruthy();
+    fireEvent.click(screen.getByRole("button", { name: /Show the evidence/ }));
+    fireEvent.click(screen.getByRole("button", { name: /^Unsilence/ }));
+    await waitFor(() => expect(screen.queryByTestId("finding")).toBeNull());
+    expect(fake.life.silencedUntilUnixNs).toBe(0n);
+  });
+
+  it("says why it was not done, and lets one try again", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.findingError = "the catalogue does not answer the analyzer; try again";
+    show(fake, <Console />);
+    fireEvent.click(screen.getByRole("button", { name: /Show the evidence/ }));
+    fireEvent.click(screen.getByTestId("acknowledge"));
+    expect((await screen.findByRole("alert")).textContent).toContain("the catalogue does not answer");
+    expect(screen.getByTestId("finding").dataset.state).toBe("open");
+    fake.findingError = "";
+    fireEvent.click(screen.getByTestId("acknowledge"));
+    await waitFor(() => expect(screen.getByTestId("finding").dataset.state).toBe("acknowledged"));
+    expect(screen.queryByRole("alert")).toBeNull();
+  });
+
+  it("works while the view is paused", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    show(fake, <Console />);
+    useApp.setState({ isPaused: true });
+    fireEvent.click(screen.getByRole("button", { name: /Show the evidence/ }));
+    fireEvent.click(screen.getByTestId("acknowledge"));
+    await waitFor(() => expect(screen.getByTestId("finding").dataset.state).toBe("acknowledged"));
+  });
+
+  it("finds closed ones by their state", () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.life = { state: FindingState.CLOSED, closedAtUnixNs: NOW, numReopened: 2 };
+    show(fake, <Console />);
+    const row = screen.getByTestId("finding");
+    expect(row.textContent).toContain("closed");
+    fireEvent.change(screen.getByRole("searchbox"), { target: { value: "state:open" } });
+    expect(screen.queryByTestId("finding")).toBeNull();
+    fireEvent.change(screen.getByRole("searchbox"), { target: { value: "state:closed" } });
+    fireEvent.click(screen.getByRole("button", { name: /Show the evidence/ }));
+    expect(screen.getByTestId("finding-life").textContent).toContain("came back 2 times");
+    expect(screen.getByTestId("finding-life").textContent).toContain("seen in 37 seconds of data");
+  });
+});
+
+describe("Diagnosis", () => {
+  it("shows how long it has been quiet, and since which step it is there", () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.life = { numQuietSeconds: 4 };
+    show(fake, <Diagnosis />);
+    expect(screen.getByTestId("finding-life").textContent).toMatch(/Since step 120, .*quiet for 4 of 10 s/);
+  });
+
+  it("does not open what is over by itself", () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.life = { state: FindingState.CLOSED, closedAtUnixNs: NOW };
+    show(fake, <Diagnosis />);
+    expect(screen.getByText(/No finding is open/)).toBeTruthy();
+    fireEvent.click(screen.getByRole("button", { name: "Show 1 closed or silenced finding" }));
+    expect(screen.getByTestId("diagnosis").dataset.rule).toBe("MOE-R001");
+    expect(screen.getByTestId("diagnosis").textContent).toContain("closed");
+  });
+});
