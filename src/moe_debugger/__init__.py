@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_debugger._debugger import MoEDebugger
     from moe_debugger._decisions import Decisions
+    from moe_debugger._expert_similarity import expert_similarity
     from moe_debugger._layers import Layers
     from moe_debugger._rank_load import RankLoad
     from moe_debugger._rows import RowStatistics
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     )
     from moe_debugger.models import LoadedModel, load_model
     from moe_debugger.parallel import ParallelCoordinates
-    from moe_debugger.recording import Recorder, Recording, open_recording
+    from moe_debugger.recording import JoinedRecording, Recorder, Recording, join_recordings, open_recording
     from moe_debugger.source import PublishedRoutes, Source, SourceAccount, open_source
     from moe_debugger.wire.ids import new_id
 
@@ -67,6 +68,7 @@ __all__ = [
     "FleetError",
     "HealthCheck",
     "InvalidInputError",
+    "JoinedRecording",
     "LayerCheck",
     "LayerInfo",
     "LayerRoutingStats",
@@ -97,6 +99,8 @@ __all__ = [
     "analyze",
     "check_adapter",
     "detach",
+    "expert_similarity",
+    "join_recordings",
     "load_model",
     "new_id",
     "open_recording",
@@ -108,6 +112,7 @@ __all__ = [
 _MODULES = {
     "moe_debugger._debugger": ("MoEDebugger",),
     "moe_debugger._decisions": ("Decisions",),
+    "moe_debugger._expert_similarity": ("expert_similarity",),
     "moe_debugger._rank_load": ("RankLoad",),
     "moe_debugger._layers": ("Layers",),
     "moe_debugger._rows": ("RowStatistics",),
@@ -141,7 +146,7 @@ _MODULES = {
     ),
     "moe_debugger.models": ("LoadedModel", "load_model"),
     "moe_debugger.parallel": ("ParallelCoordinates",),
-    "moe_debugger.recording": ("Recorder", "Recording", "open_recording"),
+    "moe_debugger.recording": ("JoinedRecording", "Recorder", "Recording", "join_recordings", "open_recording"),
     "moe_debugger.source": ("PublishedRoutes", "Source", "SourceAccount", "open_source"),
     "moe_debugger.wire.ids": ("new_id",),
 }

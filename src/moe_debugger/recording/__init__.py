@@ -7,11 +7,15 @@ recording = moe_debugger.open_recording("runs/today")
 recording.decisions()
 """
 
-from moe_debugger.recording.manifest import Manifest, ModelIdentity, PartEntry
+from moe_debugger.recording.joined import JoinedDecisions, JoinedRecording, join_recordings
+from moe_debugger.recording.manifest import GroupManifest, Manifest, ModelIdentity, PartEntry
 from moe_debugger.recording.reader import Recording, ReplayBatch, Verification, open_recording
 from moe_debugger.recording.recorder import Recorder, RecorderStatistics
 
 __all__ = [
+    "GroupManifest",
+    "JoinedDecisions",
+    "JoinedRecording",
     "Manifest",
     "ModelIdentity",
     "PartEntry",
@@ -20,5 +24,6 @@ __all__ = [
     "Recording",
     "ReplayBatch",
     "Verification",
+    "join_recordings",
     "open_recording",
 ]

@@ -21,7 +21,7 @@ from moe_debugger.capture_health import CaptureHealth
 from moe_debugger.errors import InvalidInputError, RecordingError
 from moe_debugger.recording import tables
 from moe_debugger.recording.integrity import check_content, check_size, open_part, unlisted_files
-from moe_debugger.recording.manifest import Manifest, PartEntry, read_manifest
+from moe_debugger.recording.manifest import GroupManifest, Manifest, PartEntry, read_any_manifest
 from moe_debugger.training.series import SeriesTable
 from moe_debugger.wire.codec import CountsColumns
 
@@ -58,10 +58,12 @@ class ReplayBatch:
 
     Attributes:
         offset_s: how long after the first rows of the recording they were captured.
+        source_id: of the process that captured them; empty where it was in no fleet.
     """
 
     offset_s: float
     decisions: Decisions
+    source_id: str = ""
 
 
 class Recording:
@@ -232,14 +234,18 @@ class Recording:
 
     def _replay(self, speed: float, sleep: Callable[[float], None]) -> Iterator[ReplayBatch]:
         started, first = time.monotonic(), None
-        for captured_at, blocks in _together(self._timed_blocks()):
+        for captured_at, blocks, source_id in self._captures():
             first = captured_at if first is None else first
             # The wall clock may have been set back.
             offset_s = max(0, captured_at - first) / 1e9
             wait_s = offset_s / speed - (time.monotonic() - started)
             if math.isfinite(speed) and wait_s > 0:
                 sleep(wait_s)
-            yield ReplayBatch(offset_s, self._decisions(blocks))
+            yield ReplayBatch(offset_s, self._decisions(blocks), source_id)
+
+    def _captures(self) -> Iterator[tuple[int, list[RowBlock], str]]:
+        """Yield the rows that were captured together, with their time and their source."""
+        return ((time, blocks, self.manifest.source_id) for time, blocks in _together(self._timed_blocks()))
 
     def verify(self) -> Verification:
         """Read every part wholly, and return what is not as it was written; raises nothing for what is damaged."""
@@ -366,25 +372,40 @@ class Recording:
                 ) from error
 
 
-def open_recording(path: str | os.PathLike[str], *, damaged: Literal["raise", "skip"] = "raise") -> Recording:
+def open_recording(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, damaged: Literal["raise", "skip"] = "raise"
+) -> Recording:
     """Open a recording; its parts are checked when they are first read.
 
     Args:
-        path: the folder that `Session.record` was given.
+        path: the folder that `Session.record` was given, or that a fleet wrote; or several of one session, such as
+            those of its ranks, to be read as one (see `join_recordings`).
         damaged: what to do with parts that are missing, truncated, changed or foreign: "raise", or "skip" them, read
             what is whole and say the others in `Recording.problems`.
+
+    Returns:
+        A `JoinedRecording` where several processes were recorded.
 
     Raises:
         RecordingError: there is no recording, its manifest is damaged, or, with "raise", a part has not its size or is
             foreign; the text names the part.
         UnsupportedFormatError: written by a newer major version.
+        InvalidInputError: several folders that cannot be joined.
         DependencyMissingError: pyarrow is not installed.
     """
+    # It is made of recordings.
+    from moe_debugger.recording.joined import join_recordings, open_group
+
     if damaged not in ("raise", "skip"):
         raise InvalidInputError(f"damaged {damaged!r}: expected 'raise' or 'skip'")
     tables.require_pyarrow()
+    if not isinstance(path, str | os.PathLike):
+        return join_recordings([open_recording(each, damaged=damaged) for each in path])
     folder = Path(path).absolute()
-    return Recording(folder, read_manifest(folder), skips_damaged=damaged == "skip")
+    manifest = read_any_manifest(folder)
+    if isinstance(manifest, GroupManifest):
+        return open_group(folder, manifest, skips_damaged=damaged == "skip")
+    return Recording(folder, manifest, skips_damaged=damaged == "skip")
 
 
 def _parquet(pq: Any, file: Any, entry: PartEntry) -> Any:
