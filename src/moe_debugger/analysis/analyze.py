@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ from moe_debugger.analysis.rules import CaptureHealth, Look, all_findings, num_d
 from moe_debugger.analysis.state import LayerShape, RoutingState
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.wire.codec import LayerColumns, RoutingColumns
+
+if TYPE_CHECKING:
+    from moe_debugger.analysis.explanation import Explanation
 
 __all__ = ["Analysis", "analyze", "finish", "fold_decisions"]
 
@@ -46,6 +49,21 @@ class Analysis:
     def worst(self) -> Severity | None:
         """The highest severity found, None without a finding."""
         return max((finding.severity for finding in self.findings), key=lambda severity: severity.rank, default=None)
+
+    def explain(self, finding: Finding, **observed: Any) -> "Explanation":
+        """Return where `finding` began, what goes with it and what to do, by what was observed.
+
+        Args:
+            observed: as of `moe_debugger.analysis.explanation.explain`: histories, settings, rows, placement...
+
+        Raises:
+            InvalidInputError: the finding is none of this analysis.
+        """
+        from moe_debugger.analysis.explanation import explain
+
+        if finding not in self.findings:
+            raise InvalidInputError(f"finding {finding.rule_id!r} is none of this analysis; take one of its findings")
+        return explain(finding, **observed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""

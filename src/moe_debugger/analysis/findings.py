@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import session_pb2 as pb
+
+if TYPE_CHECKING:
+    from moe_debugger.analysis.explanation.model import Explanation
 
 __all__ = [
     "EvidenceRow",
@@ -78,6 +81,7 @@ class Finding:
         statistic: the number that the rule judged.
         since_step: first step of the rows that show it, where rows have steps. Over a window it is the window's first
             step; whoever looks at window after window keeps the earliest.
+        explanation: why, and what to do; None where it was not looked for (`explain_analysis`).
     """
 
     kind: FindingKind
@@ -89,6 +93,7 @@ class Finding:
     args: dict[str, str] = field(default_factory=dict)
     evidence: tuple[EvidenceRow, ...] = ()
     statistic: float = float("nan")
+    explanation: "Explanation | None" = None
 
     @property
     def rule_id(self) -> str:
@@ -98,8 +103,13 @@ class Finding:
         return ".".join([self.code, *place])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the finding as plain values, `rule_id` included."""
-        return {"rule_id": self.rule_id, **asdict(self)}
+        """Return the finding as plain values, `rule_id` included, and `explanation` where it has one."""
+        values = {"rule_id": self.rule_id, **asdict(self)}
+        if self.explanation is None:
+            del values["explanation"]
+        else:
+            values["explanation"] = self.explanation.to_dict()
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +181,11 @@ def finding_to_proto(finding: Finding) -> pb.Finding:
         )
         if row.baseline is not None:
             item.baseline = row.baseline
+    if finding.explanation is not None:
+        # Explanations are built from findings: a module cannot import the other at once.
+        from moe_debugger.analysis.explanation.wire import explanation_to_proto
+
+        message.explanation.CopyFrom(explanation_to_proto(finding.explanation))
     return message
 
 
@@ -190,6 +205,8 @@ def finding_from_proto(message: pb.Finding) -> Finding:
         severity = Severity(pb.Severity.Name(message.severity).removeprefix("SEVERITY_").lower())
     except ValueError as error:
         raise InvalidInputError(f"finding {message.rule_id!r}: {error}; was it written by a newer version?") from error
+
+    from moe_debugger.analysis.explanation.wire import explanation_from_proto
 
     def optional(name: str) -> int | None:
         return int(getattr(message, name)) if message.HasField(name) else None  # type: ignore[arg-type]
@@ -214,4 +231,7 @@ def finding_from_proto(message: pb.Finding) -> Finding:
             for row in message.evidence
         ),
         statistic=message.statistic,
+        explanation=(
+            explanation_from_proto(message.explanation, message.rule_id) if message.HasField("explanation") else None
+        ),
     )

@@ -22,8 +22,9 @@ def test_render_keeps_an_argument_that_was_not_given_and_a_code_that_it_does_not
 
 
 def test_every_finding_has_a_title_a_summary_and_a_remedy() -> None:
-    codes = {key.rsplit(".", 1)[0] for key in catalogue()}
-    assert {f"{code}.{part}" for code in codes for part in ("title", "summary", "remedy")} == set(catalogue())
+    keys = {key for key in catalogue() if key.startswith("finding.")}
+    codes = {key.rsplit(".", 1)[0] for key in keys}
+    assert {f"{code}.{part}" for code in codes for part in ("title", "summary", "remedy")} == keys
 
 
 @pytest.mark.parametrize("locale", ["xx", "../en", "en/../../secret"])

@@ -1,0 +1,121 @@
+"""Where a finding began and how it spread: change points of the layers' loads, and when they crossed its rule."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger.analysis.explanation.change_points import Change, find_change
+from moe_debugger.analysis.explanation.history import LayerHistory, Limit
+from moe_debugger.analysis.explanation.model import Onset
+from moe_debugger.analysis.findings import Finding, FindingKind
+
+__all__ = ["Course", "course_of"]
+
+Floats = npt.NDArray[np.float64]
+
+_NAN = float("nan")
+_RISES = (FindingKind.HOT_EXPERT, FindingKind.CAPACITY_OVERFLOW, FindingKind.RANK_STRAGGLER)
+_SHARES = (FindingKind.HOT_EXPERT, FindingKind.COLD_EXPERT, FindingKind.DEAD_EXPERT)
+# Kinds whose rule is not one of loads over steps.
+_WITHOUT = (FindingKind.CAPTURE_UNHEALTHY, FindingKind.DUPLICATE_EXPERTS, FindingKind.LOW_CONFIDENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a finding came about, as far as loads over steps tell.
+
+    Attributes:
+        own: onset in the finding's own layer; None = no change was found there.
+        first: the earliest onset of all layers that changed or crossed; what causes must come before.
+        spread: (layer, first step at which it crossed the rule), in order.
+        change: the best change of the finding's layer, significant or not; None = none could be fitted.
+        num_buckets: buckets of the finding's layer.
+    """
+
+    own: Onset | None
+    first: Onset | None
+    spread: tuple[tuple[int, int], ...]
+    change: Change | None
+    num_buckets: int
+
+
+def course_of(finding: Finding, histories: Mapping[int, LayerHistory]) -> Course:
+    """Return how `finding` came about."""
+    if finding.kind in _WITHOUT or not histories:
+        return Course(None, None, (), None, 0)
+    own_index = finding.layer_index
+    own = histories.get(own_index) if own_index is not None else None
+    reference = own or next(iter(histories.values()))
+    limit = Limit.of(finding, reference.num_experts)
+    crossings: dict[int, int] = {}
+    if limit is not None:
+        for index, history in histories.items():
+            bucket = limit.first_crossing(history, is_own_layer=index == own_index)
+            if bucket is not None:
+                crossings[index] = int(history.steps[bucket])
+    changes = {
+        index: _change(finding, histories[index], is_own_layer=index == own_index)
+        for index in sorted({*crossings, *([own_index] if own is not None and own_index is not None else [])})
+    }
+    onsets = {}
+    for index, (change, start) in changes.items():
+        onset = _onset(finding, histories[index], change, start, crossings.get(index))
+        if onset is not None:
+            onsets[index] = onset
+    first = min(onsets.values(), key=lambda one: (one.step, one.layer_index), default=None)
+    return Course(
+        own=onsets.get(own_index) if own_index is not None else None,
+        first=first,
+        spread=tuple(sorted(crossings.items(), key=lambda item: (item[1], item[0]))),
+        change=changes[own_index][0] if own_index is not None and own_index in changes else None,
+        num_buckets=len(reference.steps) if own is not None else 0,
+    )
+
+
+def _signal(finding: Finding, history: LayerHistory, *, is_own_layer: bool) -> tuple[str, Floats, int]:
+    """Return metric, values per bucket and the direction in which the fault shows."""
+    if finding.kind in _SHARES:
+        ratios, expert = history.load_ratio, finding.expert_id
+        is_hot = finding.kind is FindingKind.HOT_EXPERT
+        if is_own_layer and expert is not None and expert < history.num_experts:
+            return "load_ratio", ratios[:, expert], 1 if is_hot else -1
+        return ("load_ratio", ratios.max(axis=1), 1) if is_hot else ("load_ratio", ratios.min(axis=1), -1)
+    if finding.kind in _RISES:
+        return "max_over_mean", history.load_ratio.max(axis=1), 1
+    # Logarithm: halving counts the same from 60 to 30 as from 6 to 3.
+    return "effective_experts", np.log(history.effective_experts), -1
+
+
+def _change(finding: Finding, history: LayerHistory, *, is_own_layer: bool) -> tuple[Change | None, int]:
+    """Return the best change of a layer's signal, and the first bucket that was looked at."""
+    metric, values, direction = _signal(finding, history, is_own_layer=is_own_layer)
+    start = history.settled_from() if metric == "effective_experts" else 0
+    return find_change(values[start:], direction=direction), start
+
+
+def _onset(
+    finding: Finding, history: LayerHistory, change: Change | None, start: int, crossed_at: int | None
+) -> Onset | None:
+    metric, _, _ = _signal(finding, history, is_own_layer=history.layer_index == finding.layer_index)
+    if change is not None and change.is_significant:
+        back = math.exp if metric == "effective_experts" else float
+        return Onset(
+            layer_index=history.layer_index,
+            step=int(history.steps[start + change.onset]),
+            first_step=int(history.steps[start + change.first_onset]),
+            last_step=history.bucket_end(start + change.last_onset),
+            metric=metric,
+            before=back(change.before),
+            after=back(change.after),
+            score=change.log_likelihood_ratio - change.penalty,
+            rule="change_point",
+        )
+    # A crossing at the very first bucket began before anything was seen: that is no onset.
+    seen_from = int(history.steps[min(start, len(history.steps) - 1)])
+    if crossed_at is None or crossed_at <= seen_from:
+        return None
+    # It began somewhere before it crossed.
+    return Onset(history.layer_index, crossed_at, seen_from, crossed_at, metric, _NAN, _NAN, 0.0, "first_crossing")

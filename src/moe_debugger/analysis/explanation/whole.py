@@ -1,0 +1,125 @@
+"""Explains all findings of an analysis at once, from a state and what else there is."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger.analysis.explanation.context import PlacementOptions
+from moe_debugger.analysis.explanation.explain import explain
+from moe_debugger.analysis.explanation.history import (
+    LayerHistory,
+    histories_from_decisions,
+    histories_from_state,
+)
+from moe_debugger.analysis.explanation.settings import ObservedSettings
+from moe_debugger.analysis.state import RoutingState
+from moe_debugger.v1 import routing_pb2 as pb
+
+if TYPE_CHECKING:
+    from moe_debugger.analysis.analyze import Analysis
+
+__all__ = ["explain_analysis", "explain_recording"]
+
+Floats = npt.NDArray[np.float64]
+
+# The most severe come first; a page full of hot experts needs no plan for each of hundreds.
+_MAX_FINDINGS = 64
+
+
+class _Recording(Protocol):
+    """What `explain_recording` reads of a recording."""
+
+    def analyze(self) -> "Analysis": ...
+    def state(self) -> RoutingState: ...
+    def decisions(self) -> Mapping[str, Any]: ...
+    def series(self) -> Mapping[str, Any]: ...
+    @property
+    def layers(self) -> Any: ...
+
+
+def explain_analysis(
+    analysis: "Analysis",
+    *,
+    state: RoutingState,
+    settings: ObservedSettings | None = None,
+    rows: Mapping[str, Any] | None = None,
+    placement: PlacementOptions | None = None,
+    max_findings: int = _MAX_FINDINGS,
+) -> "Analysis":
+    """Return `analysis` with an explanation on each of its first `max_findings` findings.
+
+    Args:
+        state: where the loads over steps come from: the state that was analysed, or one of more steps.
+        settings: series of the training.
+        rows: columns of `decisions()`, where they are kept; loads over steps come from them where `state` has none.
+        placement: ranks of the experts.
+    """
+    histories = histories_from_state(state)
+    if not histories and rows is not None:
+        histories = _histories_from_rows(rows, [(one.layer_index, one.num_experts) for one in state.shapes])
+    tokens = state.phase_tokens
+    given: dict[str, Any] = {
+        "histories": histories,
+        "settings": settings,
+        "is_training": 2 * int(tokens[pb.PHASE_TRAIN]) > int(tokens.sum()),
+        "top_k": {shape.layer_index: shape.top_k for shape in state.shapes},
+        "rows": rows,
+        "step_loads": _step_loads(state),
+        "placement": placement,
+    }
+    findings = [
+        replace(finding, explanation=explain(finding, **given)) if place < max_findings else finding
+        for place, finding in enumerate(analysis.findings)
+    ]
+    return replace(analysis, findings=tuple(findings))
+
+
+def explain_recording(recording: _Recording, *, placement: PlacementOptions | None = None) -> "Analysis":
+    """Return the analysis of a recording with an explanation on each finding.
+
+    Args:
+        recording: what `moe_debugger.open_recording` returns.
+    """
+    from moe_debugger.analysis.analyze import fold_decisions
+
+    analysis, settings = recording.analyze(), ObservedSettings.from_columns(recording.series())
+    rows = recording.decisions()
+    if not len(rows["layer_index"]):
+        return explain_analysis(analysis, state=recording.state(), settings=settings, placement=placement)
+    infos = {info.layer_index: info for info in recording.layers}
+    indices = range(max(infos, default=-1) + 1)
+    state = fold_decisions(
+        rows,
+        num_experts=[infos[i].num_experts if i in infos else 1 for i in indices],
+        top_k=[max(1, infos[i].top_k) if i in infos else 1 for i in indices],
+        num_identity_experts=[infos[i].num_identity_experts if i in infos else 0 for i in indices],
+    )
+    return explain_analysis(analysis, state=state, settings=settings, rows=rows, placement=placement)
+
+
+def _histories_from_rows(rows: Mapping[str, Any], shapes: list[tuple[int, int]]) -> dict[int, LayerHistory]:
+    for column in ("step", "forward_index"):
+        if rows.get(column) is not None and len(np.unique(np.asarray(rows[column]))) > 1:
+            return histories_from_decisions(rows, shapes, step_column=column)
+    return {}
+
+
+def _step_loads(state: RoutingState) -> dict[int, Floats]:
+    """Return the loads of the single steps that each layer kept, in order; of steps that all layers kept."""
+    samples = {}
+    for index, layer in state.layers.items():
+        sample = getattr(layer, "step_sample", None)
+        if sample is not None and len(sample.steps):
+            samples[index] = sample
+    if not samples:
+        return {}
+    common = set.intersection(*(set(sample.steps.tolist()) for sample in samples.values()))
+    found: dict[int, Floats] = {}
+    for index, sample in samples.items():
+        kept = np.array([step in common for step in sample.steps.tolist()], np.bool_)
+        order = np.argsort(sample.steps[kept], kind="stable")
+        found[index] = sample.counts[kept][order].astype(np.float64)
+    return found
