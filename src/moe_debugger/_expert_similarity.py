@@ -102,24 +102,28 @@ def _outputs(site: Any, model: "nn.Module", ids: Sequence[int], tokens: "torch.T
         tokens = tokens.to(reference.device, reference.dtype)
     modules = _separate(site, model)
     names = list(inspect.signature(experts.forward).parameters) if not modules else []
-    is_standard = {"top_k_index", "top_k_weights"} <= set(names)
-    if not modules and not is_standard:
+    # Hidden states, expert ids, weights, in this order, whatever their names.
+    if not modules and len(names) != 3:
         raise ModelNotSupportedError(
             f"the experts of {site.info.module_name} cannot be run one by one: their forward takes {names}"
         )
     outputs = []
     for expert in ids:
         # `forward` itself: a debugger that watches must not count these tokens.
-        if modules:
-            output = modules[expert].forward(tokens)
-        else:
-            index = torch.full((len(tokens), 1), expert, device=tokens.device)
-            output = experts.forward(
-                tokens, top_k_index=index, top_k_weights=torch.ones_like(index, dtype=tokens.dtype)
-            )
+        try:
+            if modules:
+                output = modules[expert].forward(tokens)
+            else:
+                index = torch.full((len(tokens), 1), expert, device=tokens.device)
+                output = experts.forward(tokens, index, torch.ones_like(index, dtype=tokens.dtype))
+        # The code of others, called in a way that it may not expect.
+        except Exception as error:
+            raise ModelNotSupportedError(
+                f"expert {expert} of {site.info.module_name} cannot be run on its own: {type(error).__name__}: {error}"
+            ) from error
         if not torch.is_tensor(output) or len(output) != len(tokens):
             raise ModelNotSupportedError(f"expert {expert} of {site.info.module_name} returned no row for each token")
-        outputs.append(output.flatten(1).double().cpu().numpy())
+        outputs.append(output.detach().flatten(1).double().cpu().numpy())
     return outputs
 
 

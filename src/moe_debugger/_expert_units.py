@@ -119,7 +119,9 @@ class ExpertUnits:
 
     def _sizes(self, matrices: list[_Part], sizes: list[int]) -> tuple[int, int]:
         shapes = [tuple(part.of(0).shape) for part in matrices]
-        for hidden in sizes:
+        common = set[int].intersection(*(set(shape) for shape in shapes))
+        # Experts may work in a narrower space than the model's, whose width no setting has to name.
+        for hidden in (*sizes, *(common if len(common) == 1 else ())):
             if all(hidden in shape for shape in shapes):
                 # The other side of each: I, or 2 I where gate and up are one matrix.
                 others = [a if b == hidden else b for a, b in shapes]
@@ -153,13 +155,13 @@ class ExpertUnits:
         ]
 
     def _by_neighbours(self, part: _Part, axes: dict[str, int], matrices: list[_Part]) -> int:
-        """A square matrix: as its module says, or a neighbour of the same module shows, or as linear layers are."""
+        """A square matrix: as its module says, or a module of its kind shows, or as linear layers are."""
         from torch import nn
 
         is_transposed = getattr(part.owner, "is_transposed", None)
         if is_transposed is None:
             for other in matrices:
-                if other.owner is part.owner and other.name in axes:
+                if type(other.owner) is type(part.owner) and other.name in axes:
                     is_transposed = (axes[other.name] == 0) == other.is_down
         if is_transposed is None and isinstance(part.owner, nn.Linear):
             is_transposed = False

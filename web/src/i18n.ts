@@ -22,6 +22,9 @@ void i18n.use(initReactI18next).init({
 export function findingText(finding: Pick<Finding, "code" | "args">, part: "title" | "summary" | "remedy"): string {
   const key = `finding.${finding.code}.${part}`;
   if (i18n.exists(key, { ns: "findings" })) return String(i18n.t(key, { ns: "findings", ...finding.args }));
+  // Detectors of others bring their own words as arguments.
+  const own = finding.args[part];
+  if (own !== undefined) return own;
   if (part === "remedy") return "";
   const args = Object.entries(finding.args).map(([name, value]) => `${name} = ${value}`);
   return part === "title" ? finding.code : args.join(", ");

@@ -50,5 +50,10 @@ def render(code: str, args: Mapping[str, object], locale: str = "en") -> str:
 
 
 def render_finding(code: str, args: Mapping[str, object], part: str = "summary", locale: str = "en") -> str:
-    """Return a finding's ``title``, ``summary`` or ``remedy``."""
+    """Return a finding's ``title``, ``summary`` or ``remedy``.
+
+    Detectors of others bring their own words: where the catalogue has none, an argument of the part's name is the text.
+    """
+    if part in args and f"finding.{code}.{part}" not in catalogue(locale):
+        return str(args[part])
     return render(f"finding.{code}.{part}", args, locale)

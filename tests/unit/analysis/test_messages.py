@@ -3,7 +3,7 @@
 import pytest
 
 from moe_debugger.errors import InvalidInputError
-from moe_debugger.messages import catalogue, render
+from moe_debugger.messages import catalogue, render, render_finding
 
 
 def test_render_fills_in_the_arguments() -> None:
@@ -19,6 +19,16 @@ def test_render_keeps_an_argument_that_was_not_given_and_a_code_that_it_does_not
     )
     assert render("finding.from_the_future.title", {"b": 2, "a": 1}) == "finding.from_the_future.title (a=1, b=2)"
     assert render("nothing", {}) == "nothing"
+
+
+def test_findings_of_plugins_bring_their_own_words() -> None:
+    args = {"title": "Layer 3 idles", "layer": "3"}
+    assert render_finding("quiet-half.half_is_idle", args, "title") == "Layer 3 idles"
+    assert render_finding("quiet-half.half_is_idle", {"layer": "3"}, "title").startswith(
+        "finding.quiet-half.half_is_idle"
+    )
+    # Words of our own findings cannot be replaced by an argument.
+    assert render_finding("dead_expert", {**args, "expert": "6"}, "title").startswith("Expert 6 in layer 3")
 
 
 def test_every_finding_has_a_title_a_summary_and_a_remedy() -> None:
