@@ -36,6 +36,7 @@ from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 from moe_debugger.wire.ids import new_id
 
 if TYPE_CHECKING:
+    from moe_debugger.query import QueryResult
     from moe_debugger.recording import Recorder
 
 __all__ = ["Profile", "Session", "SessionOptions"]
@@ -303,6 +304,29 @@ class Session:
         """Return metrics and findings of what was captured so far, by the debugger's thresholds."""
         state = self._snapshot()
         return finish(state, thresholds=self._options.thresholds, baseline=baseline, health=self._health(is_live=False))
+
+    @property
+    def options(self) -> SessionOptions:
+        """What the session keeps and where it sends it."""
+        return self._options
+
+    def query(self, text: str, *, tokenizer: Any = None) -> "QueryResult":
+        """Return what a query finds in this session; docs/query.md describes the language, which only reads.
+
+        Args:
+            text: such as "experts where layer = 23 and load > 8x order by load desc".
+            tokenizer: for the texts of tokens: of transformers, or `LoadedModel.tokenizer`.
+
+        Raises:
+            QueryError: the query has a fault; the error has the place.
+            QueryCostError: it would read more than a query may.
+            SessionClosedError: the session was closed.
+        """
+        from moe_debugger.query.engine import run_query
+        from moe_debugger.query.local import SessionSource
+
+        self._check_open()
+        return run_query(text, SessionSource(self, tokenizer))
 
     def capture_health(self) -> CaptureHealth:
         """Return how far this session's capture can be trusted; docs/metrics.md defines each check.

@@ -25,8 +25,8 @@ class Kind(StrEnum):
 class Place(StrEnum):
     """Where a column can be used.
 
-    ROWS: in `where` alone; it chooses the token rows that are counted. RESULT: everywhere; it is a value of a row of the
-    result. BOTH: a row of the result has it, and token rows can be chosen by it before they are counted.
+    ROWS: in `where` alone; it chooses the token rows that are counted. RESULT: everywhere; it is a value of a row of
+    the result. BOTH: a row of the result has it, and token rows can be chosen by it before they are counted.
     """
 
     ROWS = "rows"
@@ -39,7 +39,7 @@ class ColumnSpec:
     """One column of the allow list.
 
     Attributes:
-        unit: "x" = multiples of the fair share 1/E, "1" = a part of a whole (takes %), "s" = Unix seconds; empty = none.
+        unit: "x" = multiples of the fair share 1/E, "1" = a part of a whole (takes %), "s" = Unix seconds.
         choices: of a CHOICE, from the least to the greatest where `is_ordered`.
         is_shown: a part of the result where the query has no `show`.
         is_multiple: several values a row: a comparison holds where it holds for one of them.
@@ -172,7 +172,7 @@ _EXPERTS = Subject(
 
 _LAYERS = Subject(
     "layers",
-    "one MoE layer; with a column of tokens in `where`, over the matching tokens alone. docs/metrics.md defines each metric",
+    "one MoE layer; with a column of tokens in `where`, over the matching tokens alone (metrics.md defines each)",
     (
         _LAYER,
         _column("module", _T, "name of the layer's module"),

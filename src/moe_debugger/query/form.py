@@ -217,8 +217,8 @@ def _condition(condition: Condition, *, is_inner: bool = False) -> str:
             return f"not {_condition(part, is_inner=True)}"
         case And(parts) | Or(parts):
             word = " and " if isinstance(condition, And) else " or "
-            text = word.join(_condition(part, is_inner=True) for part in parts)
-            return f"({text})" if is_inner else text
+            joined = word.join(_condition(part, is_inner=True) for part in parts)
+            return f"({joined})" if is_inner else joined
 
 
 def _item(item: Item) -> str:

@@ -88,7 +88,7 @@ KEYWORDS = (
 _EXPECTED = {
     "WHERE": "`where`", "BY": "`by`", "SHOW": "`show`", "ORDER": "`order by`", "LIMIT": "`limit`", "ASC": "`asc`",
     "DESC": "`desc`", "OR": "`or`", "AND": "`and`", "NOT": "`not`", "IN": "`in`", "BETWEEN": "`between`",
-    "CONTAINS": "`contains`", "IS": "`is missing`", "MISSING": "`missing`", "OPERATOR": "a comparison such as `=` or `>`",
+    "CONTAINS": "`contains`", "IS": "`is missing`", "MISSING": "`missing`", "OPERATOR": "`=` or the like",
     "NUMBER": "a number", "STRING": "a text in quotes", "NAME": "a name", "LPAR": "`(`", "RPAR": "`)`", "COMMA": "`,`",
     "$END": "the end",
 }  # fmt: skip
@@ -299,9 +299,9 @@ def _number(token: Token) -> form.Literal:
     sign, whole, fraction, exponent, unit = found.groups()
     if len(whole) + len(fraction or "") > _MAX_DIGITS + 1:
         raise _Fault(f"a number of more than {_MAX_DIGITS} digits", _span(token))
-    value: int | float = (
-        int(sign + whole) if fraction is None and exponent is None else float(f"{sign}{whole}{fraction or ''}{exponent or ''}")
-    )  # fmt: skip
+    is_whole = fraction is None and exponent is None
+    text = f"{sign}{whole}{fraction or ''}{exponent or ''}"
+    value: int | float = int(text) if is_whole else float(text)
     if value in (float("inf"), float("-inf")):
         raise _Fault("the number is larger than any that can be compared", _span(token))
     return form.Literal(value, unit.lower(), span=_span(token))
@@ -309,16 +309,17 @@ def _number(token: Token) -> form.Literal:
 
 def _explained(error: UnexpectedInput, text: str) -> QueryError:
     expected: set[str] = set()
-    found, start, end = "", len(text.rstrip()), len(text.rstrip())
+    found = ""
+    start = end = len(text.rstrip())
     if isinstance(error, UnexpectedToken):
         expected = set(error.accepts or error.expected)
         if error.token.type != "$END":
-            found, (start, end) = str(error.token), (_span(error.token).start, _span(error.token).end)
+            span = _span(error.token)
+            found, start, end = str(error.token), span.start, span.end
     elif isinstance(error, UnexpectedCharacters):
-        expected, start = set(error.allowed), error.pos_in_stream
+        expected, start = set(error.allowed), error.pos_in_stream or 0
         # The whole word, so that `8foo` is shown as one.
-        word = re.match(r"[\w.%]+|.", text[start:], re.DOTALL)
-        found = word[0] if word else ""
+        found = "".join(re.findall(r"^(?:[\w.%]+|.)", text[start:], re.DOTALL))
         end = start + len(found)
         if found in "\"'":
             return QueryError(f"the text that begins with {found} has no end on its line", text, start, end)
