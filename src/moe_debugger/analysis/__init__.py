@@ -2,10 +2,19 @@
 
 from moe_debugger.analysis.alignment import AlignedLayer, Alignment, Unmatched, align
 from moe_debugger.analysis.analyze import Analysis, analyze, finish, fold_decisions
+from moe_debugger.analysis.assignment import Assignment, best_assignment
 from moe_debugger.analysis.coactivation import Coactivation, expert_coactivation
 from moe_debugger.analysis.drift import Drift, LayerDrift, jensen_shannon_bits, routing_drift
 from moe_debugger.analysis.drops import CapacityDrops, PositionDrops, capacity_drops, expert_capacity
+from moe_debugger.analysis.duplicates import (
+    NearDuplicates,
+    SimilarPair,
+    TogetherPair,
+    always_together,
+    near_duplicate_experts,
+)
 from moe_debugger.analysis.expert_pairs import ExpertPair
+from moe_debugger.analysis.expert_similarity import ExpertSimilarity, aligned_similarity, linear_cka, output_similarity
 from moe_debugger.analysis.findings import (
     EvidenceRow,
     Finding,
@@ -20,9 +29,11 @@ from moe_debugger.analysis.locality import Locality, NgramLocality, SegmentLocal
 from moe_debugger.analysis.metrics import LayerMetrics, layer_metrics
 from moe_debugger.analysis.mismatch import LayerMismatch, MarginBucket, Mismatch, routing_mismatch
 from moe_debugger.analysis.permutation import LayerPermutation, PermutationResult, permutation_test
+from moe_debugger.analysis.plugins import Detector, DetectorOutcome, DetectorView, LayerView, run_detectors
 from moe_debugger.analysis.row_set import RowSet
 from moe_debugger.analysis.rules import CaptureHealth
 from moe_debugger.analysis.saturation import LayerSaturation, router_saturation
+from moe_debugger.analysis.small_samples import BalancedBand, Band, balanced_band
 from moe_debugger.analysis.specialisation import (
     DomainSpecialisation,
     VocabularySpecialisation,
@@ -30,19 +41,27 @@ from moe_debugger.analysis.specialisation import (
     vocabulary_specialisation,
 )
 from moe_debugger.analysis.state import LayerShape, LayerState, RoutingState, merge_all
+from moe_debugger.analysis.step_metrics import StepBalance, step_balance
 from moe_debugger.analysis.transitions import Transitions, layer_transitions
 
 __all__ = [
     "AlignedLayer",
     "Alignment",
     "Analysis",
+    "Assignment",
+    "BalancedBand",
+    "Band",
     "CapacityDrops",
     "CaptureHealth",
     "Coactivation",
+    "Detector",
+    "DetectorOutcome",
+    "DetectorView",
     "DomainSpecialisation",
     "Drift",
     "EvidenceRow",
     "ExpertPair",
+    "ExpertSimilarity",
     "Finding",
     "FindingKind",
     "LayerDrift",
@@ -52,9 +71,11 @@ __all__ = [
     "LayerSaturation",
     "LayerShape",
     "LayerState",
+    "LayerView",
     "Locality",
     "MarginBucket",
     "Mismatch",
+    "NearDuplicates",
     "NgramLocality",
     "PermutationResult",
     "PositionDrops",
@@ -62,12 +83,19 @@ __all__ = [
     "RowSet",
     "SegmentLocality",
     "Severity",
+    "SimilarPair",
+    "StepBalance",
     "Thresholds",
+    "TogetherPair",
     "Transitions",
     "Unmatched",
     "VocabularySpecialisation",
     "align",
+    "aligned_similarity",
+    "always_together",
     "analyze",
+    "balanced_band",
+    "best_assignment",
     "capacity_drops",
     "domain_specialisation",
     "expert_capacity",
@@ -80,11 +108,16 @@ __all__ = [
     "jensen_shannon_bits",
     "layer_metrics",
     "layer_transitions",
+    "linear_cka",
     "merge_all",
+    "near_duplicate_experts",
+    "output_similarity",
     "permutation_test",
     "router_saturation",
     "routing_drift",
     "routing_locality",
     "routing_mismatch",
+    "run_detectors",
+    "step_balance",
     "vocabulary_specialisation",
 ]
