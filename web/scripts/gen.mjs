@@ -8,7 +8,7 @@ import { fileURLToPath } from "node:url";
 
 const web = resolve(dirname(fileURLToPath(import.meta.url)), "..");
 const root = resolve(web, "..");
-const PROTOS = ["gateway", "session", "collector", "routing"].map((name) => `moe_debugger/v1/${name}.proto`);
+const PROTOS = ["gateway", "query", "session", "collector", "routing"].map((name) => `moe_debugger/v1/${name}.proto`);
 
 function findPython() {
   const candidates = [

@@ -37,6 +37,7 @@ RPC_PERMISSIONS: dict[str, Permission] = {
     _DEBUGGER + "CloseSession": Permission.SESSIONS_CLOSE,
     _DEBUGGER + "AcknowledgeFinding": Permission.FINDINGS_MARK,
     _DEBUGGER + "SilenceFinding": Permission.FINDINGS_MARK,
+    _DEBUGGER + "Query": Permission.SESSIONS_READ,
     _DEBUGGER + "Watch": Permission.SESSIONS_READ,
     _DEBUGGER + "Generate": Permission.WORKER_GENERATE,
     _DEBUGGER + "OpenSource": Permission.SOURCES_PUBLISH,

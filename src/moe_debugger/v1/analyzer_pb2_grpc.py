@@ -79,6 +79,11 @@ class AnalyzerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.FromString,
                 _registered_method=True)
+        self.Query = channel.unary_unary(
+                '/moe_debugger.v1.AnalyzerService/Query',
+                request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceQueryRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceQueryResponse.FromString,
+                _registered_method=True)
         self.StartRecording = channel.unary_unary(
                 '/moe_debugger.v1.AnalyzerService/StartRecording',
                 request_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceStartRecordingRequest.SerializeToString,
@@ -158,6 +163,12 @@ class AnalyzerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Query(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StartRecording(self, request, context):
         """The replica that is asked to start a recording writes it.
         """
@@ -230,6 +241,11 @@ def add_AnalyzerServiceServicer_to_server(servicer, server):
                     servicer.SilenceFinding,
                     request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.SerializeToString,
+            ),
+            'Query': grpc.unary_unary_rpc_method_handler(
+                    servicer.Query,
+                    request_deserializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceQueryRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceQueryResponse.SerializeToString,
             ),
             'StartRecording': grpc.unary_unary_rpc_method_handler(
                     servicer.StartRecording,
@@ -495,6 +511,33 @@ class AnalyzerService(object):
             '/moe_debugger.v1.AnalyzerService/SilenceFinding',
             moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingRequest.SerializeToString,
             moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceSilenceFindingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Query(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.AnalyzerService/Query',
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceQueryRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_analyzer__pb2.AnalyzerServiceQueryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,7 @@ class AnalyzerServiceStub:
     CloseSession: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceCloseSessionRequest, _analyzer_pb2.AnalyzerServiceCloseSessionResponse]
     AcknowledgeFinding: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceAcknowledgeFindingRequest, _analyzer_pb2.AnalyzerServiceAcknowledgeFindingResponse]
     SilenceFinding: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceSilenceFindingRequest, _analyzer_pb2.AnalyzerServiceSilenceFindingResponse]
+    Query: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceQueryRequest, _analyzer_pb2.AnalyzerServiceQueryResponse]
     StartRecording: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceStartRecordingRequest, _analyzer_pb2.AnalyzerServiceStartRecordingResponse]
     """The replica that is asked to start a recording writes it."""
     StopRecording: _grpc.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceStopRecordingRequest, _analyzer_pb2.AnalyzerServiceStopRecordingResponse]
@@ -58,6 +59,7 @@ class AnalyzerServiceAsyncStub(AnalyzerServiceStub):
     CloseSession: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceCloseSessionRequest, _analyzer_pb2.AnalyzerServiceCloseSessionResponse]  # type: ignore[assignment]
     AcknowledgeFinding: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceAcknowledgeFindingRequest, _analyzer_pb2.AnalyzerServiceAcknowledgeFindingResponse]  # type: ignore[assignment]
     SilenceFinding: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceSilenceFindingRequest, _analyzer_pb2.AnalyzerServiceSilenceFindingResponse]  # type: ignore[assignment]
+    Query: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceQueryRequest, _analyzer_pb2.AnalyzerServiceQueryResponse]  # type: ignore[assignment]
     StartRecording: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceStartRecordingRequest, _analyzer_pb2.AnalyzerServiceStartRecordingResponse]  # type: ignore[assignment]
     """The replica that is asked to start a recording writes it."""
     StopRecording: _aio.UnaryUnaryMultiCallable[_analyzer_pb2.AnalyzerServiceStopRecordingRequest, _analyzer_pb2.AnalyzerServiceStopRecordingResponse]  # type: ignore[assignment]
@@ -127,6 +129,13 @@ class AnalyzerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _analyzer_pb2.AnalyzerServiceSilenceFindingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceSilenceFindingResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceSilenceFindingResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Query(
+        self,
+        request: _analyzer_pb2.AnalyzerServiceQueryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_analyzer_pb2.AnalyzerServiceQueryResponse, _abc.Awaitable[_analyzer_pb2.AnalyzerServiceQueryResponse]]: ...
 
     @_abc_1.abstractmethod
     def StartRecording(

@@ -84,6 +84,11 @@ class DebuggerServiceStub(object):
                 request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingRequest.SerializeToString,
                 response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingResponse.FromString,
                 _registered_method=True)
+        self.Query = channel.unary_unary(
+                '/moe_debugger.v1.DebuggerService/Query',
+                request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.QueryRequest.SerializeToString,
+                response_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.QueryResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/moe_debugger.v1.DebuggerService/Watch',
                 request_serializer=moe__debugger_dot_v1_dot_gateway__pb2.WatchRequest.SerializeToString,
@@ -192,6 +197,13 @@ class DebuggerServiceServicer(object):
 
     def SilenceFinding(self, request, context):
         """Leaves a finding out of what asks for attention, for a time; it stays in the list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Query(self, request, context):
+        """Reads a session by the language of docs/query.md, within a cost cap.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -308,6 +320,11 @@ def add_DebuggerServiceServicer_to_server(servicer, server):
                     servicer.SilenceFinding,
                     request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingRequest.FromString,
                     response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingResponse.SerializeToString,
+            ),
+            'Query': grpc.unary_unary_rpc_method_handler(
+                    servicer.Query,
+                    request_deserializer=moe__debugger_dot_v1_dot_gateway__pb2.QueryRequest.FromString,
+                    response_serializer=moe__debugger_dot_v1_dot_gateway__pb2.QueryResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -625,6 +642,33 @@ class DebuggerService(object):
             '/moe_debugger.v1.DebuggerService/SilenceFinding',
             moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingRequest.SerializeToString,
             moe__debugger_dot_v1_dot_gateway__pb2.SilenceFindingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Query(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_debugger.v1.DebuggerService/Query',
+            moe__debugger_dot_v1_dot_gateway__pb2.QueryRequest.SerializeToString,
+            moe__debugger_dot_v1_dot_gateway__pb2.QueryResponse.FromString,
             options,
             channel_credentials,
             insecure,

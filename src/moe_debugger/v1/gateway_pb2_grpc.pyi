@@ -44,6 +44,8 @@ class DebuggerServiceStub:
     """Says that a finding was seen: for this episode, until it closes and opens again."""
     SilenceFinding: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.SilenceFindingRequest, _gateway_pb2.SilenceFindingResponse]
     """Leaves a finding out of what asks for attention, for a time; it stays in the list."""
+    Query: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.QueryRequest, _gateway_pb2.QueryResponse]
+    """Reads a session by the language of docs/query.md, within a cost cap."""
     Watch: _grpc.UnaryStreamMultiCallable[_gateway_pb2.WatchRequest, _gateway_pb2.WatchResponse]
     """One multiplexed stream per client: a snapshot first, then frames with rising sequences."""
     Generate: _grpc.UnaryStreamMultiCallable[_gateway_pb2.DebuggerServiceGenerateRequest, _gateway_pb2.DebuggerServiceGenerateResponse]
@@ -75,6 +77,8 @@ class DebuggerServiceAsyncStub(DebuggerServiceStub):
     """Says that a finding was seen: for this episode, until it closes and opens again."""
     SilenceFinding: _aio.UnaryUnaryMultiCallable[_gateway_pb2.SilenceFindingRequest, _gateway_pb2.SilenceFindingResponse]  # type: ignore[assignment]
     """Leaves a finding out of what asks for attention, for a time; it stays in the list."""
+    Query: _aio.UnaryUnaryMultiCallable[_gateway_pb2.QueryRequest, _gateway_pb2.QueryResponse]  # type: ignore[assignment]
+    """Reads a session by the language of docs/query.md, within a cost cap."""
     Watch: _aio.UnaryStreamMultiCallable[_gateway_pb2.WatchRequest, _gateway_pb2.WatchResponse]  # type: ignore[assignment]
     """One multiplexed stream per client: a snapshot first, then frames with rising sequences."""
     Generate: _aio.UnaryStreamMultiCallable[_gateway_pb2.DebuggerServiceGenerateRequest, _gateway_pb2.DebuggerServiceGenerateResponse]  # type: ignore[assignment]
@@ -163,6 +167,14 @@ class DebuggerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.SilenceFindingResponse, _abc.Awaitable[_gateway_pb2.SilenceFindingResponse]]:
         """Leaves a finding out of what asks for attention, for a time; it stays in the list."""
+
+    @_abc_1.abstractmethod
+    def Query(
+        self,
+        request: _gateway_pb2.QueryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.QueryResponse, _abc.Awaitable[_gateway_pb2.QueryResponse]]:
+        """Reads a session by the language of docs/query.md, within a cost cap."""
 
     @_abc_1.abstractmethod
     def Watch(
