@@ -4,6 +4,7 @@ from moe_debugger.analysis.alignment import AlignedLayer, Alignment, Unmatched, 
 from moe_debugger.analysis.analyze import Analysis, analyze, finish, fold_decisions
 from moe_debugger.analysis.assignment import Assignment, best_assignment
 from moe_debugger.analysis.coactivation import Coactivation, expert_coactivation
+from moe_debugger.analysis.collapse_chart import ChartSettings
 from moe_debugger.analysis.drift import Drift, LayerDrift, jensen_shannon_bits, routing_drift
 from moe_debugger.analysis.drops import CapacityDrops, PositionDrops, capacity_drops, expert_capacity
 from moe_debugger.analysis.duplicates import (
@@ -12,6 +13,15 @@ from moe_debugger.analysis.duplicates import (
     TogetherPair,
     always_together,
     near_duplicate_experts,
+)
+from moe_debugger.analysis.early_warning import (
+    LAYER_RUN_LENGTH,
+    LayerSeries,
+    LayerWarning,
+    WarningReport,
+    WarningStatus,
+    collapse_warnings,
+    warning_findings,
 )
 from moe_debugger.analysis.expert_pairs import ExpertPair
 from moe_debugger.analysis.expert_similarity import ExpertSimilarity, aligned_similarity, linear_cka, output_similarity
@@ -45,6 +55,7 @@ from moe_debugger.analysis.step_metrics import StepBalance, step_balance
 from moe_debugger.analysis.transitions import Transitions, layer_transitions
 
 __all__ = [
+    "LAYER_RUN_LENGTH",
     "AlignedLayer",
     "Alignment",
     "Analysis",
@@ -53,6 +64,7 @@ __all__ = [
     "Band",
     "CapacityDrops",
     "CaptureHealth",
+    "ChartSettings",
     "Coactivation",
     "Detector",
     "DetectorOutcome",
@@ -69,9 +81,11 @@ __all__ = [
     "LayerMismatch",
     "LayerPermutation",
     "LayerSaturation",
+    "LayerSeries",
     "LayerShape",
     "LayerState",
     "LayerView",
+    "LayerWarning",
     "Locality",
     "MarginBucket",
     "Mismatch",
@@ -90,6 +104,8 @@ __all__ = [
     "Transitions",
     "Unmatched",
     "VocabularySpecialisation",
+    "WarningReport",
+    "WarningStatus",
     "align",
     "aligned_similarity",
     "always_together",
@@ -97,6 +113,7 @@ __all__ = [
     "balanced_band",
     "best_assignment",
     "capacity_drops",
+    "collapse_warnings",
     "domain_specialisation",
     "expert_capacity",
     "expert_coactivation",
@@ -120,4 +137,5 @@ __all__ = [
     "run_detectors",
     "step_balance",
     "vocabulary_specialisation",
+    "warning_findings",
 ]

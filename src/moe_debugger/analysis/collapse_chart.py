@@ -1,0 +1,316 @@
+"""A one-sided CUSUM for falls of effective experts, whose noise is learnt from the series itself.
+
+Glossary:
+    x_t       natural logarithm of a layer's effective experts in step t, so a fall of 10 % is -0.105 at any level.
+    baseline  level m, autocorrelation phi and innovation scale s, learnt from a window of B points (100 steps).
+    z_t       ((x_t - m) - phi (x_{t-1} - m)) / s, the surprise of step t once what carries over is taken away.
+    S_t       max(0, S_{t-1} - z_t - k): the chart (Page 1954), which grows while steps fall more than k below what
+              was expected. The last step at which it was 0 is the estimate of the change (Page's own).
+
+What 100 steps can tell is little, and the chart is built around that:
+
+* phi is corrected for its small-sample bias (Kendall 1954: -(1 + 3 phi)/n; -(2 + 4 phi)/n where a trend is removed) and
+  then raised by three standard errors. Too small a phi would leave autocorrelation in z and multiply false alarms; too
+  large a one costs little, because a collapse is a slide, not a step, and a slide stays visible in differences.
+* The noise is learnt without the window's linear trend: the first window still holds some of the initial learning.
+* The baseline follows a healthy training: every quarter of a window it is learnt anew from the last B points but for
+  the newest `lag`. The level rises where the window lies above it beyond doubt, and sinks by at most 1 % in 100 steps.
+* An alarm needs S > h and a fall that matters: the median of three points at least 10 % below the level.
+
+Every decision at point i depends on points 0..i alone. So a longer prefix of the same series never moves an alarm, and
+looking again and again costs no error rate.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger.errors import InvalidInputError
+
+__all__ = ["Alarm", "ChartResult", "ChartSettings", "Noise", "learn_noise", "run_chart"]
+
+_Floats = npt.NDArray[np.float64]
+_MAX_PHI = 0.98
+# Scale of the innovations below which a series counts as constant: 0.1 % of the effective experts.
+_MIN_SCALE = 1e-3
+_MIN_WINDOW_POINTS = 25
+
+
+@dataclass(frozen=True, slots=True)
+class ChartSettings:
+    """What the chart is tuned to. The defaults are those whose run length is stated; see docs/early-warning.md.
+
+    Attributes:
+        warm_up_steps: steps at the start that are not looked at.
+        baseline_steps: steps of a window from which the baseline is learnt (25 points at least).
+        reference: k, in innovation scales.
+        threshold: h.
+        min_fall: part of the baseline's effective experts that must be lost; 0 = the statistic alone decides.
+        phi_errors: standard errors by which phi is raised.
+        max_sinking: part by which the level may sink in `baseline_steps`.
+        min_rise, rise_errors: the level rises where a window's mean is above it by both.
+        lag: newest points that a new baseline leaves out: a fall must not teach its own noise.
+
+    Raises:
+        InvalidInputError: a value is out of its range.
+    """
+
+    warm_up_steps: int = 50
+    baseline_steps: int = 100
+    reference: float = 1.0
+    threshold: float = 10.0
+    min_fall: float = 0.1
+    phi_errors: float = 3.0
+    max_sinking: float = 0.01
+    min_rise: float = 0.02
+    rise_errors: float = 4.0
+    lag: int = 10
+
+    def __post_init__(self) -> None:
+        if self.warm_up_steps < 0 or self.baseline_steps < 1 or self.lag < 0:
+            raise InvalidInputError(
+                f"warm_up_steps {self.warm_up_steps}, baseline_steps {self.baseline_steps}, lag {self.lag}: expected "
+                "0 or more, 1 or more, 0 or more"
+            )
+        if not (self.threshold > 0 and self.reference >= 0 and 0 <= self.min_fall < 1):
+            raise InvalidInputError(
+                f"threshold {self.threshold}, reference {self.reference}, min_fall {self.min_fall}: expected more than "
+                "0, 0 or more, and 0 to 1"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What a window says about each of C series: `level`, `phi` (raised) and `scale`, [C] float64 each."""
+
+    level: _Floats
+    phi: _Floats
+    scale: _Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One alarm of one series; all positions are indices of points.
+
+    Attributes:
+        series: which of the C series.
+        index: the point at which it was raised.
+        since: the first point after the chart was last at 0.
+        statistic: S at the alarm.
+        level: the baseline's level, in units of x; `phi` and `scale` as in `Noise`.
+        value: median of the three newest points at the alarm.
+        recovered: the point at which the series was back, None while it is not.
+    """
+
+    series: int
+    index: int
+    since: int
+    statistic: float
+    level: float
+    phi: float
+    scale: float
+    value: float
+    recovered: int | None = None
+
+
+@dataclass(slots=True)
+class ChartResult:
+    """Where the chart stands after the last point.
+
+    Attributes:
+        is_learning: whether a baseline is being learnt, so that nothing is judged.
+        statistic: [C] float64, S now.
+        noise: the newest baseline, None before the first.
+        alarms: all of them, oldest first.
+    """
+
+    is_learning: bool
+    statistic: _Floats
+    noise: Noise | None
+    alarms: list[Alarm] = field(default_factory=list)
+
+    def open_alarm(self, series: int) -> Alarm | None:
+        """Return the alarm that `series` has not recovered from."""
+        latest = next((alarm for alarm in reversed(self.alarms) if alarm.series == series), None)
+        return None if latest is None or latest.recovered is not None else latest
+
+
+def learn_noise(window: _Floats, is_pair: npt.NDArray[np.bool_], *, phi_errors: float) -> Noise:
+    """Return level, autocorrelation and innovation scale of each series in a window.
+
+    Args:
+        window: [B, C].
+        is_pair: [B - 1], whether point i + 1 follows point i without a gap; the others say nothing about phi.
+        phi_errors: standard errors by which phi is raised.
+    """
+    num = len(window)
+    level: _Floats = window.mean(axis=0)
+    time = np.arange(num, dtype=np.float64) - (num - 1) / 2
+    slope = time @ window / float(time @ time)
+    rest = window - level - time[:, None] * slope
+    num_pairs = max(int(is_pair.sum()), 1)
+    now, before = rest[1:][is_pair], rest[:-1][is_pair]
+    # Without gaps this is the lag-1 autocorrelation with the usual divisor: sum x_i x_{i-1} / sum x_i^2.
+    power = np.maximum(np.square(rest).sum(axis=0) * (num_pairs + 1) / num, np.finfo(np.float64).tiny)
+    phi = (now * before).sum(axis=0) / power
+    phi = np.clip(phi + (2 + 4 * phi) / num_pairs, 0.0, _MAX_PHI)
+    phi = np.minimum(phi + phi_errors * np.sqrt((1 - phi**2) / num_pairs), _MAX_PHI)
+    # Level, slope and phi were fitted: three degrees of freedom.
+    scale = np.sqrt(np.square(now - phi * before).sum(axis=0) / max(num_pairs - 3, 1))
+    return Noise(level, phi, np.maximum(scale, _MIN_SCALE))
+
+
+def run_chart(values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings) -> ChartResult:
+    """Run the chart over C series that share their steps.
+
+    Args:
+        values: [n, C] float64, x.
+        steps: [n] float64, ascending; the first step of each point. Missing points are gaps.
+        tokens: [n] float64, what each point was counted over. Points with less than half of the baseline's are not
+            judged: small samples make entropy look low. After a whole window of them the baseline is learnt anew.
+        settings: see `ChartSettings`.
+    """
+    chart = _Chart(values, steps, tokens, settings)
+    chart.run()
+    return chart.result
+
+
+class _Chart:
+    """The chart's walk over the points."""
+
+    def __init__(self, values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings) -> None:
+        self._values, self._steps, self._tokens, self._settings = values, steps, tokens, settings
+        count = values.shape[1]
+        self._statistic = np.zeros(count)
+        self._since = np.zeros(count, np.int64)
+        self._is_open = np.zeros(count, np.bool_)
+        self._previous = np.zeros(count)
+        self.result = ChartResult(True, self._statistic, None)
+
+    def run(self) -> None:
+        """Walk over all points."""
+        if len(self._steps):
+            # The walk goes on with later points where the size of a step changed for good.
+            start: int | None = int(np.searchsorted(self._steps, self._steps[0] + self._settings.warm_up_steps))
+            while start is not None:
+                start = self._learn_and_watch(start)
+        self.result.statistic = self._statistic
+
+    def _window_points(self, start: int) -> tuple[int, float]:
+        """Return B and the usual distance of points, from the points behind `start` that a first window may hold."""
+        gaps = np.diff(self._steps[start : start + _MIN_WINDOW_POINTS])
+        spacing = max(float(np.median(gaps)), 1.0) if len(gaps) else 1.0
+        return max(_MIN_WINDOW_POINTS, math.ceil(self._settings.baseline_steps / spacing)), spacing
+
+    def _learn_and_watch(self, start: int) -> int | None:
+        self.result.is_learning = True
+        points, self._spacing = self._window_points(start)
+        if start + points > len(self._steps):
+            return None
+        self._distance = np.maximum(1, np.rint(np.diff(self._steps, prepend=self._steps[0]) / self._spacing))
+        usual = float(np.median(self._tokens[start : start + points]))
+        kept = [i for i in range(start, start + points) if self._tokens[i] * 2 >= usual]
+        follower = start + points
+        while len(kept) < points and follower < len(self._steps):
+            if self._tokens[follower] * 2 >= usual:
+                kept.append(follower)
+            follower += 1
+        if len(kept) < points:
+            return None
+        noise = self._learn(np.array(kept))
+        self.result.noise = noise
+        self.result.is_learning = False
+        self._previous = self._values[kept[-1]] - noise.level
+        self._statistic[:] = 0.0
+        self._since[:] = follower
+        return self._watch(follower, kept, usual)
+
+    def _learn(self, indices: npt.NDArray[np.int64]) -> Noise:
+        is_pair = np.rint(np.diff(self._steps[indices]) / self._spacing) <= 1
+        return learn_noise(self._values[indices], is_pair, phi_errors=self._settings.phi_errors)
+
+    def _watch(self, first: int, kept: list[int], usual: float) -> int | None:
+        """Judge the points from `first` on; return where to learn anew, None at the end."""
+        points, num_watched, last, small = len(kept), 0, kept[-1], 0
+        update = max(points // 4, 1)
+        for i in range(first, len(self._steps)):
+            if self._tokens[i] * 2 < usual:
+                small += 1
+                if small == points:
+                    return i - points + 1
+                continue
+            small = 0
+            self._judge(i, kept[-2:], int(self._distance[last + 1 : i + 1].sum()), usual)
+            kept.append(i)
+            last = i
+            self._recover(i, kept[-update:])
+            num_watched += 1
+            if num_watched % update == 0:
+                window = np.array(kept[len(kept) - points - self._settings.lag : len(kept) - self._settings.lag])
+                if len(window) == points:
+                    self._follow(window, update)
+                    usual = float(np.median(self._tokens[window]))
+        return None
+
+    def _judge(self, i: int, before: list[int], distance: int, usual: float) -> None:
+        noise, settings = self.result.noise, self._settings
+        assert noise is not None
+        deviation = self._values[i] - noise.level
+        # Over a gap less carries over, and the innovations of the missing points add up.
+        carried = noise.phi**distance
+        growth = np.sqrt((1 - carried**2) / (1 - noise.phi**2)) if distance > 1 else 1.0
+        sample = math.sqrt(max(1.0, usual / self._tokens[i]))
+        surprise = (deviation - carried * self._previous) / (noise.scale * growth * sample)
+        # No single point may raise the alarm by itself.
+        self._statistic += np.minimum(-surprise, settings.threshold / 2) - settings.reference
+        is_zero = self._statistic <= 0
+        self._statistic[is_zero] = 0.0
+        self._since[is_zero] = i + 1
+        self._previous = deviation
+        newest = np.median(self._values[[*before, i]], axis=0)
+        has_fallen = newest - noise.level <= math.log1p(-settings.min_fall)
+        for series in np.flatnonzero((self._statistic > settings.threshold) & has_fallen & ~self._is_open).tolist():
+            self._is_open[series] = True
+            self.result.alarms.append(
+                Alarm(
+                    series=series,
+                    index=i,
+                    since=int(self._since[series]),
+                    statistic=float(self._statistic[series]),
+                    level=float(noise.level[series]),
+                    phi=float(noise.phi[series]),
+                    scale=float(noise.scale[series]),
+                    value=float(newest[series]),
+                )
+            )
+
+    def _recover(self, i: int, recent: list[int]) -> None:
+        """Close alarms whose series lost less than half of `min_fall` over a quarter of a window."""
+        if not self._is_open.any():
+            return
+        noise = self.result.noise
+        assert noise is not None
+        is_back = self._values[recent].mean(axis=0) - noise.level > math.log1p(-self._settings.min_fall / 2)
+        for position, alarm in enumerate(self.result.alarms):
+            if alarm.recovered is None and is_back[alarm.series] and i - alarm.index >= len(recent):
+                self.result.alarms[position] = replace(alarm, recovered=i)
+                self._is_open[alarm.series] = False
+                self._statistic[alarm.series] = 0.0
+                self._since[alarm.series] = i + 1
+
+    def _follow(self, window: npt.NDArray[np.int64], num_points: int) -> None:
+        """Learn the baseline anew, but not for series that look as if they were falling."""
+        old, settings = self.result.noise, self._settings
+        assert old is not None
+        new = self._learn(window)
+        is_calm = ~self._is_open & (self._statistic <= settings.threshold / 2)
+        # Standard error of the difference of two window means of an AR(1) series.
+        error = np.sqrt(2 / len(window)) * new.scale / (1 - new.phi)
+        rises = new.level - old.level > np.maximum(math.log1p(settings.min_rise), settings.rise_errors * error)
+        lowest = old.level - settings.max_sinking * num_points * self._spacing / settings.baseline_steps
+        level = np.where(rises, new.level, np.clip(new.level, lowest, old.level))
+        level = np.where(is_calm, level, old.level)
+        self._previous = self._previous + old.level - level
+        self.result.noise = Noise(level, np.where(is_calm, new.phi, old.phi), np.where(is_calm, new.scale, old.scale))

@@ -1,0 +1,114 @@
+"""Measure how often the collapse warning fires on noise: the run lengths of docs/early-warning.md.
+
+    .venv/bin/python tests/bench/bench_early_warning.py --layer-steps 2e8
+
+Each series is AR(1) noise around a constant level, seen as points of 1, 2 or 4 steps, or as a live session sees it: one
+step a point up to step 512, then two, then four, with every view judged. Baselines come from the first 100 steps behind
+the warm-up. The effect floor is off, so the statistic alone decides, whatever the scale of the noise.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_debugger.analysis.collapse_chart import ChartSettings, run_chart
+
+_Floats = npt.NDArray[np.float64]
+# The noise of one step's ln effective experts in the trained runs of docs/early-warning.md is 0.02 to 0.05.
+_NOISE = 0.03
+_SERIES = 4000
+
+
+def ar1(rng: np.random.Generator, phi: float, num_steps: int, num_series: int) -> _Floats:
+    """Return [num_steps, num_series] of AR(1) noise with standard deviation 0.03, in its long-run state."""
+    out = np.empty((num_steps, num_series))
+    out[0] = rng.standard_normal(num_series) * _NOISE
+    innovation = _NOISE * math.sqrt(1 - phi * phi)
+    for step in range(1, num_steps):
+        out[step] = phi * out[step - 1] + innovation * rng.standard_normal(num_series)
+    return out
+
+
+def in_points(values: _Floats, width: int) -> _Floats:
+    """Return means of `width` steps."""
+    num = len(values) // width
+    points: _Floats = values[: num * width].reshape(num, width, -1).mean(axis=1)
+    return points
+
+
+def false_alarms(values: _Floats, width: int, settings: ChartSettings) -> set[int]:
+    """Return the series that are warned of."""
+    points = in_points(values, width)
+    steps = np.arange(len(points), dtype=np.float64) * width
+    result = run_chart(points, steps, np.ones(len(points)), settings)
+    return {alarm.series for alarm in result.alarms}
+
+
+def live_false_alarms(values: _Floats, settings: ChartSettings) -> set[int]:
+    """Return the series that a live session would have been warned of, in buckets that widen as steps come."""
+    found: set[int] = set()
+    width = 1
+    while True:
+        found |= false_alarms(values[: 512 * width], width, settings)
+        if 512 * width >= len(values):
+            return found
+        width *= 2
+
+
+def rate_bound(num_alarms: int, num_steps: float) -> float:
+    """Return the 95 % lower bound on the run length: the exact Poisson bound on the number of alarms, inverted."""
+    low, high = float(num_alarms), num_alarms + 20 + 5 * math.sqrt(num_alarms + 1)
+    for _ in range(60):
+        mean = (low + high) / 2
+        log_terms = [i * math.log(mean) - mean - math.lgamma(i + 1) for i in range(num_alarms + 1)] if mean else [0.0]
+        low, high = (mean, high) if sum(map(math.exp, log_terms)) > 0.05 else (low, mean)
+    return num_steps / high
+
+
+def measure(layer_steps: float, *, num_steps: int, threshold: float, seed: int) -> Iterator[dict[str, object]]:
+    """Yield one row for each noise and each view."""
+    settings = ChartSettings(threshold=threshold, min_fall=0.0)
+    watched = num_steps - settings.warm_up_steps - settings.baseline_steps
+    for phi in (0.0, 0.5, 0.9):
+        alarms: dict[str, int] = dict.fromkeys(("1", "2", "4", "live"), 0)
+        rng, done = np.random.default_rng([seed, int(phi * 10)]), 0
+        while done * watched < layer_steps:
+            values = ar1(rng, phi, num_steps, _SERIES)
+            for width in (1, 2, 4):
+                alarms[str(width)] += len(false_alarms(values, width, settings))
+            alarms["live"] += len(live_false_alarms(values, settings))
+            done += _SERIES
+        for view, count in alarms.items():
+            steps = done * watched
+            yield {
+                "phi": phi,
+                "steps a point": view,
+                "layer-steps": steps,
+                "alarms": count,
+                "run length at least": rate_bound(count, steps),
+            }
+
+
+def main() -> int:
+    """Run the measurement and print one JSON object a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer-steps", type=float, default=1e8, help="steps to watch, summed over series")
+    parser.add_argument("--num-steps", type=int, default=2150, help="steps of one series")
+    parser.add_argument("--threshold", type=float, default=ChartSettings().threshold)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    for row in measure(
+        arguments.layer_steps, num_steps=arguments.num_steps, threshold=arguments.threshold, seed=arguments.seed
+    ):
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
