@@ -328,6 +328,34 @@ class Session:
         self._check_open()
         return run_query(text, SessionSource(self, tokenizer))
 
+    def diagnose(self, *, baseline: RoutingState | None = None, max_rows: int = 200_000) -> Analysis:
+        """Return what `analyze` finds, each finding with its explanation: since when, why, and what to do.
+
+        Causes name only what was observed: the training series, the kept rows, the ranks of the experts. What is
+        missing is named in each explanation; docs/explanations.md has the rules.
+
+        Args:
+            max_rows: newest rows that are looked at for dominating tokens and requests.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
+        from moe_debugger.analysis.explanation import ObservedSettings, PlacementOptions, explain_analysis
+
+        state, owners = self._snapshot(), self._options.expert_owners
+        analysis = finish(
+            state, thresholds=self._options.thresholds, baseline=baseline, health=self._health(is_live=False)
+        )
+        rows = self.decisions(max_rows=max_rows)
+        ranks = max((max(of_layer) + 1 for of_layer in owners.values() if of_layer), default=0)
+        return explain_analysis(
+            analysis,
+            state=state,
+            settings=ObservedSettings.from_columns(self.series()),
+            rows=rows if len(rows) else None,
+            placement=PlacementOptions(num_ranks=ranks, owners=owners) if ranks > 1 else None,
+        )
+
     def capture_health(self) -> CaptureHealth:
         """Return how far this session's capture can be trusted; docs/metrics.md defines each check.
 

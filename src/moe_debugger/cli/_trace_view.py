@@ -11,6 +11,7 @@ from moe_debugger import _tables
 from moe_debugger._decisions import Decisions
 from moe_debugger._stats import ExpertMetrics, LayerRoutingStats, RoutingStats
 from moe_debugger.analysis import Analysis, Severity
+from moe_debugger.analysis.explanation import explanation_text
 from moe_debugger.messages import render_finding
 
 __all__ = ["expert_colour", "layer_loads", "print_findings", "printable", "token_lines"]
@@ -140,6 +141,10 @@ def print_findings(console: Console, analysis: Analysis, num_tokens: int) -> Non
         line = Text(f"  {finding.severity.value!s:<9}", style)
         line.append(render_finding(finding.code, finding.args))
         console.print(line)
+        # Most of one prompt's findings say that it is too little to tell: there is nothing to explain yet.
+        if finding.explanation is not None and finding.severity is not Severity.INFO:
+            for text in explanation_text(finding.explanation):
+                console.print(Text(f"            {text}", "dim"), soft_wrap=True)
 
 
 def _number(value: float) -> str:

@@ -22,6 +22,7 @@ from moe_debugger.errors import DependencyMissingError, InvalidInputError
 from moe_debugger.v1 import gateway_pb2, gateway_pb2_grpc
 
 if TYPE_CHECKING:
+    from moe_debugger.analysis.explanation import ObservedSettings
     from moe_debugger.analysis.state import RoutingState
     from moe_debugger.demo.scenarios import ScenarioStep
 
@@ -94,7 +95,7 @@ def demo(
     else:
         # Sums hold no requests whose variance could prove anything; the analyzer, which has the rows, goes further.
         origin = f"from the sums of the last {_RECENT_STEPS} steps; with a fleet they come from all decisions"
-        _print_findings(console, account.findings(), origin)
+        _print_findings(console, account.explained_findings(), origin)
 
 
 @contextlib.contextmanager
@@ -152,20 +153,49 @@ class _Account:
         self._steps.append(step)
 
     def findings(self) -> list[tuple[str, str]]:
-        """Return severity and sentence of each finding about the end of the run.
+        """Return severity and sentence of each finding about the end of the run."""
+        return [(severity, sentence) for severity, sentence, _ in self.explained_findings()]
 
-        A run with a fault is compared with its own healthy part before the fault.
+    def explained_findings(self) -> list[tuple[str, str, list[str]]]:
+        """Return severity, sentence and explanation of each finding about the end of the run.
+
+        A run with a fault is compared with its own healthy part before the fault; when it began is looked for in the
+        whole run.
         """
         from moe_debugger.analysis import finish
+        from moe_debugger.analysis.explanation import explain_analysis, explanation_text
 
         if not self._steps:
             return []
         fault_step = self._steps[-1].plan.fault_step
         healthy = [] if fault_step is None else self._steps[fault_step // 3 : fault_step]
         analysis = finish(self._state(self._steps[-_RECENT_STEPS:]), baseline=self._state(healthy) if healthy else None)
+        explained = explain_analysis(
+            analysis, state=self._state(self._steps), settings=self._settings(), is_training=True
+        )
         return [
-            (str(finding.severity), finding_sentence(finding.code, dict(finding.args))) for finding in analysis.findings
+            (
+                str(finding.severity),
+                finding_sentence(finding.code, dict(finding.args)),
+                [] if finding.explanation is None else explanation_text(finding.explanation),
+            )
+            for finding in explained.findings
         ]
+
+    def _settings(self) -> ObservedSettings:
+        import numpy as np
+
+        from moe_debugger.analysis.explanation import ObservedSettings, Setting
+
+        steps = np.array([step.step for step in self._steps], np.int64)
+        series = {
+            "balance_coef": [step.balance_coef for step in self._steps],
+            "balance_loss": [step.result.balance_loss for step in self._steps],
+            "loss": [step.loss for step in self._steps],
+        }
+        return ObservedSettings(
+            Setting(name, -1, steps, np.array(values, np.float64).reshape(-1, 1)) for name, values in series.items()
+        )
 
     @staticmethod
     def _state(steps: Sequence[ScenarioStep]) -> RoutingState:
@@ -186,7 +216,7 @@ class _Account:
         return state
 
 
-def _fleet_findings(endpoints: Endpoints, name: str) -> list[tuple[str, str]] | None:
+def _fleet_findings(endpoints: Endpoints, name: str) -> list[tuple[str, str, list[str]]] | None:
     """Return what the fleet found in the session, or None where it cannot be asked."""
     options = (("grpc.enable_http_proxy", 0),)
     try:
@@ -201,10 +231,28 @@ def _fleet_findings(endpoints: Endpoints, name: str) -> list[tuple[str, str]] | 
             snapshot = stub.GetSession(request, timeout=_CALL_TIMEOUT_S).snapshot
     except grpc.RpcError:
         return None
-    return findings_of(snapshot.findings)
+    from moe_debugger.analysis.explanation import explanation_from_proto, explanation_text
+
+    ordered = sorted(snapshot.findings, key=lambda finding: -finding.severity)
+    return [
+        (
+            severity,
+            sentence,
+            explanation_text(explanation_from_proto(finding.explanation, finding.rule_id))
+            if finding.HasField("explanation")
+            else [],
+        )
+        for (severity, sentence), finding in zip(findings_of(ordered), ordered, strict=True)
+    ]
 
 
-def _print_findings(console: Console, findings: Sequence[tuple[str, str]], origin: str) -> None:
+def _print_findings(console: Console, findings: Sequence[tuple[str, str, list[str]]], origin: str) -> None:
     console.print(f"\n{len(findings)} finding(s), {origin}:" if findings else f"\nno finding ({origin})")
-    for severity, sentence in findings:
+    shown: set[str] = set()
+    for severity, sentence, explanation in findings:
         console.print(f"  [{_COLOURS[severity]}]{severity:<8}[/] {escape(sentence)}", soft_wrap=True)
+        for line in explanation:
+            # Layers that fell together share onset, causes and changes: each is said once.
+            if line not in shown:
+                console.print(f"           {escape(line)}", style="dim", soft_wrap=True)
+            shown.add(line)

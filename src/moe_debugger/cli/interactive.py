@@ -80,7 +80,7 @@ class _Loop:
         elif command == "/performance":
             self._console.print(Text(str(session.get_performance_metrics())), soft_wrap=True)
         elif command == "/findings":
-            print_findings(self._console, session.analyze(), session.get_routing_stats().num_tokens)
+            print_findings(self._console, session.diagnose(), session.get_routing_stats().num_tokens)
         elif command == "/reset":
             session.close()
             self._debugger.start_session()

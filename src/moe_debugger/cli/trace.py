@@ -153,7 +153,7 @@ def show_result(
         console.print(view.token_lines(decisions, result.pieces, num_prompt, layer, console.width))
     elif stats.num_tokens:
         console.print(Text('\nNo rows are kept at level "counts": set capture.level to "routes" to see tokens', "dim"))
-    view.print_findings(console, session.analyze(), stats.num_tokens)
+    view.print_findings(console, session.diagnose(), stats.num_tokens)
 
 
 def _as_json(loaded: "LoadedModel", debugger: "MoEDebugger", result: PromptResult, layer: int | None) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _as_json(loaded: "LoadedModel", debugger: "MoEDebugger", result: PromptResul
             if layer is None or row.layer_index == layer
         ],
         "tokens": tokens,
-        "findings": [finding.to_dict() for finding in session.analyze().findings],
+        "findings": [finding.to_dict() for finding in session.diagnose().findings],
         "performance": session.get_performance_metrics().to_dict(),
     }
     return _without_nan(answer)  # type: ignore[no-any-return]

@@ -90,12 +90,17 @@ def _dominance(context: Context, column: str, code: str, rule: str) -> Iterator[
         return
     chosen = _valid_rows(rows, index)
     ids, labels = np.asarray(rows["expert_ids"])[chosen], np.asarray(rows[column])[chosen]
+    if labels.dtype.kind == "O":
+        labels = labels.astype(np.str_)
     expert = context.finding.expert_id
     behind = labels if expert is None else labels[(ids == expert).any(axis=1)]
     if len(ids) < _MIN_ROWS or not len(behind):
         return
     names, counts = np.unique(behind, return_counts=True)
     top = int(counts.argmax())
+    if str(names[top]) in ("", "None") or counts.sum() == counts[top] == len(ids):
+        # Rows without a request, or all there is: nothing that could be left out.
+        return
     with_all = _value(limit, index, ids, num_experts)
     without = _value(limit, index, ids[labels != names[top]], num_experts)
     if with_all is None or without is None:

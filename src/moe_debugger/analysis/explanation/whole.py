@@ -36,7 +36,6 @@ class _Recording(Protocol):
     def state(self) -> RoutingState: ...
     def decisions(self) -> Mapping[str, Any]: ...
     def series(self) -> Mapping[str, Any]: ...
-    @property
     def layers(self) -> Any: ...
 
 
@@ -47,6 +46,7 @@ def explain_analysis(
     settings: ObservedSettings | None = None,
     rows: Mapping[str, Any] | None = None,
     placement: PlacementOptions | None = None,
+    is_training: bool | None = None,
     max_findings: int = _MAX_FINDINGS,
 ) -> "Analysis":
     """Return `analysis` with an explanation on each of its first `max_findings` findings.
@@ -56,6 +56,7 @@ def explain_analysis(
         settings: series of the training.
         rows: columns of `decisions()`, where they are kept; loads over steps come from them where `state` has none.
         placement: ranks of the experts.
+        is_training: None = where more than half of the tokens were training tokens.
     """
     histories = histories_from_state(state)
     if not histories and rows is not None:
@@ -64,7 +65,7 @@ def explain_analysis(
     given: dict[str, Any] = {
         "histories": histories,
         "settings": settings,
-        "is_training": 2 * int(tokens[pb.PHASE_TRAIN]) > int(tokens.sum()),
+        "is_training": 2 * int(tokens[pb.PHASE_TRAIN]) > int(tokens.sum()) if is_training is None else is_training,
         "top_k": {shape.layer_index: shape.top_k for shape in state.shapes},
         "rows": rows,
         "step_loads": _step_loads(state),
@@ -89,7 +90,7 @@ def explain_recording(recording: _Recording, *, placement: PlacementOptions | No
     rows = recording.decisions()
     if not len(rows["layer_index"]):
         return explain_analysis(analysis, state=recording.state(), settings=settings, placement=placement)
-    infos = {info.layer_index: info for info in recording.layers}
+    infos = {info.layer_index: info for info in recording.layers()}
     indices = range(max(infos, default=-1) + 1)
     state = fold_decisions(
         rows,
