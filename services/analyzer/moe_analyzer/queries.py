@@ -8,6 +8,7 @@ from moe_analyzer._wire import account_message, layer_snapshot, roll_up, routes_
 from moe_analyzer.aggregate import RESOLUTIONS_S, PartHead, SourceState, rollup_field
 from moe_analyzer.blob import unpack
 from moe_analyzer.errors import NotFoundError
+from moe_analyzer.explaining import Explainer
 from moe_analyzer.finding_lives import FindingLives
 from moe_analyzer.lifecycle import CLOSE_GRACE_NS
 from moe_analyzer.lost import num_lost
@@ -67,6 +68,7 @@ class Queries:
         self._stale_after_ns = int(stale_after_s * _NS)
         self._thresholds = thresholds
         self._lives = FindingLives(store, catalogue, thresholds)
+        self._explainer = Explainer(self._settings_series)
 
     async def list_sessions(self, tenant: str) -> list[pb.Session]:
         """Return the tenant's sessions, newest first."""
@@ -195,6 +197,9 @@ class Queries:
                 points += [point for name in fields if name in chunks for point in read_chunk(chunks[name])]
         limit = min(max_points or _DEFAULT_SERIES_POINTS, _MAX_SERIES_POINTS)
         return series_messages(points, ranks, names, limit), num_not_kept
+
+    async def _settings_series(self, tenant: str, session_id: str) -> list[pb.Series]:
+        return (await self.series(tenant, session_id, (), _MAX_SERIES_POINTS))[0]
 
     async def list_requests(self, tenant: str, session_id: str, max_results: int) -> list[pb.RequestSummary]:
         """Return the newest requests, the last one seen first.
@@ -325,6 +330,10 @@ class Queries:
         # A source whose hooks never fire sends no data, and that is what there is to say about it.
         newest_ns = merged.newest_data_ns or (0 if health.is_healthy else merged.newest_ns)
         analysis = finish(merged.recent, thresholds=self._thresholds, health=health) if newest_ns else None
+        if analysis is not None:
+            analysis = await self._explainer.explained(
+                tenant, session_id, analysis, totals=merged.totals, sources=merged.sources, newest_ns=newest_ns
+            )
         return await self._lives.look(tenant, session_id, analysis, newest_ns)
 
 
