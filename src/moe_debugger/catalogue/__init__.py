@@ -1,8 +1,9 @@
-"""The durable catalogue: sessions, sources, findings. SQLite embedded, PostgreSQL in production. Extra: [sql]."""
+"""The durable catalogue: sessions, sources, findings, recordings (SQLite, or PostgreSQL). Extra: [sql]."""
 
 from moe_debugger.catalogue.findings import FindingMarks, FindingStore
 from moe_debugger.catalogue.migrate import upgrade
-from moe_debugger.catalogue.models import Base, SessionRow, SourceRow
+from moe_debugger.catalogue.models import Base, RecordingRow, SessionRow, SourceRow
+from moe_debugger.catalogue.recordings import RecordingStore
 from moe_debugger.catalogue.repository import Catalogue, OpenedSession
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "FindingMarks",
     "FindingStore",
     "OpenedSession",
+    "RecordingRow",
+    "RecordingStore",
     "SessionRow",
     "SourceRow",
     "upgrade",

@@ -3,9 +3,10 @@
 from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, MetaData, String, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Base", "FindingMarkRow", "FindingRow", "SessionRow", "SourceRow"]
+__all__ = ["Base", "FindingMarkRow", "FindingRow", "RecordingRow", "SessionRow", "SourceRow"]
 
 _IS_OPEN = text("closed_at_unix_ns = 0")
+_IS_RUNNING = text("ended_at_unix_ns = 0")
 
 
 class Base(DeclarativeBase):
@@ -84,3 +85,48 @@ class FindingMarkRow(Base):
     acknowledged_opened_at_unix_ns: Mapped[int] = mapped_column(BigInteger, default=0)
     silenced_until_unix_ns: Mapped[int] = mapped_column(BigInteger, default=0)
     silenced_by: Mapped[str] = mapped_column(String(128), default="")
+
+
+class RecordingRow(Base):
+    """A recording that an analyzer writes, or wrote. It runs while `ended_at_unix_ns` is 0; one of a session at a time.
+
+    Attributes:
+        state: "recording", "stopping", "finished", "failed" or "interrupted".
+        owner: the replica that writes it.
+        heartbeat_at_unix_ns: when the owner last said so.
+        stop_at_sequence: of the event stream: what was stored up to it belongs to the recording; 0 = goes on.
+        not_written: rows that came and are in no file, by reason, as JSON.
+    """
+
+    __tablename__ = "recordings"
+    __table_args__ = (
+        Index(
+            "uq_recordings_running_session",
+            "session_id",
+            unique=True,
+            sqlite_where=_IS_RUNNING,
+            postgresql_where=_IS_RUNNING,
+        ),
+        Index("ix_recordings_tenant_started", "tenant", "started_at_unix_ns"),
+    )
+
+    recording_id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(32))
+    session_id: Mapped[str] = mapped_column(String(26))
+    session_name: Mapped[str] = mapped_column(String(128))
+    name: Mapped[str] = mapped_column(String(128), default="")
+    state: Mapped[str] = mapped_column(String(16), default="recording")
+    owner: Mapped[str] = mapped_column(String(256))
+    path: Mapped[str] = mapped_column(Text)
+    started_at_unix_ns: Mapped[int] = mapped_column(BigInteger)
+    ended_at_unix_ns: Mapped[int] = mapped_column(BigInteger, default=0)
+    heartbeat_at_unix_ns: Mapped[int] = mapped_column(BigInteger)
+    stop_at_sequence: Mapped[int] = mapped_column(BigInteger, default=0)
+    max_bytes: Mapped[int] = mapped_column(BigInteger)
+    num_rows: Mapped[int] = mapped_column(BigInteger, default=0)
+    size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    num_sources: Mapped[int] = mapped_column(BigInteger, default=0)
+    num_missing_messages: Mapped[int] = mapped_column(BigInteger, default=0)
+    num_decisions_dropped: Mapped[int] = mapped_column(BigInteger, default=0)
+    not_written: Mapped[str] = mapped_column(Text, default="{}")
+    detail: Mapped[str] = mapped_column(Text, default="")

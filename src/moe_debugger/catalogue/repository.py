@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 
 from moe_debugger.catalogue.findings import FindingStore
 from moe_debugger.catalogue.models import SessionRow, SourceRow
+from moe_debugger.catalogue.recordings import RecordingStore
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.wire.ids import check_id, check_tenant, new_id
 
@@ -47,6 +48,7 @@ class Catalogue:
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self.findings = FindingStore(self._sessions, is_sqlite=self._is_sqlite)
+        self.recordings = RecordingStore(self._sessions)
 
     async def close(self) -> None:
         """Close all connections."""
