@@ -35,7 +35,8 @@ def expert_similarity(
 
     Weights are compared with hidden units matched: the order of an expert's hidden units means nothing, and without
     matching equal experts can look unrelated. Outputs are compared where tokens are given, which also sees what the
-    weights cannot show. One layer of 64 experts of 1,024 units takes minutes on a CPU; name `experts` to compare fewer.
+    weights cannot show. A layer of 64 experts of 1,024 units takes about a quarter of an hour on two cores; name
+    `experts` to compare fewer.
 
     Args:
         model: the model, or a debugger that watches it.
