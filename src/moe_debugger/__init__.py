@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_debugger._stats import ExpertMetrics, LayerRoutingStats, PerformanceMetrics, RoutingStats
     from moe_debugger.adapter_check import AdapterCheck, LayerCheck, check_adapter
     from moe_debugger.analysis import Analysis, Finding, Thresholds, analyze
+    from moe_debugger.analysis.explanation import Explanation, explain, explain_recording
     from moe_debugger.capture import (
         Adapter,
         Call,
@@ -64,6 +65,7 @@ __all__ = [
     "Decisions",
     "DependencyMissingError",
     "ExpertMetrics",
+    "Explanation",
     "Finding",
     "FleetError",
     "HealthCheck",
@@ -100,6 +102,8 @@ __all__ = [
     "check_adapter",
     "detach",
     "expert_similarity",
+    "explain",
+    "explain_recording",
     "join_recordings",
     "load_model",
     "new_id",
@@ -120,6 +124,7 @@ _MODULES = {
     "moe_debugger._stats": ("ExpertMetrics", "LayerRoutingStats", "PerformanceMetrics", "RoutingStats"),
     "moe_debugger.adapter_check": ("AdapterCheck", "LayerCheck", "check_adapter"),
     "moe_debugger.analysis": ("Analysis", "Finding", "Thresholds", "analyze"),
+    "moe_debugger.analysis.explanation": ("Explanation", "explain", "explain_recording"),
     "moe_debugger.capture": (
         "Adapter",
         "Call",
