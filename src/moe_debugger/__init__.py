@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from moe_debugger.models import LoadedModel, load_model
     from moe_debugger.parallel import ParallelCoordinates
     from moe_debugger.recording import JoinedRecording, Recorder, Recording, join_recordings, open_recording
+    from moe_debugger.reporting import Diff, Report, diff, report
     from moe_debugger.source import PublishedRoutes, Source, SourceAccount, open_source
     from moe_debugger.wire.ids import new_id
 
@@ -64,6 +65,7 @@ __all__ = [
     "ConfigError",
     "Decisions",
     "DependencyMissingError",
+    "Diff",
     "ExpertMetrics",
     "Explanation",
     "Finding",
@@ -88,6 +90,7 @@ __all__ = [
     "Recorder",
     "Recording",
     "RecordingError",
+    "Report",
     "Routing",
     "RoutingStats",
     "RowStatistics",
@@ -110,6 +113,7 @@ __all__ = [
     "open_recording",
     "open_source",
     "register_adapter",
+    "report",
     "unregister_adapter",
 ]
 
@@ -152,6 +156,7 @@ _MODULES = {
     "moe_debugger.models": ("LoadedModel", "load_model"),
     "moe_debugger.parallel": ("ParallelCoordinates",),
     "moe_debugger.recording": ("JoinedRecording", "Recorder", "Recording", "join_recordings", "open_recording"),
+    "moe_debugger.reporting": ("Diff", "Report", "diff", "report"),
     "moe_debugger.source": ("PublishedRoutes", "Source", "SourceAccount", "open_source"),
     "moe_debugger.wire.ids": ("new_id",),
 }

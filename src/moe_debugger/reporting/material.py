@@ -1,0 +1,235 @@
+"""What a report is made from: a recording, a session or an analysis, read once and in bounded memory."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, RoutingState, Thresholds, finish, fold_decisions
+from moe_debugger.errors import InvalidInputError
+from moe_debugger.reporting.step_series import LayerSteps, StepCounter
+
+if TYPE_CHECKING:
+    from moe_debugger._session import Session
+    from moe_debugger.capture import LayerInfo
+    from moe_debugger.recording import Manifest, Recording, Verification
+
+__all__ = ["DEFAULT_MAX_ROWS", "Material", "RowSizes", "gather", "layer_range", "row_sizes"]
+
+# Pictures of pairs and tokens read so many rows at most: about 1 GB of columns at k = 8.
+DEFAULT_MAX_ROWS = 4_000_000
+_BATCH_ROWS = 1 << 20
+
+
+class RowSizes(TypedDict):
+    """E, k and Z per layer index."""
+
+    num_experts: list[int]
+    top_k: list[int]
+    num_identity_experts: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """Everything that the parts of a report look at; None = not known or not captured.
+
+    Attributes:
+        source: "recording", "session" or "analysis".
+        layers: what is known of each MoE layer, by layer index; empty of an analysis alone.
+        steps: by layer index, loads over steps; empty where there are none.
+        rows: columns of the first `len(rows)` of `num_rows` rows; None where there are none.
+        baseline: the same model while it was healthy.
+        verification: what reading every byte gave.
+        num_sources: recorded processes.
+    """
+
+    source: Literal["recording", "session", "analysis"]
+    name: str
+    analysis: Analysis
+    thresholds: Thresholds
+    state: RoutingState | None = None
+    layers: Mapping[int, "LayerInfo"] = field(default_factory=dict)
+    steps: Mapping[int, LayerSteps] = field(default_factory=dict)
+    rows: Mapping[str, Any] | None = None
+    num_rows: int = 0
+    level: str = ""
+    health: CaptureHealth | None = None
+    manifest: "Manifest | None" = None
+    verification: "Verification | None" = None
+    problems: tuple[str, ...] = ()
+    baseline: Analysis | None = None
+    baseline_name: str = ""
+    num_sources: int = 1
+
+    @property
+    def num_rows_read(self) -> int:
+        """Rows in `rows`."""
+        return 0 if self.rows is None else len(self.rows["layer_index"])
+
+    def sizes(self) -> RowSizes:
+        """Return E, k and Z per layer index, as the functions over rows take them."""
+        return row_sizes(self.layers)
+
+
+def row_sizes(layers: Mapping[int, "LayerInfo"]) -> RowSizes:
+    """Return E, k and Z per layer index; 1, 1 and 0 for indices without a layer."""
+    indices = range(max(layers, default=-1) + 1)
+    return {
+        "num_experts": [layers[i].num_experts if i in layers else 1 for i in indices],
+        "top_k": [max(1, layers[i].top_k) if i in layers else 1 for i in indices],
+        "num_identity_experts": [layers[i].num_identity_experts if i in layers else 0 for i in indices],
+    }
+
+
+def gather(
+    source: "Recording | Session | Analysis",
+    *,
+    baseline: "Recording | RoutingState | None" = None,
+    thresholds: Thresholds | None = None,
+    max_rows: int = DEFAULT_MAX_ROWS,
+) -> Material:
+    """Return what there is of `source`.
+
+    Args:
+        source: a recording, an open session or an analysis.
+        baseline: healthy rows of the same model and workload; not with an analysis, which has its own.
+        thresholds: of the rules; None = the defaults, and those of the session.
+        max_rows: pictures that need rows look at the first ones, so many at most; metrics and findings at all.
+
+    Raises:
+        InvalidInputError: something else was given, or the baseline is another model's.
+        RecordingError: a part of a recording is damaged, and it was not opened with ``damaged="skip"``.
+        SessionClosedError: the session was closed.
+    """
+    from moe_debugger._session import Session
+    from moe_debugger.recording import Recording
+
+    if max_rows < 0:
+        raise InvalidInputError(f"max_rows {max_rows}: expected 0 or more")
+    if isinstance(source, Analysis):
+        if baseline is not None:
+            raise InvalidInputError("an analysis has its own baseline: give it to analyze(..., baseline=...)")
+        return Material("analysis", "", source, thresholds or Thresholds())
+    if not isinstance(source, Recording | Session):
+        raise InvalidInputError(f"got {type(source).__name__}; expected a recording, a session or an analysis")
+    before, before_name = _baseline(baseline)
+    limits = thresholds or Thresholds()
+    if isinstance(source, Recording):
+        return _of_recording(source, before, before_name, limits, max_rows)
+    return _of_session(source, before, before_name, limits, max_rows)
+
+
+def _baseline(baseline: "Recording | RoutingState | None") -> tuple[RoutingState | None, str]:
+    if baseline is None or isinstance(baseline, RoutingState):
+        return baseline, "" if baseline is None else "a state"
+    layers = {info.layer_index: info for info in baseline.layers()}
+    state = _folded(baseline, layers, None)
+    return state, str(baseline.path.name)
+
+
+def _of_recording(
+    recording: "Recording", before: RoutingState | None, before_name: str, limits: Thresholds, max_rows: int
+) -> Material:
+    manifest = recording.manifest
+    layers = {info.layer_index: info for info in recording.layers()}
+    first, last = manifest.first_step or 0, manifest.last_step or 0
+    counter = StepCounter(layers, first, last)
+    state = _folded(recording, layers, counter)
+    has_rows = manifest.level != "counts" and state.num_tokens > 0
+    health = recording.capture_health()
+    return Material(
+        source="recording",
+        name=manifest.session_name,
+        analysis=finish(state, thresholds=limits, baseline=before, health=health),
+        thresholds=limits,
+        state=state,
+        layers=layers,
+        steps=counter.layers(),
+        rows=recording.decisions(max_rows=max_rows) if has_rows and max_rows else None,
+        num_rows=manifest.num_rows,
+        level=manifest.level,
+        health=health,
+        manifest=manifest,
+        verification=recording.verify(),
+        problems=(*manifest.problems, *recording.problems),
+        baseline=None if before is None else finish(before, thresholds=limits),
+        baseline_name=before_name,
+        num_sources=len(_members(recording)),
+    )
+
+
+def _members(recording: "Recording") -> Sequence["Recording"]:
+    from moe_debugger.recording import JoinedRecording
+
+    return recording.members if isinstance(recording, JoinedRecording) else (recording,)
+
+
+def _folded(recording: "Recording", layers: Mapping[int, "LayerInfo"], counter: StepCounter | None) -> RoutingState:
+    """Return the state of all rows and sums, read part by part."""
+    if any(member.manifest.level == "counts" for member in _members(recording)):
+        if counter is not None:
+            for columns in recording.iter_counts():
+                counter.add_counts(columns)
+            for batch in recording.iter_decisions(_BATCH_ROWS):
+                counter.add_rows(batch)
+        return recording.state()
+    shapes = [
+        LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)
+        for info in layers.values()
+    ]
+    state, sizes = RoutingState.empty(shapes), row_sizes(layers)
+    for batch in recording.iter_decisions(_BATCH_ROWS):
+        state = state.merge(fold_decisions(batch, **sizes))
+        if counter is not None:
+            counter.add_rows(batch)
+    return state
+
+
+def _of_session(
+    session: "Session", before: RoutingState | None, before_name: str, limits: Thresholds, max_rows: int
+) -> Material:
+    layers = {info.layer_index: info for info in session.layers()}
+    rows: Mapping[str, Any] | None = session.decisions(max_rows=max_rows) if max_rows else None
+    state, steps, num_rows = None, {}, 0
+    if rows is not None and len(rows["layer_index"]):
+        state = fold_decisions(rows, **row_sizes(layers))
+        num_rows = len(rows["layer_index"])
+        counter = StepCounter(layers, int(rows["step"].min()), int(rows["step"].max()))
+        counter.add_rows(rows)
+        steps = counter.layers()
+    else:
+        rows = None
+    level = "counts" if rows is None else "full" if rows.get("logits") is not None else "routes"
+    if level == "routes" and rows is not None and rows.get("token_id") is not None:
+        level = "routes+tokens"
+    return Material(
+        source="session",
+        name=session.name,
+        analysis=session.analyze(baseline=before),
+        thresholds=limits,
+        state=state,
+        layers=layers,
+        steps=steps,
+        rows=rows,
+        num_rows=num_rows,
+        level=level,
+        health=session.capture_health(),
+        baseline=None if before is None else finish(before, thresholds=limits),
+        baseline_name=before_name,
+    )
+
+
+def layer_range(indices: list[int]) -> str:
+    """Return layer indices as people write them: [0, 1, 2, 5] is "0–2, 5"."""
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in _runs(sorted(indices)))
+
+
+def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
+    start = previous = None
+    for index in [*indices, math.inf]:
+        if previous is not None and index != previous + 1:
+            yield int(start if start is not None else previous), int(previous)
+            start = None
+        if start is None:
+            start = index
+        previous = index
