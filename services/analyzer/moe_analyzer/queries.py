@@ -14,11 +14,15 @@ from moe_analyzer.lifecycle import CLOSE_GRACE_NS
 from moe_analyzer.lost import num_lost
 from moe_analyzer.requests import RequestEntry, RowChunk, counts_field, decode_counts, rows_field
 from moe_analyzer.series import INDEX_FIELD, StoredPoint, chunk_fields, read_chunk, series_messages
+from moe_analyzer.session_query import QueryDesk, SessionReader
 from moe_analyzer.store import Store
-from moe_debugger.analysis import CaptureHealth, RoutingState, Thresholds, finish, merge_all
+from moe_debugger.analysis import CaptureHealth, LayerShape, RoutingState, Thresholds, finish, merge_all
 from moe_debugger.capture_health import HealthCheck, merge_checks
 from moe_debugger.catalogue import Catalogue, SessionRow
 from moe_debugger.errors import InvalidInputError
+from moe_debugger.query.messages import result_to_proto
+from moe_debugger.query.rows import LayerFacts
+from moe_debugger.v1 import query_pb2
 from moe_debugger.v1 import routing_pb2 as routing
 from moe_debugger.v1 import session_pb2 as pb
 from moe_debugger.wire.ids import check_id, check_tenant
@@ -67,6 +71,7 @@ class Queries:
         self._recent_window_s = recent_window_s
         self._stale_after_ns = int(stale_after_s * _NS)
         self._thresholds = thresholds
+        self._desk = QueryDesk(store, num_partitions)
         self._lives = FindingLives(store, catalogue, thresholds)
         self._explainer = Explainer(self._settings_series)
 
@@ -246,6 +251,38 @@ class Queries:
             )
         return routes_message(entries, chunks)
 
+    async def query(self, tenant: str, session_id: str, text: str) -> query_pb2.QueryResult:
+        """Return what a query of docs/query.md finds in a session.
+
+        Raises:
+            QueryError: the query has a fault, or would cost more than the fleet allows.
+            NotFoundError: the tenant has no such session.
+        """
+        row = await self._row(tenant, session_id)
+        merged = await self._merged(tenant, session_id)
+        manifests = [source.manifest for source in merged.sources if source.manifest is not None]
+        described = {layer.layer_index: layer for one in reversed(manifests) for layer in one.layers}
+
+        async def findings() -> list[pb.Finding]:
+            return await self._findings(tenant, session_id, merged)
+
+        async def series(names: list[str]) -> tuple[list[pb.Series], int]:
+            return await self.series(tenant, session_id, names, _MAX_SERIES_POINTS)
+
+        reader = SessionReader(
+            tenant,
+            session_id,
+            row.model_name,
+            [_facts(described.get(index), layer.shape) for index, layer in sorted(merged.totals.layers.items())],
+            merged.totals,
+            findings,
+            series,
+            has_rows=any(one.level != routing.CAPTURE_LEVEL_COUNTS for one in manifests) or not manifests,
+            has_token_ids=any(one.level >= routing.CAPTURE_LEVEL_ROUTES_TOKENS for one in manifests),
+            sampling_rate=min((one.sampling_rate for one in manifests if one.sampling_rate), default=1.0),
+        )
+        return result_to_proto(await self._desk.answer(text, reader))
+
     async def session(self, tenant: str, session_id: str) -> pb.Session:
         """Return one session.
 
@@ -335,6 +372,19 @@ class Queries:
                 tenant, session_id, analysis, totals=merged.totals, sources=merged.sources, newest_ns=newest_ns
             )
         return await self._lives.look(tenant, session_id, analysis, newest_ns)
+
+
+def _facts(described: routing.LayerDescription | None, shape: LayerShape) -> LayerFacts:
+    known = described or routing.LayerDescription()
+    return LayerFacts(
+        shape.layer_index,
+        shape.num_experts,
+        shape.top_k,
+        shape.num_identity_experts,
+        known.module_name,
+        known.stack,
+        tuple(known.expert_parallel_ranks),
+    )
 
 
 def _health(sources: list[SourceState]) -> CaptureHealth:

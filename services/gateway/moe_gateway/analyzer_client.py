@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 
 from moe_debugger.v1 import analyzer_pb2 as pb
-from moe_debugger.v1 import analyzer_pb2_grpc, session_pb2
+from moe_debugger.v1 import analyzer_pb2_grpc, query_pb2, session_pb2
 from moe_gateway.errors import upstream_error
 
 __all__ = ["CHANNEL_OPTIONS", "AnalyzerClient"]
@@ -92,6 +92,13 @@ class AnalyzerClient:
         response: pb.AnalyzerServiceGetRequestRoutesResponse
         response = await self._call(self._stub.GetRequestRoutes, request, remaining_s)
         return response.routes
+
+    async def query(self, session_id: str, text: str, remaining_s: float | None = None) -> query_pb2.QueryResult:
+        """Return what a query finds in a session."""
+        request = pb.AnalyzerServiceQueryRequest(tenant=self._tenant, session_id=session_id, text=text)
+        response: pb.AnalyzerServiceQueryResponse
+        response = await self._call(self._stub.Query, request, remaining_s)
+        return response.result
 
     async def close_session(self, session_id: str, remaining_s: float | None = None) -> session_pb2.Session:
         """Close a session and return it."""

@@ -10,6 +10,7 @@ import grpc
 import structlog
 
 from moe_debugger.errors import FleetError, InvalidInputError
+from moe_debugger.query.parser import MAX_TEXT
 from moe_debugger.v1 import collector_pb2, collector_pb2_grpc, gateway_pb2_grpc
 from moe_debugger.v1 import gateway_pb2 as pb
 from moe_debugger.wire.ids import check_id, new_id
@@ -32,6 +33,8 @@ _DEFAULT_POINTS, _MAX_POINTS = 300, 10_000
 _DEFAULT_SERIES_POINTS, _MAX_SERIES_POINTS, _MAX_SERIES_NAMES = 1000, 10_000, 64
 _DEFAULT_RESULTS, _MAX_RESULTS = 100, 1000
 _MAX_TEMPERATURE = 100.0
+# Each costs an analyzer at most some seconds of one core.
+_MAX_CONCURRENT_QUERIES = 8
 _MAX_NAME_CHARS = 128
 
 
@@ -70,6 +73,7 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
         self._push_door = push_door
         self._probe_worker_now = probe_worker_now
         self._num_generations = 0
+        self._num_queries = 0
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """Return limits and the health of the fleet's parts."""
@@ -128,6 +132,20 @@ class DebuggerService(gateway_pb2_grpc.DebuggerServiceServicer):
         request_id = check_id(request.request_id, "request_id")
         routes = await self._analyzer.get_request_routes(session_id, request_id, context.time_remaining())
         return pb.GetRequestRoutesResponse(routes=routes)
+
+    async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
+        """Return what a query finds in a session."""
+        session_id = check_id(request.session_id, "session_id")
+        if len(request.text) > MAX_TEXT:
+            raise InvalidInputError(f"the query has {len(request.text):,} characters; at most {MAX_TEXT:,} are read")
+        if self._num_queries >= _MAX_CONCURRENT_QUERIES:
+            raise BusyError(f"{self._num_queries} queries are running, the most allowed; ask again when one has ended")
+        self._num_queries += 1
+        try:
+            result = await self._analyzer.query(session_id, request.text, context.time_remaining())
+        finally:
+            self._num_queries -= 1
+        return pb.QueryResponse(result=result)
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         """Close a session."""

@@ -51,7 +51,7 @@ class Scope:
     """Bounds of the token rows that can matter, for what reads them; the conditions are tested all the same.
 
     Attributes:
-        layers, requests, experts: the only ones; None = all.
+        layers, requests: the only ones; None = all.
         first_step, last_step: both included; None = no bound.
     """
 

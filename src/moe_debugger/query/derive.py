@@ -15,7 +15,7 @@ from moe_debugger.query.table import Column, Labels
 from moe_debugger.query.tables import Table, expert_table, layer_table, request_table
 from moe_debugger.v1 import routing_pb2 as pb
 
-__all__ = ["Derived", "TooManyGroupsError", "derived", "module_labels", "step_table"]
+__all__ = ["Derived", "TooManyGroupsError", "derived", "module_labels", "step_table", "steps_of_state"]
 
 Array = npt.NDArray[Any]
 _NUM_PHASES = 5
@@ -216,6 +216,36 @@ def step_table(step: Array, layer: Array, tokens: Array, counts: Array, num_expe
         },
         len(step),
     )
+
+
+def steps_of_state(layers: Sequence[LayerFacts], state: RoutingState) -> tuple[Table, tuple[str, ...]]:
+    """Return the rows of `steps` from sums, and what is to be said of them: buckets of steps stand for steps."""
+    width = max((layer.num_experts for layer in layers), default=1)
+    step, index, tokens, counts, sizes = [], [], [], [], []
+    notes: dict[str, None] = {}
+    for layer in layers:
+        found = state.layers.get(layer.layer_index)
+        series = None if found is None else found.load_series
+        if series is None or not len(series.num_tokens):
+            continue
+        n = len(series.num_tokens)
+        own = np.zeros((n, width), np.int64)
+        own[:, : layer.num_experts] = series.counts
+        step.append(series.first_steps.astype(np.int64))
+        index.append(np.full(n, layer.layer_index, np.int64))
+        tokens.append(series.num_tokens.astype(np.int64))
+        counts.append(own)
+        sizes.append(np.full(n, layer.num_experts, np.int64))
+        if series.width > 1:
+            notes[f"each row is a bucket of {series.width} steps, named by its first one"] = None
+        if not series.has_one_clock:
+            notes["the sources count steps by themselves: equal numbers are not the same moment"] = None
+    if not step:
+        none = np.zeros(0, np.int64)
+        return step_table(none, none, none, np.zeros((0, width), np.int64), none), ()
+    order = np.lexsort((np.concatenate(index), np.concatenate(step)))
+    columns = [np.concatenate(part)[order] for part in (step, index, tokens, counts, sizes)]
+    return step_table(*columns), tuple(notes)
 
 
 class _Requests:

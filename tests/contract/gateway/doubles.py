@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -10,6 +10,12 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 
+from moe_debugger.errors import QueryError
+from moe_debugger.query import FLEET_LIMITS, run_query
+from moe_debugger.query.binding import Capabilities, Plan, Scope
+from moe_debugger.query.messages import result_to_proto
+from moe_debugger.query.rows import LayerFacts, RowBatch
+from moe_debugger.query.tables import Table, expert_table
 from moe_debugger.v1 import analyzer_pb2 as apb
 from moe_debugger.v1 import analyzer_pb2_grpc, collector_pb2_grpc, control_pb2, session_pb2
 from moe_debugger.v1 import collector_pb2 as cpb
@@ -18,6 +24,28 @@ from moe_debugger.wire.codec import format_version
 
 NUM_LAYERS, NUM_EXPERTS = 3, 4
 NOT_FOUND_TEXT = "session is unknown: 100 % “ünbekannt”"
+
+
+class CountsSource:
+    """What queries of `AnalyzerDouble` read: [layers, experts] counts."""
+
+    capabilities = Capabilities("a double", {"tokens": {"*": "it has counts alone"}})
+
+    def __init__(self, counts: "np.ndarray[Any, Any]") -> None:
+        self._counts = counts
+        self.layers = [LayerFacts(layer, counts.shape[1], 2) for layer in range(len(counts))]
+
+    def num_rows(self, scope: Scope) -> int:
+        return 0
+
+    def batches(self, raw: frozenset[str], scope: Scope) -> Iterator[RowBatch]:
+        yield from ()
+
+    def table(self, plan: Plan) -> Table:
+        return expert_table(self.layers, dict(enumerate(self._counts)))
+
+    def notes(self, plan: Plan) -> list[str]:
+        return ["a double's"]
 
 
 class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
@@ -117,6 +145,17 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
         await self._check(request, context)
         summary = session_pb2.RequestSummary(request_id=request.request_id)
         return apb.AnalyzerServiceGetRequestRoutesResponse(routes=session_pb2.RequestRoutes(summary=summary))
+
+    async def Query(self, request: Any, context: Any) -> apb.AnalyzerServiceQueryResponse:
+        """Ask the experts of the session's counts; the language is the real one."""
+        await self._check(request, context)
+        source = CountsSource(self.counts[request.session_id])
+        try:
+            result = run_query(request.text, source, FLEET_LIMITS)
+        except QueryError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise
+        return apb.AnalyzerServiceQueryResponse(result=result_to_proto(result))
 
     async def CloseSession(self, request: Any, context: Any) -> apb.AnalyzerServiceCloseSessionResponse:
         await self._check(request, context)
