@@ -86,6 +86,11 @@ class AnalyzerService(rpc.AnalyzerServiceServicer):
         routes = await self._queries.request_routes(request.tenant, request.session_id, request.request_id)
         return pb.AnalyzerServiceGetRequestRoutesResponse(routes=routes)
 
+    async def Query(self, request: pb.AnalyzerServiceQueryRequest, context: Any) -> pb.AnalyzerServiceQueryResponse:
+        """Return what a query finds in a session."""
+        result = await self._queries.query(request.tenant, request.session_id, request.text)
+        return pb.AnalyzerServiceQueryResponse(result=result)
+
     async def CloseSession(
         self, request: pb.AnalyzerServiceCloseSessionRequest, context: Any
     ) -> pb.AnalyzerServiceCloseSessionResponse:
