@@ -122,6 +122,8 @@ export class FakeGateway {
       | "silencedBy"
     >
   > = {};
+  /** Why the one finding, where that was looked for. */
+  explanation: Finding["explanation"];
   /** What the RPCs about findings answer instead, where it is not empty. */
   findingError = "";
   #wakers = new Set<() => void>();
@@ -260,6 +262,7 @@ export class FakeGateway {
               state: FindingState.OPEN,
               openedAtUnixNs: BigInt(this.#startedAt) * 1_000_000n,
               numQuietSecondsToClose: 10,
+              explanation: this.explanation,
               ...this.life,
             },
           ]

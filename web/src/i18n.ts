@@ -1,5 +1,4 @@
 // Words of the page, and sentences of findings from the one catalogue that the CLI reads too.
-import findings from "@messages/en.json";
 import i18next from "i18next";
 import { initReactI18next } from "react-i18next";
 import type { Finding } from "./gen/moe_debugger/v1/session_pb";
@@ -12,11 +11,26 @@ void i18n.use(initReactI18next).init({
   lng: "en",
   fallbackLng: "en",
   initAsync: false,
-  resources: { en: { page: en, findings } },
+  resources: { en: { page: en, findings: {} } },
   defaultNS: "page",
+  // Words that come later show as soon as they are there.
+  react: { bindI18nStore: "added" },
   // React escapes.
   interpolation: { escapeValue: false },
 });
+
+/** Loads the sentences of findings, which the first paint does without; until then findings show their codes. */
+export async function loadFindingWords(): Promise<void> {
+  const { default: words } = await import("@messages/en.json");
+  i18n.addResourceBundle("en", "findings", words);
+}
+
+/** The sentence of a key of the catalogue, such as "cause.data_changed"; unknown ones show as themselves. */
+export function catalogueText(key: string, args: Record<string, unknown>): string {
+  if (i18n.exists(key, { ns: "findings" })) return String(i18n.t(key, { ns: "findings", ...args }));
+  const values = Object.entries(args).map(([name, value]) => `${name} = ${value}`);
+  return values.length > 0 ? `${key} (${values.join(", ")})` : key;
+}
 
 /** A sentence of a finding; a code that this page does not know shows as itself with its arguments. */
 export function findingText(finding: Pick<Finding, "code" | "args">, part: "title" | "summary" | "remedy"): string {

@@ -5,7 +5,7 @@ import { I18nextProvider } from "react-i18next";
 import { AppShell } from "./AppShell";
 import { ServicesContext } from "./context";
 import { DebuggerService } from "./gen/moe_debugger/v1/gateway_pb";
-import { i18n } from "./i18n";
+import { i18n, loadFindingWords } from "./i18n";
 import { App, useApp } from "./store";
 import "./styles.css";
 import { Generator } from "./tokens";
@@ -19,6 +19,8 @@ export function mount(transport: Transport): void {
   const app = new App(createClient(DebuggerService, transport));
   const { panel, sessionId, row, expert } = parseHash(window.location.hash);
   useApp.setState({ panel, row, expert, theme: storedTheme() });
+  // Where it fails the stream fails too, and says so.
+  loadFindingWords().catch(() => {});
   app.start(sessionId);
   createRoot(root).render(
     <StrictMode>

@@ -8,7 +8,7 @@ import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
 import { ServicesContext } from "../src/context";
 import { countFindings, sortFindings } from "../src/findings";
 import { DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
-import { FindingSchema, FindingState, Severity } from "../src/gen/moe_debugger/v1/session_pb";
+import { ExplanationSchema, FindingSchema, FindingState, Severity } from "../src/gen/moe_debugger/v1/session_pb";
 import { i18n } from "../src/i18n";
 import { recentWindow, wholeSession } from "../src/model/load";
 import { Console } from "../src/panels/Console";
@@ -74,6 +74,7 @@ describe("Console", () => {
     fireEvent.click(within(row).getByRole("button", { name: /Show the evidence/ }));
     fireEvent.click(screen.getByRole("button", { name: "Acknowledge: Router collapse in layer 2" }));
     await waitFor(() => expect(screen.getByTestId("finding").dataset.state).toBe("acknowledged"));
+    await waitFor(() => expect(screen.getByTestId("acknowledge").getAttribute("aria-disabled")).toBe("false"));
     expect(screen.getByTestId("finding-life").textContent).toContain("acknowledged by local user");
     expect(screen.getByRole("button", { name: /1 error/ })).toBeTruthy();
     fireEvent.click(screen.getByRole("button", { name: /^Take back/ }));
@@ -107,6 +108,7 @@ describe("Console", () => {
     fireEvent.click(screen.getByRole("button", { name: /Show the evidence/ }));
     fireEvent.click(screen.getByTestId("acknowledge"));
     expect((await screen.findByRole("alert")).textContent).toContain("the catalogue does not answer");
+    await waitFor(() => expect(screen.getByTestId("acknowledge").getAttribute("aria-disabled")).toBe("false"));
     expect(screen.getByTestId("finding").dataset.state).toBe("open");
     fake.findingError = "";
     fireEvent.click(screen.getByTestId("acknowledge"));
@@ -154,5 +156,115 @@ describe("Diagnosis", () => {
     fireEvent.click(screen.getByRole("button", { name: "Show 1 closed or silenced finding" }));
     expect(screen.getByTestId("diagnosis").dataset.rule).toBe("MOE-R001");
     expect(screen.getByTestId("diagnosis").textContent).toContain("closed");
+  });
+});
+
+describe("explanation", () => {
+  const explanation = create(ExplanationSchema, {
+    startedAt: {
+      layerIndex: 2,
+      step: 48_020n,
+      firstStep: 48_000n,
+      lastStep: 48_040n,
+      metric: "effective_experts",
+      before: 7.8,
+      after: 2.3,
+      rule: "change_point",
+    },
+    spread: [
+      { layerIndex: 2, step: 48_020n },
+      { layerIndex: 1, step: 48_110n },
+    ],
+    causes: [
+      {
+        code: "balancing_turned_off",
+        args: { step: "47900", before: "0.01" },
+        weight: 0.62,
+        score: 2.4,
+        rule: "balance.off",
+        isAssociation: true,
+        evidence: [{ metric: "balance_coef", value: 0, baseline: 0.01, rule: "= 0", sampleSize: 120n }],
+      },
+      { code: "cause_of_tomorrow", args: { why: "new" }, weight: 0.11, score: 0.4, rule: "x", isAssociation: true },
+    ],
+    unexplained: 0.27,
+    status: "ranked",
+    statusArgs: { percent: "27" },
+    missing: [{ code: "setting", name: "grad_norm", change: "debugger.step(n, series={...})" }],
+    remedies: [
+      {
+        code: "restore_coefficient",
+        args: { before: "0.01" },
+        change: "aux_loss_coef = 0.01",
+        effect: "not_predicted",
+      },
+      {
+        code: "apply_placement",
+        args: { layer: "2", strategy: "greedy", ranks: "4", moved: "3" },
+        effect: "step_bound",
+        effectValue: 0.124,
+        effectLower: 0.1,
+        effectUpper: 0.15,
+      },
+    ],
+    rows: { query: "tokens where layer = 2 and step >= 48020", python: "(rows.layer_index == 2)" },
+  });
+
+  it("says where it began, why, what was not seen and what to do, and copies the change", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.explanation = explanation;
+    show(fake, <Diagnosis />);
+    const section = await screen.findByTestId("explanation");
+    expect(screen.getByTestId("onset").textContent).toMatch(/^It began in layer 2 at step 48,020 .* 7\.8 to 2\.3\.$/);
+    expect(within(section).getByRole("list", { name: /crossed the limit/ }).textContent).toBe("L2 48,020L1 +90");
+    const [known, unknown] = screen.getAllByTestId("cause");
+    expect(known?.textContent).toContain("The balancing term was turned off at step 47900");
+    expect(known?.textContent).toContain("0.62");
+    expect(known?.textContent).toContain("rule balance.off, 2.4 nats");
+    expect(unknown?.textContent).toContain("cause.cause_of_tomorrow (why = new)");
+    expect(section.textContent).toContain("association, not proof");
+    expect(section.textContent).toContain("27 % of the weight stays unexplained");
+    expect(screen.getByTestId("missing").textContent).toContain("The series grad_norm was not recorded.");
+    expect(screen.getAllByTestId("remedy")[1]?.textContent).toContain("falls by 12.4 % (10 to 15 %)");
+    expect(section.textContent).not.toContain("{{");
+    // What the catalogue advises in general gives way to what was worked out.
+    expect(screen.getAllByText("What to do")).toHaveLength(1);
+    const copied: string[] = [];
+    Object.defineProperty(navigator, "clipboard", {
+      configurable: true,
+      value: { writeText: async (text: string) => void copied.push(text) },
+    });
+    fireEvent.click(
+      screen.getByRole("button", { name: "Copy: Set the coefficient of the balancing term back to 0.01." }),
+    );
+    expect(await screen.findByText("Copied")).toBeTruthy();
+    fireEvent.click(screen.getByRole("button", { name: /^Copy the query/ }));
+    fireEvent.click(screen.getByRole("button", { name: /^Copy as Python/ }));
+    expect(copied).toEqual([
+      "aux_loss_coef = 0.01",
+      "tokens where layer = 2 and step >= 48020",
+      "(rows.layer_index == 2)",
+    ]);
+    fireEvent.click(screen.getByRole("button", { name: "L1" }));
+    expect(useApp.getState().row).toBe(1);
+  });
+
+  it("says so where nothing was observable and where the browser does not copy", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.explanation = create(ExplanationSchema, {
+      status: "not_observable",
+      statusArgs: { names: "balance_coef" },
+      missing: [{ code: "setting", name: "balance_coef", change: "record it" }],
+    });
+    show(fake, <Diagnosis />);
+    const section = await screen.findByTestId("explanation");
+    expect(section.textContent).toContain("Cause not observable; supply balance_coef.");
+    expect(screen.getByTestId("onset").textContent).toContain("when it began is not known");
+    expect(screen.queryAllByTestId("cause")).toHaveLength(0);
+    // Without a change of its own, the general advice stays.
+    expect(screen.getByText("What to do")).toBeTruthy();
+    Object.defineProperty(navigator, "clipboard", { configurable: true, value: undefined });
+    fireEvent.click(screen.getByTestId("copy"));
+    expect(await screen.findByText(/select the text/)).toBeTruthy();
   });
 });

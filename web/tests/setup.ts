@@ -1,4 +1,7 @@
 import { afterEach } from "vitest";
+import { loadFindingWords } from "../src/i18n";
+
+await loadFindingWords();
 
 // Components run in happy-dom, the rest in node.
 if (typeof document !== "undefined") {

@@ -1,13 +1,16 @@
-import { Fragment, useMemo, useState } from "react";
+import { Fragment, lazy, Suspense, useMemo, useState } from "react";
 import { useTranslation } from "react-i18next";
 import { findingKey, isOpen, SEVERITY_NAME, sortFindings, stateName } from "../findings";
 import { formatClock, formatInteger, formatValue } from "../format";
-import type { Finding } from "../gen/moe_debugger/v1/session_pb";
+import type { EvidenceRow, Finding } from "../gen/moe_debugger/v1/session_pb";
 import { findingText, metricName } from "../i18n";
 import { layerName } from "../layers";
 import { useApp } from "../store";
 import { SeverityGlyph } from "../ui/icons";
 import { FindingActions } from "./FindingActions";
+
+// Loaded with the first finding that has one.
+const LazyExplanation = lazy(() => import("./Explanation"));
 
 /** Selects the place that a finding names, and shows its diagnosis. */
 export function showFinding(finding: Finding): void {
@@ -91,11 +94,11 @@ export function FindingRow({ finding }: { finding: Finding }) {
       {isOpen && (
         <div className="finding-details">
           <p className="finding-sentence">{summary}</p>
-          <EvidenceTable finding={finding} />
+          <EvidenceTable rows={finding.evidence} severity={severity} />
           <div>
             <FindingLife finding={finding} />
             <FindingActions finding={finding} />
-            <Remedy finding={finding} />
+            <Advice finding={finding} />
           </div>
         </div>
       )}
@@ -103,11 +106,10 @@ export function FindingRow({ finding }: { finding: Finding }) {
   );
 }
 
-export function EvidenceTable({ finding }: { finding: Finding }) {
+export function EvidenceTable({ rows, severity }: { rows: EvidenceRow[]; severity: string }) {
   const { t } = useTranslation();
-  if (finding.evidence.length === 0) return null;
-  const hasBaseline = finding.evidence.some(({ baseline }) => baseline !== undefined);
-  const severity = SEVERITY_NAME[finding.severity] ?? "info";
+  if (rows.length === 0) return null;
+  const hasBaseline = rows.some(({ baseline }) => baseline !== undefined);
   return (
     <table className="evidence">
       <thead>
@@ -120,7 +122,7 @@ export function EvidenceTable({ finding }: { finding: Finding }) {
         </tr>
       </thead>
       <tbody>
-        {finding.evidence.map((row) => (
+        {rows.map((row) => (
           <tr key={row.metric}>
             <th scope="row">{metricName(row.metric)}</th>
             <td className={`num ${row.rule ? severity : ""}`}>
@@ -141,17 +143,26 @@ export function EvidenceTable({ finding }: { finding: Finding }) {
   );
 }
 
-export function Remedy({ finding }: { finding: Finding }) {
+/** Where it began, why, and what to do; of a finding that was not explained, what the catalogue advises. */
+export function Advice({ finding }: { finding: Finding }) {
   const { t } = useTranslation();
   const remedy = findingText(finding, "remedy");
-  if (!remedy) return null;
   return (
-    <div className="remedy">
-      <h4>{t("diagnosis.todo")}</h4>
-      {remedy.split("\n").map((line) => (
-        <p key={line}>{line}</p>
-      ))}
-    </div>
+    <>
+      {finding.explanation && (
+        <Suspense fallback={<p className="muted">{t("loading.panel")}</p>}>
+          <LazyExplanation finding={finding} explanation={finding.explanation} />
+        </Suspense>
+      )}
+      {remedy && !finding.explanation?.remedies.length && (
+        <div className="remedy">
+          <h4>{t("diagnosis.todo")}</h4>
+          {remedy.split("\n").map((line) => (
+            <p key={line}>{line}</p>
+          ))}
+        </div>
+      )}
+    </>
   );
 }
 

@@ -10,7 +10,7 @@ import { ErrorBoundary } from "../ui/ErrorBoundary";
 import { SeverityGlyph } from "../ui/icons";
 import { Tabs } from "../ui/Tabs";
 import { FindingActions } from "./FindingActions";
-import { EvidenceTable, FindingLife, Remedy, StateTag, showFinding, useFindings } from "./Findings";
+import { Advice, EvidenceTable, FindingLife, StateTag, showFinding, useFindings } from "./Findings";
 import { Sparkline } from "./History";
 
 // Details are loaded with the first look at them.
@@ -131,8 +131,8 @@ export function Diagnosis() {
       <p className="diagnosis-summary">{findingText(finding, "summary")}</p>
       {row >= 0 && <Sparkline row={row} label={t("layer.spark")} />}
       <h4>{t("diagnosis.evidence")}</h4>
-      <EvidenceTable finding={finding} />
-      <Remedy finding={finding} />
+      <EvidenceTable rows={finding.evidence} severity={severity} />
+      <Advice finding={finding} />
       <FindingActions finding={finding} />
       {row >= 0 && (
         <p>
