@@ -104,6 +104,7 @@ __all__ = [
     "analyze",
     "check_adapter",
     "detach",
+    "diff",
     "expert_similarity",
     "explain",
     "explain_recording",

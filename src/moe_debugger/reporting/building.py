@@ -60,7 +60,8 @@ class Report(Model):
     Attributes:
         score: overall, 0..100, None where too little has a score; `score_why` says how it came about.
         notices: what to know first: gaps, drops, damage.
-        false_alarm: how often healthy data would give a finding above `info`.
+        false_alarm, false_alarm_rate: how often healthy data would give a finding above `info`; None where no rate is
+            stated.
     """
 
     format: Literal["moe-debugger-report"] = "moe-debugger-report"
@@ -71,6 +72,7 @@ class Report(Model):
     notices: list[Notice]
     facts: list[Fact]
     false_alarm: Text
+    false_alarm_rate: float | None
     score: float | None
     score_why: Text
     categories: list[Category]
@@ -172,6 +174,7 @@ def report(
         notices=notices(material),
         facts=facts(material, ranks),
         false_alarm=false_alarm_text(material.analysis),
+        false_alarm_rate=material.analysis.false_alarm_rate,
         score=score,
         score_why=why,
         categories=categories,

@@ -73,6 +73,4 @@ def lead_times(findings: Sequence[Finding]) -> list[LeadTime]:
 
 def false_alarm_text(analysis: Analysis) -> Text:
     """Return how often healthy data would give a finding above `info`, or why no rate is stated."""
-    if analysis.false_alarm_rate is None:
-        return say("false_alarm.none", note=analysis.false_alarm_note)
-    return say("false_alarm.stated", percent=100 * analysis.false_alarm_rate, note=analysis.false_alarm_note)
+    return say("false_alarm", note=analysis.false_alarm_note)

@@ -7,8 +7,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from moe_debugger.errors import DependencyMissingError
-from moe_debugger.reporting.content import show
-from moe_debugger.reporting.texts import sentence
+from moe_debugger.reporting.content import say, show
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["diff_html", "report_html"]
 
 # A page that lists more is read by nobody; JSON has all of them.
-_MAX_FINDINGS = 100
+_MAX_CARDS, _MAX_FINDINGS = 20, 500
 _MAX_PLACES = 12
 _GOOD, _FAIR = 75.0, 50.0
 
@@ -45,7 +44,12 @@ def _page(template: str, **values: Any) -> str:
     environment, style = _environment(), _style()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     return environment.get_template(template).render(
-        style=style, style_hash=digest, max_findings=_MAX_FINDINGS, max_places=_MAX_PLACES, **values
+        style=style,
+        style_hash=digest,
+        max_cards=_MAX_CARDS,
+        max_findings=_MAX_FINDINGS,
+        max_places=_MAX_PLACES,
+        **values,
     )
 
 
@@ -71,7 +75,7 @@ def _environment() -> "Environment":
     made.filters["is_number"] = lambda value: isinstance(value, int | float)
     # The style is ours, and no text of a recording gets into it.
     made.filters["as_css"] = Markup
-    made.globals.update(t=lambda code: sentence(code, {}), draw=svg.draw, gauge=svg.gauge, tone_of=tone_of)
+    made.globals.update(t=lambda code, **args: say(code, **args).text, draw=svg.draw, gauge=svg.gauge, tone_of=tone_of)
     return made
 
 

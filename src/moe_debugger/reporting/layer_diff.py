@@ -6,7 +6,7 @@ __all__ = ["ExpertChange", "LayerDiff", "MarginRate"]
 
 
 class MarginRate(Model):
-    """Mismatch of the tokens whose margin is in [lower, upper); None = no bound. `is_known` is False of unknown ones."""
+    """Mismatch of tokens with a margin in [lower, upper); None = no bound. `is_known` is False of unknown margins."""
 
     lower: float | None
     upper: float | None

@@ -43,6 +43,7 @@ _MAX_MATRIX = 16
 _NUM_NAMED = 6
 _MAX_LORENZ_POINTS = 33
 _NUM_PAIRS = 20
+_MIN_PAIR_TOKENS = 20
 _NUM_TOKEN_EXPERTS, _NUM_TOKENS = 16, 5
 # A table of every expert of every layer is read by nobody beyond this; JSON has them all.
 _MAX_FULL_CELLS = 512
@@ -182,9 +183,14 @@ def _lorenz(material: Material) -> Picture:
 
 
 def _strength(pair: ExpertPair, neutral: float) -> float:
-    """Return how far a pair is above unrelated experts, by the lower end of its interval where there is one."""
-    lower = pair.lift_interval.lower
-    return (pair.lift if math.isnan(lower) else lower) / neutral
+    """Return how far a pair is above what unrelated experts would have together, in square roots of that.
+
+    Not the lift alone, which is highest for experts that were hardly used.
+    """
+    if pair.num_tokens < _MIN_PAIR_TOKENS or not pair.lift > 0:
+        return 0.0
+    expected = pair.num_tokens * neutral / pair.lift
+    return (pair.num_tokens - expected) / math.sqrt(expected)
 
 
 def _pair_rows(pairs: list[tuple[str, ExpertPair, float]]) -> Table:

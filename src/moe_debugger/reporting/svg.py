@@ -234,7 +234,15 @@ def _matrix(data: Matrix, label: str) -> Markup:
             body.append(_rect(x, y, cell - 1, high - 1, kind, tip))
             if cell >= 34 and high >= 18:
                 ink = "tick" if value == 0 else f"i{step}"
-                body.append(_text(x + cell / 2 - 0.5, y + high / 2 + 4, f"{value:.2g}", f"cell {ink}", "middle"))
+                body.append(
+                    _text(
+                        x + cell / 2 - 0.5,
+                        y + high / 2 + 4,
+                        f"{value:.0f}" if value >= 10 else f"{value:.2g}",
+                        f"cell {ink}",
+                        "middle",
+                    )
+                )
     # The title of the rows needs its room.
     return _svg(_WIDTH, top + max(rows * high, 130) + 6, label, body)
 
