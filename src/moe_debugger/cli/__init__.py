@@ -13,8 +13,9 @@ from moe_debugger.cli.check_adapter import check_adapter
 from moe_debugger.cli.demo import demo
 from moe_debugger.cli.diff import diff
 from moe_debugger.cli.doctor import doctor
-from moe_debugger.cli.report import report
 from moe_debugger.cli.profile import profile
+from moe_debugger.cli.query import query
+from moe_debugger.cli.report import report
 from moe_debugger.cli.trace import trace
 from moe_debugger.cli.up import DEFAULT_DATA_DIR, run_up, service_env, up
 from moe_debugger.config import Config, load_config
@@ -39,6 +40,7 @@ app.command()(trace)
 app.command()(profile)
 app.command()(doctor)
 app.command()(check_adapter)
+app.command()(query)
 app.command()(report)
 app.command()(diff)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from moe_debugger.recording.integrity import check_content, check_size, open_par
 from moe_debugger.recording.manifest import GroupManifest, Manifest, PartEntry, read_any_manifest
 from moe_debugger.training.series import SeriesTable
 from moe_debugger.wire.codec import CountsColumns
+
+if TYPE_CHECKING:
+    from moe_debugger.query import QueryResult
 
 __all__ = ["Recording", "ReplayBatch", "Verification", "open_recording"]
 
@@ -214,6 +217,23 @@ class Recording:
             baseline=baseline,
             health=health,
         )
+
+    def query(self, text: str, *, tokenizer: Any = None) -> "QueryResult":
+        """Return what a query finds in the recording; docs/query.md describes the language, which only reads.
+
+        Args:
+            text: such as "tokens where layer = 3 and expert = 5 limit 20".
+            tokenizer: for the texts of tokens: of transformers, or `LoadedModel.tokenizer`.
+
+        Raises:
+            QueryError: the query has a fault; the error has the place.
+            QueryCostError: it would read more than a query may.
+            RecordingError: a part is damaged.
+        """
+        from moe_debugger.query.engine import run_query
+        from moe_debugger.query.local import RecordingSource
+
+        return run_query(text, RecordingSource(self, tokenizer))
 
     def replay(self, speed: float = math.inf, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[ReplayBatch]:
         """Yield the rows as they were captured, waiting between them as the session did.
