@@ -8,6 +8,8 @@ import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobu
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { GenerateRequest, GenerateResponse } from "./collector_pb";
 import { file_moe_debugger_v1_collector } from "./collector_pb";
+import type { QueryResult } from "./query_pb";
+import { file_moe_debugger_v1_query } from "./query_pb";
 import type { CaptureLevel, LayerDescription, Phase, SourceCounters } from "./routing_pb";
 import { file_moe_debugger_v1_routing } from "./routing_pb";
 import type { Finding, Recording, RequestRoutes, RequestSummary, RollUp, Series, Session, SessionSnapshot } from "./session_pb";
@@ -18,7 +20,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file moe_debugger/v1/gateway.proto.
  */
 export const file_moe_debugger_v1_gateway: GenFile = /*@__PURE__*/
-  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvZ2F0ZXdheS5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IqIBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRI0Cgpjb21wb25lbnRzGAIgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aBIYChBtYXhfcHJvbXB0X2J5dGVzGAMgASgNEhQKDG1heF93YXRjaF9oehgEIAEoDRISCgpoYXNfd29ya2VyGAUgASgIIl8KD0NvbXBvbmVudEhlYWx0aBIMCgRuYW1lGAEgASgJEi4KBXN0YXRlGAIgASgOMh8ubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudFN0YXRlEg4KBmRldGFpbBgDIAEoCSIVChNMaXN0U2Vzc2lvbnNSZXF1ZXN0IkIKFExpc3RTZXNzaW9uc1Jlc3BvbnNlEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iJwoRR2V0U2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChJHZXRTZXNzaW9uUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90IlEKEUdldEhpc3RvcnlSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSFAoMcmVzb2x1dGlvbl9zGAIgASgNEhIKCm1heF9wb2ludHMYAyABKA0iPQoSR2V0SGlzdG9yeVJlc3BvbnNlEicKBnBvaW50cxgBIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Sb2xsVXAiSQoQR2V0U2VyaWVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg0KBW5hbWVzGAIgAygJEhIKCm1heF9wb2ludHMYAyABKA0iWQoRR2V0U2VyaWVzUmVzcG9uc2USJwoGc2VyaWVzGAEgAygLMhcubW9lX2RlYnVnZ2VyLnYxLlNlcmllcxIbChNudW1fcG9pbnRzX25vdF9rZXB0GAIgASgEIj4KE0xpc3RSZXF1ZXN0c1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRITCgttYXhfcmVzdWx0cxgCIAEoDSJJChRMaXN0UmVxdWVzdHNSZXNwb25zZRIxCghyZXF1ZXN0cxgBIAMoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeSJBChdHZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkiSgoYR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlEi4KBnJvdXRlcxgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0Um91dGVzIikKE0Nsb3NlU2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJBChRDbG9zZVNlc3Npb25SZXNwb25zZRIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iTgoZQWNrbm93bGVkZ2VGaW5kaW5nUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg8KB3J1bGVfaWQYAiABKAkSDAoEdW5kbxgDIAEoCCJHChpBY2tub3dsZWRnZUZpbmRpbmdSZXNwb25zZRIpCgdmaW5kaW5nGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmciUAoVU2lsZW5jZUZpbmRpbmdSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSDwoHcnVsZV9pZBgCIAEoCRISCgpkdXJhdGlvbl9zGAMgASgNIkMKFlNpbGVuY2VGaW5kaW5nUmVzcG9uc2USKQoHZmluZGluZxgBIAEoCzIYLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nIlEKDFdhdGNoUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg4KBm1heF9oehgCIAEoARIdChVyZXN1bWVfYWZ0ZXJfc2VxdWVuY2UYAyABKAQinAIKDVdhdGNoUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyHi5tb2VfZGVidWdnZXIudjEuV2F0Y2hTbmFwc2hvdEgAEiwKBWZyYW1lGAIgASgLMhsubW9lX2RlYnVnZ2VyLnYxLldhdGNoRnJhbWVIABIyCghzZXNzaW9ucxgDIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFNlc3Npb25zSAASNgoKY29tcG9uZW50cxgEIAEoCzIgLm1vZV9kZWJ1Z2dlci52MS5XYXRjaENvbXBvbmVudHNIABI0CgloZWFydGJlYXQYBSABKAsyHy5tb2VfZGVidWdnZXIudjEuV2F0Y2hIZWFydGJlYXRIAEIHCgVldmVudCJDCg1XYXRjaFNuYXBzaG90EjIKCHNuYXBzaG90GAEgASgLMiAubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb25TbmFwc2hvdCJzCgpXYXRjaEZyYW1lEhAKCHNlcXVlbmNlGAEgASgEEhUKDWV4cGVydF9jb3VudHMYAiABKAwSEgoKbnVtX3Rva2VucxgDIAEoDBIVCg1udW1fY29uZmxhdGVkGAQgASgNEhEKCWxhc3Rfc3RlcBgFIAEoBCI7Cg1XYXRjaFNlc3Npb25zEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iRwoPV2F0Y2hDb21wb25lbnRzEjQKCmNvbXBvbmVudHMYASADKAsyIC5tb2VfZGVidWdnZXIudjEuQ29tcG9uZW50SGVhbHRoIikKDldhdGNoSGVhcnRiZWF0EhcKD3NlbnRfYXRfdW5peF9ucxgBIAEoAyJTCh5EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlcXVlc3QSMQoHcmVxdWVzdBgBIAEoCzIgLm1vZV9kZWJ1Z2dlci52MS5HZW5lcmF0ZVJlcXVlc3QiVgofRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXNwb25zZRIzCghyZXNwb25zZRgBIAEoCzIhLm1vZV9kZWJ1Z2dlci52MS5HZW5lcmF0ZVJlc3BvbnNlIsQCChFPcGVuU291cmNlUmVxdWVzdBIUCgxzZXNzaW9uX25hbWUYASABKAkSEgoKbW9kZWxfbmFtZRgCIAEoCRISCgptb2RlbF90eXBlGAMgASgJEjEKBmxheWVycxgEIAMoCzIhLm1vZV9kZWJ1Z2dlci52MS5MYXllckRlc2NyaXB0aW9uEiwKBWxldmVsGAUgASgOMh0ubW9lX2RlYnVnZ2VyLnYxLkNhcHR1cmVMZXZlbBIbChNwaHlzaWNhbF90b19sb2dpY2FsGAYgASgMEkIKCHZlcnNpb25zGAcgAygLMjAubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXF1ZXN0LlZlcnNpb25zRW50cnkaLwoNVmVyc2lvbnNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIm4KEk9wZW5Tb3VyY2VSZXNwb25zZRISCgpzZXNzaW9uX2lkGAEgASgJEhEKCXNvdXJjZV9pZBgCIAEoCRIZChFtYXhfcmVxdWVzdF9ieXRlcxgDIAEoDRIWCg5pZGxlX3RpbWVvdXRfcxgEIAEoASLXAgoUUHVibGlzaFJvdXRlc1JlcXVlc3QSEQoJc291cmNlX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkSEgoKbnVtX3Rva2VucxgDIAEoDRISCgpleHBlcnRfaWRzGAQgASgMEhAKCHBvc2l0aW9uGAUgASgMEhQKDGdhdGVfd2VpZ2h0cxgGIAEoDBIlCgVwaGFzZRgHIAEoDjIWLm1vZV9kZWJ1Z2dlci52MS5QaGFzZRIeChFudW1fcHJvbXB0X3Rva2VucxgIIAEoDUgAiAEBEh4KEW51bV9jYWNoZWRfdG9rZW5zGAkgASgNSAGIAQESEAoIdG9rZW5faWQYCiABKAwSEgoKaXNfcGFkZGluZxgLIAEoDBIPCgdjYWxsX2lkGAwgASgJQhQKEl9udW1fcHJvbXB0X3Rva2Vuc0IUChJfbnVtX2NhY2hlZF90b2tlbnMigAIKFVB1Ymxpc2hSb3V0ZXNSZXNwb25zZRISCgpyZXF1ZXN0X2lkGAEgASgJEhIKCm51bV90b2tlbnMYAiABKA0SFQoNbnVtX2RlY2lzaW9ucxgDIAEoBBIdChVudW1fbm90X3JvdXRlZF90b2tlbnMYBCABKA0SEAoIaXNfdGFrZW4YBSABKAgSRgoIcHJvYmxlbXMYBiADKAsyNC5tb2VfZGVidWdnZXIudjEuUHVibGlzaFJvdXRlc1Jlc3BvbnNlLlByb2JsZW1zRW50cnkaLwoNUHJvYmxlbXNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKA06AjgBIj8KEkNsb3NlU291cmNlUmVxdWVzdBIRCglzb3VyY2VfaWQYASABKAkSFgoOY2xvc2VzX3Nlc3Npb24YAiABKAgiSAoTQ2xvc2VTb3VyY2VSZXNwb25zZRIxCghjb3VudGVycxgBIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5Tb3VyY2VDb3VudGVycyJMChVTdGFydFJlY29yZGluZ1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRIMCgRuYW1lGAIgASgJEhEKCW1heF9ieXRlcxgDIAEoBCJcChZTdGFydFJlY29yZGluZ1Jlc3BvbnNlEi0KCXJlY29yZGluZxgBIAEoCzIaLm1vZV9kZWJ1Z2dlci52MS5SZWNvcmRpbmcSEwoLd2FzX3J1bm5pbmcYAiABKAgiQAoUU3RvcFJlY29yZGluZ1JlcXVlc3QSFAoMcmVjb3JkaW5nX2lkGAEgASgJEhIKCnNlc3Npb25faWQYAiABKAkiRgoVU3RvcFJlY29yZGluZ1Jlc3BvbnNlEi0KCXJlY29yZGluZxgBIAEoCzIaLm1vZV9kZWJ1Z2dlci52MS5SZWNvcmRpbmciKwoVTGlzdFJlY29yZGluZ3NSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkiSAoWTGlzdFJlY29yZGluZ3NSZXNwb25zZRIuCgpyZWNvcmRpbmdzGAEgAygLMhoubW9lX2RlYnVnZ2VyLnYxLlJlY29yZGluZyIwChhEb3dubG9hZFJlY29yZGluZ1JlcXVlc3QSFAoMcmVjb3JkaW5nX2lkGAEgASgJIlwKGURvd25sb2FkUmVjb3JkaW5nUmVzcG9uc2USDAoEcGF0aBgBIAEoCRIOCgZvZmZzZXQYAiABKAQSDAoEZGF0YRgDIAEoDBITCgt0b3RhbF9ieXRlcxgEIAEoBCqEAQoOQ29tcG9uZW50U3RhdGUSHwobQ09NUE9ORU5UX1NUQVRFX1VOU1BFQ0lGSUVEEAASHAoYQ09NUE9ORU5UX1NUQVRFX1NUQVJUSU5HEAESGQoVQ09NUE9ORU5UX1NUQVRFX1JFQURZEAISGAoUQ09NUE9ORU5UX1NUQVRFX0RPV04QAzKlDgoPRGVidWdnZXJTZXJ2aWNlEl4KDUdldFNlcnZlckluZm8SJS5tb2VfZGVidWdnZXIudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaJi5tb2VfZGVidWdnZXIudjEuR2V0U2VydmVySW5mb1Jlc3BvbnNlElsKDExpc3RTZXNzaW9ucxIkLm1vZV9kZWJ1Z2dlci52MS5MaXN0U2Vzc2lvbnNSZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkxpc3RTZXNzaW9uc1Jlc3BvbnNlElUKCkdldFNlc3Npb24SIi5tb2VfZGVidWdnZXIudjEuR2V0U2Vzc2lvblJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuR2V0U2Vzc2lvblJlc3BvbnNlElUKCkdldEhpc3RvcnkSIi5tb2VfZGVidWdnZXIudjEuR2V0SGlzdG9yeVJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuR2V0SGlzdG9yeVJlc3BvbnNlElIKCUdldFNlcmllcxIhLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJpZXNSZXF1ZXN0GiIubW9lX2RlYnVnZ2VyLnYxLkdldFNlcmllc1Jlc3BvbnNlElsKDExpc3RSZXF1ZXN0cxIkLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVxdWVzdHNSZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkxpc3RSZXF1ZXN0c1Jlc3BvbnNlEmcKEEdldFJlcXVlc3RSb3V0ZXMSKC5tb2VfZGVidWdnZXIudjEuR2V0UmVxdWVzdFJvdXRlc1JlcXVlc3QaKS5tb2VfZGVidWdnZXIudjEuR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlElsKDENsb3NlU2Vzc2lvbhIkLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNlc3Npb25SZXF1ZXN0GiUubW9lX2RlYnVnZ2VyLnYxLkNsb3NlU2Vzc2lvblJlc3BvbnNlEm0KEkFja25vd2xlZGdlRmluZGluZxIqLm1vZV9kZWJ1Z2dlci52MS5BY2tub3dsZWRnZUZpbmRpbmdSZXF1ZXN0GisubW9lX2RlYnVnZ2VyLnYxLkFja25vd2xlZGdlRmluZGluZ1Jlc3BvbnNlEmEKDlNpbGVuY2VGaW5kaW5nEiYubW9lX2RlYnVnZ2VyLnYxLlNpbGVuY2VGaW5kaW5nUmVxdWVzdBonLm1vZV9kZWJ1Z2dlci52MS5TaWxlbmNlRmluZGluZ1Jlc3BvbnNlEkgKBVdhdGNoEh0ubW9lX2RlYnVnZ2VyLnYxLldhdGNoUmVxdWVzdBoeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFJlc3BvbnNlMAESbwoIR2VuZXJhdGUSLy5tb2VfZGVidWdnZXIudjEuRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXF1ZXN0GjAubW9lX2RlYnVnZ2VyLnYxLkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVzcG9uc2UwARJVCgpPcGVuU291cmNlEiIubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXF1ZXN0GiMubW9lX2RlYnVnZ2VyLnYxLk9wZW5Tb3VyY2VSZXNwb25zZRJeCg1QdWJsaXNoUm91dGVzEiUubW9lX2RlYnVnZ2VyLnYxLlB1Ymxpc2hSb3V0ZXNSZXF1ZXN0GiYubW9lX2RlYnVnZ2VyLnYxLlB1Ymxpc2hSb3V0ZXNSZXNwb25zZRJYCgtDbG9zZVNvdXJjZRIjLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNvdXJjZVJlcXVlc3QaJC5tb2VfZGVidWdnZXIudjEuQ2xvc2VTb3VyY2VSZXNwb25zZRJhCg5TdGFydFJlY29yZGluZxImLm1vZV9kZWJ1Z2dlci52MS5TdGFydFJlY29yZGluZ1JlcXVlc3QaJy5tb2VfZGVidWdnZXIudjEuU3RhcnRSZWNvcmRpbmdSZXNwb25zZRJeCg1TdG9wUmVjb3JkaW5nEiUubW9lX2RlYnVnZ2VyLnYxLlN0b3BSZWNvcmRpbmdSZXF1ZXN0GiYubW9lX2RlYnVnZ2VyLnYxLlN0b3BSZWNvcmRpbmdSZXNwb25zZRJhCg5MaXN0UmVjb3JkaW5ncxImLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVjb3JkaW5nc1JlcXVlc3QaJy5tb2VfZGVidWdnZXIudjEuTGlzdFJlY29yZGluZ3NSZXNwb25zZRJsChFEb3dubG9hZFJlY29yZGluZxIpLm1vZV9kZWJ1Z2dlci52MS5Eb3dubG9hZFJlY29yZGluZ1JlcXVlc3QaKi5tb2VfZGVidWdnZXIudjEuRG93bmxvYWRSZWNvcmRpbmdSZXNwb25zZTABYgZwcm90bzM", [file_moe_debugger_v1_collector, file_moe_debugger_v1_routing, file_moe_debugger_v1_session]);
+  fileDesc("Ch1tb2VfZGVidWdnZXIvdjEvZ2F0ZXdheS5wcm90bxIPbW9lX2RlYnVnZ2VyLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IqIBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRI0Cgpjb21wb25lbnRzGAIgAygLMiAubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudEhlYWx0aBIYChBtYXhfcHJvbXB0X2J5dGVzGAMgASgNEhQKDG1heF93YXRjaF9oehgEIAEoDRISCgpoYXNfd29ya2VyGAUgASgIIl8KD0NvbXBvbmVudEhlYWx0aBIMCgRuYW1lGAEgASgJEi4KBXN0YXRlGAIgASgOMh8ubW9lX2RlYnVnZ2VyLnYxLkNvbXBvbmVudFN0YXRlEg4KBmRldGFpbBgDIAEoCSIVChNMaXN0U2Vzc2lvbnNSZXF1ZXN0IkIKFExpc3RTZXNzaW9uc1Jlc3BvbnNlEioKCHNlc3Npb25zGAEgAygLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iJwoRR2V0U2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChJHZXRTZXNzaW9uUmVzcG9uc2USMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90IlEKEUdldEhpc3RvcnlSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSFAoMcmVzb2x1dGlvbl9zGAIgASgNEhIKCm1heF9wb2ludHMYAyABKA0iPQoSR2V0SGlzdG9yeVJlc3BvbnNlEicKBnBvaW50cxgBIAMoCzIXLm1vZV9kZWJ1Z2dlci52MS5Sb2xsVXAiSQoQR2V0U2VyaWVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg0KBW5hbWVzGAIgAygJEhIKCm1heF9wb2ludHMYAyABKA0iWQoRR2V0U2VyaWVzUmVzcG9uc2USJwoGc2VyaWVzGAEgAygLMhcubW9lX2RlYnVnZ2VyLnYxLlNlcmllcxIbChNudW1fcG9pbnRzX25vdF9rZXB0GAIgASgEIj4KE0xpc3RSZXF1ZXN0c1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCRITCgttYXhfcmVzdWx0cxgCIAEoDSJJChRMaXN0UmVxdWVzdHNSZXNwb25zZRIxCghyZXF1ZXN0cxgBIAMoCzIfLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0U3VtbWFyeSJBChdHZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkiSgoYR2V0UmVxdWVzdFJvdXRlc1Jlc3BvbnNlEi4KBnJvdXRlcxgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5SZXF1ZXN0Um91dGVzIikKE0Nsb3NlU2Vzc2lvblJlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJBChRDbG9zZVNlc3Npb25SZXNwb25zZRIpCgdzZXNzaW9uGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLlNlc3Npb24iTgoZQWNrbm93bGVkZ2VGaW5kaW5nUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEg8KB3J1bGVfaWQYAiABKAkSDAoEdW5kbxgDIAEoCCJHChpBY2tub3dsZWRnZUZpbmRpbmdSZXNwb25zZRIpCgdmaW5kaW5nGAEgASgLMhgubW9lX2RlYnVnZ2VyLnYxLkZpbmRpbmciUAoVU2lsZW5jZUZpbmRpbmdSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSDwoHcnVsZV9pZBgCIAEoCRISCgpkdXJhdGlvbl9zGAMgASgNIkMKFlNpbGVuY2VGaW5kaW5nUmVzcG9uc2USKQoHZmluZGluZxgBIAEoCzIYLm1vZV9kZWJ1Z2dlci52MS5GaW5kaW5nIjAKDFF1ZXJ5UmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEgwKBHRleHQYAiABKAkiPQoNUXVlcnlSZXNwb25zZRIsCgZyZXN1bHQYASABKAsyHC5tb2VfZGVidWdnZXIudjEuUXVlcnlSZXN1bHQiUQoMV2F0Y2hSZXF1ZXN0EhIKCnNlc3Npb25faWQYASABKAkSDgoGbWF4X2h6GAIgASgBEh0KFXJlc3VtZV9hZnRlcl9zZXF1ZW5jZRgDIAEoBCKcAgoNV2F0Y2hSZXNwb25zZRIyCghzbmFwc2hvdBgBIAEoCzIeLm1vZV9kZWJ1Z2dlci52MS5XYXRjaFNuYXBzaG90SAASLAoFZnJhbWUYAiABKAsyGy5tb2VfZGVidWdnZXIudjEuV2F0Y2hGcmFtZUgAEjIKCHNlc3Npb25zGAMgASgLMh4ubW9lX2RlYnVnZ2VyLnYxLldhdGNoU2Vzc2lvbnNIABI2Cgpjb21wb25lbnRzGAQgASgLMiAubW9lX2RlYnVnZ2VyLnYxLldhdGNoQ29tcG9uZW50c0gAEjQKCWhlYXJ0YmVhdBgFIAEoCzIfLm1vZV9kZWJ1Z2dlci52MS5XYXRjaEhlYXJ0YmVhdEgAQgcKBWV2ZW50IkMKDVdhdGNoU25hcHNob3QSMgoIc25hcHNob3QYASABKAsyIC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvblNuYXBzaG90InMKCldhdGNoRnJhbWUSEAoIc2VxdWVuY2UYASABKAQSFQoNZXhwZXJ0X2NvdW50cxgCIAEoDBISCgpudW1fdG9rZW5zGAMgASgMEhUKDW51bV9jb25mbGF0ZWQYBCABKA0SEQoJbGFzdF9zdGVwGAUgASgEIjsKDVdhdGNoU2Vzc2lvbnMSKgoIc2Vzc2lvbnMYASADKAsyGC5tb2VfZGVidWdnZXIudjEuU2Vzc2lvbiJHCg9XYXRjaENvbXBvbmVudHMSNAoKY29tcG9uZW50cxgBIAMoCzIgLm1vZV9kZWJ1Z2dlci52MS5Db21wb25lbnRIZWFsdGgiKQoOV2F0Y2hIZWFydGJlYXQSFwoPc2VudF9hdF91bml4X25zGAEgASgDIlMKHkRlYnVnZ2VyU2VydmljZUdlbmVyYXRlUmVxdWVzdBIxCgdyZXF1ZXN0GAEgASgLMiAubW9lX2RlYnVnZ2VyLnYxLkdlbmVyYXRlUmVxdWVzdCJWCh9EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlc3BvbnNlEjMKCHJlc3BvbnNlGAEgASgLMiEubW9lX2RlYnVnZ2VyLnYxLkdlbmVyYXRlUmVzcG9uc2UixAIKEU9wZW5Tb3VyY2VSZXF1ZXN0EhQKDHNlc3Npb25fbmFtZRgBIAEoCRISCgptb2RlbF9uYW1lGAIgASgJEhIKCm1vZGVsX3R5cGUYAyABKAkSMQoGbGF5ZXJzGAQgAygLMiEubW9lX2RlYnVnZ2VyLnYxLkxheWVyRGVzY3JpcHRpb24SLAoFbGV2ZWwYBSABKA4yHS5tb2VfZGVidWdnZXIudjEuQ2FwdHVyZUxldmVsEhsKE3BoeXNpY2FsX3RvX2xvZ2ljYWwYBiABKAwSQgoIdmVyc2lvbnMYByADKAsyMC5tb2VfZGVidWdnZXIudjEuT3BlblNvdXJjZVJlcXVlc3QuVmVyc2lvbnNFbnRyeRovCg1WZXJzaW9uc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEibgoST3BlblNvdXJjZVJlc3BvbnNlEhIKCnNlc3Npb25faWQYASABKAkSEQoJc291cmNlX2lkGAIgASgJEhkKEW1heF9yZXF1ZXN0X2J5dGVzGAMgASgNEhYKDmlkbGVfdGltZW91dF9zGAQgASgBItcCChRQdWJsaXNoUm91dGVzUmVxdWVzdBIRCglzb3VyY2VfaWQYASABKAkSEgoKcmVxdWVzdF9pZBgCIAEoCRISCgpudW1fdG9rZW5zGAMgASgNEhIKCmV4cGVydF9pZHMYBCABKAwSEAoIcG9zaXRpb24YBSABKAwSFAoMZ2F0ZV93ZWlnaHRzGAYgASgMEiUKBXBoYXNlGAcgASgOMhYubW9lX2RlYnVnZ2VyLnYxLlBoYXNlEh4KEW51bV9wcm9tcHRfdG9rZW5zGAggASgNSACIAQESHgoRbnVtX2NhY2hlZF90b2tlbnMYCSABKA1IAYgBARIQCgh0b2tlbl9pZBgKIAEoDBISCgppc19wYWRkaW5nGAsgASgMEg8KB2NhbGxfaWQYDCABKAlCFAoSX251bV9wcm9tcHRfdG9rZW5zQhQKEl9udW1fY2FjaGVkX3Rva2VucyKAAgoVUHVibGlzaFJvdXRlc1Jlc3BvbnNlEhIKCnJlcXVlc3RfaWQYASABKAkSEgoKbnVtX3Rva2VucxgCIAEoDRIVCg1udW1fZGVjaXNpb25zGAMgASgEEh0KFW51bV9ub3Rfcm91dGVkX3Rva2VucxgEIAEoDRIQCghpc190YWtlbhgFIAEoCBJGCghwcm9ibGVtcxgGIAMoCzI0Lm1vZV9kZWJ1Z2dlci52MS5QdWJsaXNoUm91dGVzUmVzcG9uc2UuUHJvYmxlbXNFbnRyeRovCg1Qcm9ibGVtc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoDToCOAEiPwoSQ2xvc2VTb3VyY2VSZXF1ZXN0EhEKCXNvdXJjZV9pZBgBIAEoCRIWCg5jbG9zZXNfc2Vzc2lvbhgCIAEoCCJIChNDbG9zZVNvdXJjZVJlc3BvbnNlEjEKCGNvdW50ZXJzGAEgASgLMh8ubW9lX2RlYnVnZ2VyLnYxLlNvdXJjZUNvdW50ZXJzIkwKFVN0YXJ0UmVjb3JkaW5nUmVxdWVzdBISCgpzZXNzaW9uX2lkGAEgASgJEgwKBG5hbWUYAiABKAkSEQoJbWF4X2J5dGVzGAMgASgEIlwKFlN0YXJ0UmVjb3JkaW5nUmVzcG9uc2USLQoJcmVjb3JkaW5nGAEgASgLMhoubW9lX2RlYnVnZ2VyLnYxLlJlY29yZGluZxITCgt3YXNfcnVubmluZxgCIAEoCCJAChRTdG9wUmVjb3JkaW5nUmVxdWVzdBIUCgxyZWNvcmRpbmdfaWQYASABKAkSEgoKc2Vzc2lvbl9pZBgCIAEoCSJGChVTdG9wUmVjb3JkaW5nUmVzcG9uc2USLQoJcmVjb3JkaW5nGAEgASgLMhoubW9lX2RlYnVnZ2VyLnYxLlJlY29yZGluZyIrChVMaXN0UmVjb3JkaW5nc1JlcXVlc3QSEgoKc2Vzc2lvbl9pZBgBIAEoCSJIChZMaXN0UmVjb3JkaW5nc1Jlc3BvbnNlEi4KCnJlY29yZGluZ3MYASADKAsyGi5tb2VfZGVidWdnZXIudjEuUmVjb3JkaW5nIjAKGERvd25sb2FkUmVjb3JkaW5nUmVxdWVzdBIUCgxyZWNvcmRpbmdfaWQYASABKAkiXAoZRG93bmxvYWRSZWNvcmRpbmdSZXNwb25zZRIMCgRwYXRoGAEgASgJEg4KBm9mZnNldBgCIAEoBBIMCgRkYXRhGAMgASgMEhMKC3RvdGFsX2J5dGVzGAQgASgEKoQBCg5Db21wb25lbnRTdGF0ZRIfChtDT01QT05FTlRfU1RBVEVfVU5TUEVDSUZJRUQQABIcChhDT01QT05FTlRfU1RBVEVfU1RBUlRJTkcQARIZChVDT01QT05FTlRfU1RBVEVfUkVBRFkQAhIYChRDT01QT05FTlRfU1RBVEVfRE9XThADMu0OCg9EZWJ1Z2dlclNlcnZpY2USXgoNR2V0U2VydmVySW5mbxIlLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJ2ZXJJbmZvUmVxdWVzdBomLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2USWwoMTGlzdFNlc3Npb25zEiQubW9lX2RlYnVnZ2VyLnYxLkxpc3RTZXNzaW9uc1JlcXVlc3QaJS5tb2VfZGVidWdnZXIudjEuTGlzdFNlc3Npb25zUmVzcG9uc2USVQoKR2V0U2Vzc2lvbhIiLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXNzaW9uUmVxdWVzdBojLm1vZV9kZWJ1Z2dlci52MS5HZXRTZXNzaW9uUmVzcG9uc2USVQoKR2V0SGlzdG9yeRIiLm1vZV9kZWJ1Z2dlci52MS5HZXRIaXN0b3J5UmVxdWVzdBojLm1vZV9kZWJ1Z2dlci52MS5HZXRIaXN0b3J5UmVzcG9uc2USUgoJR2V0U2VyaWVzEiEubW9lX2RlYnVnZ2VyLnYxLkdldFNlcmllc1JlcXVlc3QaIi5tb2VfZGVidWdnZXIudjEuR2V0U2VyaWVzUmVzcG9uc2USWwoMTGlzdFJlcXVlc3RzEiQubW9lX2RlYnVnZ2VyLnYxLkxpc3RSZXF1ZXN0c1JlcXVlc3QaJS5tb2VfZGVidWdnZXIudjEuTGlzdFJlcXVlc3RzUmVzcG9uc2USZwoQR2V0UmVxdWVzdFJvdXRlcxIoLm1vZV9kZWJ1Z2dlci52MS5HZXRSZXF1ZXN0Um91dGVzUmVxdWVzdBopLm1vZV9kZWJ1Z2dlci52MS5HZXRSZXF1ZXN0Um91dGVzUmVzcG9uc2USWwoMQ2xvc2VTZXNzaW9uEiQubW9lX2RlYnVnZ2VyLnYxLkNsb3NlU2Vzc2lvblJlcXVlc3QaJS5tb2VfZGVidWdnZXIudjEuQ2xvc2VTZXNzaW9uUmVzcG9uc2USbQoSQWNrbm93bGVkZ2VGaW5kaW5nEioubW9lX2RlYnVnZ2VyLnYxLkFja25vd2xlZGdlRmluZGluZ1JlcXVlc3QaKy5tb2VfZGVidWdnZXIudjEuQWNrbm93bGVkZ2VGaW5kaW5nUmVzcG9uc2USYQoOU2lsZW5jZUZpbmRpbmcSJi5tb2VfZGVidWdnZXIudjEuU2lsZW5jZUZpbmRpbmdSZXF1ZXN0GicubW9lX2RlYnVnZ2VyLnYxLlNpbGVuY2VGaW5kaW5nUmVzcG9uc2USRgoFUXVlcnkSHS5tb2VfZGVidWdnZXIudjEuUXVlcnlSZXF1ZXN0Gh4ubW9lX2RlYnVnZ2VyLnYxLlF1ZXJ5UmVzcG9uc2USSAoFV2F0Y2gSHS5tb2VfZGVidWdnZXIudjEuV2F0Y2hSZXF1ZXN0Gh4ubW9lX2RlYnVnZ2VyLnYxLldhdGNoUmVzcG9uc2UwARJvCghHZW5lcmF0ZRIvLm1vZV9kZWJ1Z2dlci52MS5EZWJ1Z2dlclNlcnZpY2VHZW5lcmF0ZVJlcXVlc3QaMC5tb2VfZGVidWdnZXIudjEuRGVidWdnZXJTZXJ2aWNlR2VuZXJhdGVSZXNwb25zZTABElUKCk9wZW5Tb3VyY2USIi5tb2VfZGVidWdnZXIudjEuT3BlblNvdXJjZVJlcXVlc3QaIy5tb2VfZGVidWdnZXIudjEuT3BlblNvdXJjZVJlc3BvbnNlEl4KDVB1Ymxpc2hSb3V0ZXMSJS5tb2VfZGVidWdnZXIudjEuUHVibGlzaFJvdXRlc1JlcXVlc3QaJi5tb2VfZGVidWdnZXIudjEuUHVibGlzaFJvdXRlc1Jlc3BvbnNlElgKC0Nsb3NlU291cmNlEiMubW9lX2RlYnVnZ2VyLnYxLkNsb3NlU291cmNlUmVxdWVzdBokLm1vZV9kZWJ1Z2dlci52MS5DbG9zZVNvdXJjZVJlc3BvbnNlEmEKDlN0YXJ0UmVjb3JkaW5nEiYubW9lX2RlYnVnZ2VyLnYxLlN0YXJ0UmVjb3JkaW5nUmVxdWVzdBonLm1vZV9kZWJ1Z2dlci52MS5TdGFydFJlY29yZGluZ1Jlc3BvbnNlEl4KDVN0b3BSZWNvcmRpbmcSJS5tb2VfZGVidWdnZXIudjEuU3RvcFJlY29yZGluZ1JlcXVlc3QaJi5tb2VfZGVidWdnZXIudjEuU3RvcFJlY29yZGluZ1Jlc3BvbnNlEmEKDkxpc3RSZWNvcmRpbmdzEiYubW9lX2RlYnVnZ2VyLnYxLkxpc3RSZWNvcmRpbmdzUmVxdWVzdBonLm1vZV9kZWJ1Z2dlci52MS5MaXN0UmVjb3JkaW5nc1Jlc3BvbnNlEmwKEURvd25sb2FkUmVjb3JkaW5nEikubW9lX2RlYnVnZ2VyLnYxLkRvd25sb2FkUmVjb3JkaW5nUmVxdWVzdBoqLm1vZV9kZWJ1Z2dlci52MS5Eb3dubG9hZFJlY29yZGluZ1Jlc3BvbnNlMAFiBnByb3RvMw", [file_moe_debugger_v1_collector, file_moe_debugger_v1_query, file_moe_debugger_v1_routing, file_moe_debugger_v1_session]);
 
 /**
  * @generated from message moe_debugger.v1.GetServerInfoRequest
@@ -471,6 +473,47 @@ export const SilenceFindingResponseSchema: GenMessage<SilenceFindingResponse> = 
   messageDesc(file_moe_debugger_v1_gateway, 20);
 
 /**
+ * @generated from message moe_debugger.v1.QueryRequest
+ */
+export type QueryRequest = Message<"moe_debugger.v1.QueryRequest"> & {
+  /**
+   * @generated from field: string session_id = 1;
+   */
+  sessionId: string;
+
+  /**
+   * Such as "experts where layer = 23 and load > 8x order by load desc".
+   *
+   * @generated from field: string text = 2;
+   */
+  text: string;
+};
+
+/**
+ * Describes the message moe_debugger.v1.QueryRequest.
+ * Use `create(QueryRequestSchema)` to create a new message.
+ */
+export const QueryRequestSchema: GenMessage<QueryRequest> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 21);
+
+/**
+ * @generated from message moe_debugger.v1.QueryResponse
+ */
+export type QueryResponse = Message<"moe_debugger.v1.QueryResponse"> & {
+  /**
+   * @generated from field: moe_debugger.v1.QueryResult result = 1;
+   */
+  result?: QueryResult | undefined;
+};
+
+/**
+ * Describes the message moe_debugger.v1.QueryResponse.
+ * Use `create(QueryResponseSchema)` to create a new message.
+ */
+export const QueryResponseSchema: GenMessage<QueryResponse> = /*@__PURE__*/
+  messageDesc(file_moe_debugger_v1_gateway, 22);
+
+/**
  * @generated from message moe_debugger.v1.WatchRequest
  */
 export type WatchRequest = Message<"moe_debugger.v1.WatchRequest"> & {
@@ -501,7 +544,7 @@ export type WatchRequest = Message<"moe_debugger.v1.WatchRequest"> & {
  * Use `create(WatchRequestSchema)` to create a new message.
  */
 export const WatchRequestSchema: GenMessage<WatchRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 21);
+  messageDesc(file_moe_debugger_v1_gateway, 23);
 
 /**
  * @generated from message moe_debugger.v1.WatchResponse
@@ -548,7 +591,7 @@ export type WatchResponse = Message<"moe_debugger.v1.WatchResponse"> & {
  * Use `create(WatchResponseSchema)` to create a new message.
  */
 export const WatchResponseSchema: GenMessage<WatchResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 22);
+  messageDesc(file_moe_debugger_v1_gateway, 24);
 
 /**
  * The whole picture: first on the stream, then whenever more than counts changed.
@@ -567,7 +610,7 @@ export type WatchSnapshot = Message<"moe_debugger.v1.WatchSnapshot"> & {
  * Use `create(WatchSnapshotSchema)` to create a new message.
  */
 export const WatchSnapshotSchema: GenMessage<WatchSnapshot> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 23);
+  messageDesc(file_moe_debugger_v1_gateway, 25);
 
 /**
  * Counts only, absolute, for the layers of the last snapshot in their order.
@@ -612,7 +655,7 @@ export type WatchFrame = Message<"moe_debugger.v1.WatchFrame"> & {
  * Use `create(WatchFrameSchema)` to create a new message.
  */
 export const WatchFrameSchema: GenMessage<WatchFrame> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 24);
+  messageDesc(file_moe_debugger_v1_gateway, 26);
 
 /**
  * @generated from message moe_debugger.v1.WatchSessions
@@ -629,7 +672,7 @@ export type WatchSessions = Message<"moe_debugger.v1.WatchSessions"> & {
  * Use `create(WatchSessionsSchema)` to create a new message.
  */
 export const WatchSessionsSchema: GenMessage<WatchSessions> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 25);
+  messageDesc(file_moe_debugger_v1_gateway, 27);
 
 /**
  * @generated from message moe_debugger.v1.WatchComponents
@@ -646,7 +689,7 @@ export type WatchComponents = Message<"moe_debugger.v1.WatchComponents"> & {
  * Use `create(WatchComponentsSchema)` to create a new message.
  */
 export const WatchComponentsSchema: GenMessage<WatchComponents> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 26);
+  messageDesc(file_moe_debugger_v1_gateway, 28);
 
 /**
  * @generated from message moe_debugger.v1.WatchHeartbeat
@@ -663,7 +706,7 @@ export type WatchHeartbeat = Message<"moe_debugger.v1.WatchHeartbeat"> & {
  * Use `create(WatchHeartbeatSchema)` to create a new message.
  */
 export const WatchHeartbeatSchema: GenMessage<WatchHeartbeat> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 27);
+  messageDesc(file_moe_debugger_v1_gateway, 29);
 
 /**
  * @generated from message moe_debugger.v1.DebuggerServiceGenerateRequest
@@ -680,7 +723,7 @@ export type DebuggerServiceGenerateRequest = Message<"moe_debugger.v1.DebuggerSe
  * Use `create(DebuggerServiceGenerateRequestSchema)` to create a new message.
  */
 export const DebuggerServiceGenerateRequestSchema: GenMessage<DebuggerServiceGenerateRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 28);
+  messageDesc(file_moe_debugger_v1_gateway, 30);
 
 /**
  * @generated from message moe_debugger.v1.DebuggerServiceGenerateResponse
@@ -697,7 +740,7 @@ export type DebuggerServiceGenerateResponse = Message<"moe_debugger.v1.DebuggerS
  * Use `create(DebuggerServiceGenerateResponseSchema)` to create a new message.
  */
 export const DebuggerServiceGenerateResponseSchema: GenMessage<DebuggerServiceGenerateResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 29);
+  messageDesc(file_moe_debugger_v1_gateway, 31);
 
 /**
  * @generated from message moe_debugger.v1.OpenSourceRequest
@@ -755,7 +798,7 @@ export type OpenSourceRequest = Message<"moe_debugger.v1.OpenSourceRequest"> & {
  * Use `create(OpenSourceRequestSchema)` to create a new message.
  */
 export const OpenSourceRequestSchema: GenMessage<OpenSourceRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 30);
+  messageDesc(file_moe_debugger_v1_gateway, 32);
 
 /**
  * @generated from message moe_debugger.v1.OpenSourceResponse
@@ -791,7 +834,7 @@ export type OpenSourceResponse = Message<"moe_debugger.v1.OpenSourceResponse"> &
  * Use `create(OpenSourceResponseSchema)` to create a new message.
  */
 export const OpenSourceResponseSchema: GenMessage<OpenSourceResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 31);
+  messageDesc(file_moe_debugger_v1_gateway, 33);
 
 /**
  * Routes of some tokens of one request; n tokens, the layers and the largest top-k of the source.
@@ -885,7 +928,7 @@ export type PublishRoutesRequest = Message<"moe_debugger.v1.PublishRoutesRequest
  * Use `create(PublishRoutesRequestSchema)` to create a new message.
  */
 export const PublishRoutesRequestSchema: GenMessage<PublishRoutesRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 32);
+  messageDesc(file_moe_debugger_v1_gateway, 34);
 
 /**
  * @generated from message moe_debugger.v1.PublishRoutesResponse
@@ -935,7 +978,7 @@ export type PublishRoutesResponse = Message<"moe_debugger.v1.PublishRoutesRespon
  * Use `create(PublishRoutesResponseSchema)` to create a new message.
  */
 export const PublishRoutesResponseSchema: GenMessage<PublishRoutesResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 33);
+  messageDesc(file_moe_debugger_v1_gateway, 35);
 
 /**
  * @generated from message moe_debugger.v1.CloseSourceRequest
@@ -959,7 +1002,7 @@ export type CloseSourceRequest = Message<"moe_debugger.v1.CloseSourceRequest"> &
  * Use `create(CloseSourceRequestSchema)` to create a new message.
  */
 export const CloseSourceRequestSchema: GenMessage<CloseSourceRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 34);
+  messageDesc(file_moe_debugger_v1_gateway, 36);
 
 /**
  * @generated from message moe_debugger.v1.CloseSourceResponse
@@ -978,7 +1021,7 @@ export type CloseSourceResponse = Message<"moe_debugger.v1.CloseSourceResponse">
  * Use `create(CloseSourceResponseSchema)` to create a new message.
  */
 export const CloseSourceResponseSchema: GenMessage<CloseSourceResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 35);
+  messageDesc(file_moe_debugger_v1_gateway, 37);
 
 /**
  * @generated from message moe_debugger.v1.StartRecordingRequest
@@ -1009,7 +1052,7 @@ export type StartRecordingRequest = Message<"moe_debugger.v1.StartRecordingReque
  * Use `create(StartRecordingRequestSchema)` to create a new message.
  */
 export const StartRecordingRequestSchema: GenMessage<StartRecordingRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 36);
+  messageDesc(file_moe_debugger_v1_gateway, 38);
 
 /**
  * @generated from message moe_debugger.v1.StartRecordingResponse
@@ -1033,7 +1076,7 @@ export type StartRecordingResponse = Message<"moe_debugger.v1.StartRecordingResp
  * Use `create(StartRecordingResponseSchema)` to create a new message.
  */
 export const StartRecordingResponseSchema: GenMessage<StartRecordingResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 37);
+  messageDesc(file_moe_debugger_v1_gateway, 39);
 
 /**
  * @generated from message moe_debugger.v1.StopRecordingRequest
@@ -1057,7 +1100,7 @@ export type StopRecordingRequest = Message<"moe_debugger.v1.StopRecordingRequest
  * Use `create(StopRecordingRequestSchema)` to create a new message.
  */
 export const StopRecordingRequestSchema: GenMessage<StopRecordingRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 38);
+  messageDesc(file_moe_debugger_v1_gateway, 40);
 
 /**
  * @generated from message moe_debugger.v1.StopRecordingResponse
@@ -1076,7 +1119,7 @@ export type StopRecordingResponse = Message<"moe_debugger.v1.StopRecordingRespon
  * Use `create(StopRecordingResponseSchema)` to create a new message.
  */
 export const StopRecordingResponseSchema: GenMessage<StopRecordingResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 39);
+  messageDesc(file_moe_debugger_v1_gateway, 41);
 
 /**
  * @generated from message moe_debugger.v1.ListRecordingsRequest
@@ -1095,7 +1138,7 @@ export type ListRecordingsRequest = Message<"moe_debugger.v1.ListRecordingsReque
  * Use `create(ListRecordingsRequestSchema)` to create a new message.
  */
 export const ListRecordingsRequestSchema: GenMessage<ListRecordingsRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 40);
+  messageDesc(file_moe_debugger_v1_gateway, 42);
 
 /**
  * @generated from message moe_debugger.v1.ListRecordingsResponse
@@ -1114,7 +1157,7 @@ export type ListRecordingsResponse = Message<"moe_debugger.v1.ListRecordingsResp
  * Use `create(ListRecordingsResponseSchema)` to create a new message.
  */
 export const ListRecordingsResponseSchema: GenMessage<ListRecordingsResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 41);
+  messageDesc(file_moe_debugger_v1_gateway, 43);
 
 /**
  * @generated from message moe_debugger.v1.DownloadRecordingRequest
@@ -1131,7 +1174,7 @@ export type DownloadRecordingRequest = Message<"moe_debugger.v1.DownloadRecordin
  * Use `create(DownloadRecordingRequestSchema)` to create a new message.
  */
 export const DownloadRecordingRequestSchema: GenMessage<DownloadRecordingRequest> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 42);
+  messageDesc(file_moe_debugger_v1_gateway, 44);
 
 /**
  * @generated from message moe_debugger.v1.DownloadRecordingResponse
@@ -1167,7 +1210,7 @@ export type DownloadRecordingResponse = Message<"moe_debugger.v1.DownloadRecordi
  * Use `create(DownloadRecordingResponseSchema)` to create a new message.
  */
 export const DownloadRecordingResponseSchema: GenMessage<DownloadRecordingResponse> = /*@__PURE__*/
-  messageDesc(file_moe_debugger_v1_gateway, 43);
+  messageDesc(file_moe_debugger_v1_gateway, 45);
 
 /**
  * @generated from enum moe_debugger.v1.ComponentState
@@ -1289,6 +1332,16 @@ export const DebuggerService: GenService<{
     methodKind: "unary";
     input: typeof SilenceFindingRequestSchema;
     output: typeof SilenceFindingResponseSchema;
+  },
+  /**
+   * Reads a session by the language of docs/query.md, within a cost cap.
+   *
+   * @generated from rpc moe_debugger.v1.DebuggerService.Query
+   */
+  query: {
+    methodKind: "unary";
+    input: typeof QueryRequestSchema;
+    output: typeof QueryResponseSchema;
   },
   /**
    * One multiplexed stream per client: a snapshot first, then frames with rising sequences.
