@@ -6,6 +6,7 @@ import { AppShell } from "./AppShell";
 import { ServicesContext } from "./context";
 import { DebuggerService } from "./gen/moe_debugger/v1/gateway_pb";
 import { i18n, loadFindingWords } from "./i18n";
+import { connectQueries } from "./query";
 import { App, useApp } from "./store";
 import "./styles.css";
 import { Generator } from "./tokens";
@@ -16,7 +17,9 @@ import { parseHash } from "./url";
 export function mount(transport: Transport): void {
   const root = document.getElementById("root");
   if (!root) throw new Error("the page has no #root");
-  const app = new App(createClient(DebuggerService, transport));
+  const client = createClient(DebuggerService, transport);
+  connectQueries(client);
+  const app = new App(client);
   const { panel, sessionId, row, expert } = parseHash(window.location.hash);
   useApp.setState({ panel, row, expert, theme: storedTheme() });
   // Where it fails the stream fails too, and says so.

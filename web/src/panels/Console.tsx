@@ -8,6 +8,7 @@ import { matchesFilter } from "../model/filter";
 import { type ComponentEvent, useApp } from "../store";
 import { SearchIcon, SeverityGlyph } from "../ui/icons";
 import { FindingRow, useFindings } from "./Findings";
+import { QueryConsole } from "./QueryConsole";
 
 type Chip = "all" | "critical" | "warning" | "info" | "silenced" | "closed" | "component";
 
@@ -86,6 +87,7 @@ export function Console() {
           />
         </label>
       </div>
+      <QueryConsole />
       <div className="console-rows" role="log" aria-live="off" aria-label={t("console.title")}>
         {problems.map(({ host, problem, id }) => (
           <div className="console-row component-row warning" key={`${id}${problem}`}>
