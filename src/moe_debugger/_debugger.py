@@ -33,6 +33,8 @@ from moe_debugger.wire.ids import DEFAULT_TENANT, check_id, check_tenant
 if TYPE_CHECKING:
     from torch import nn
 
+    from moe_debugger.profiling import LayerProfile, Peak
+
 __all__ = ["LEVELS", "CaptureLevelName", "MoEDebugger"]
 
 CaptureLevelName = Literal["counts", "routes", "routes+tokens", "full"]
@@ -79,11 +81,14 @@ class MoEDebugger:
             which other ranks share.
         kind: what this process is, shown in the fleet ("library", "worker", "training"...).
         gradients: read the norms of gradients and weights of routers and experts when a `step` block ends, as series.
+        profiling: time routers, experts and what lies between them, by layer and expert (`layer_profile`); the page
+            of a fleet shows it. Costs more than watching alone, see docs/profiling.md.
+        peak: what the machine can do, for the roofline of a profile (`moe_debugger.profiling.measure_peak`).
         coordinates: this rank's place in a sharded model; default: told from torch.distributed and the model's device
             meshes. A replica of a lower rank captures as any other, but sends no decisions to the fleet.
 
     Raises:
-        ModelNotSupportedError: no MoE layer of the model can be read.
+        ModelNotSupportedError: no MoE layer of the model can be read, or it is compiled and `profiling` is asked for.
         AlreadyAttachedError: another debugger watches the model.
         InvalidInputError: an argument has no such value.
     """
@@ -106,10 +111,16 @@ class MoEDebugger:
         step_domain: Literal["source", "global"] = "source",
         kind: str = "library",
         gradients: bool = False,
+        profiling: bool = False,
+        peak: "Peak | None" = None,
         coordinates: ParallelCoordinates | None = None,
     ) -> None:
         _check_rows(max_disk_bytes, rows_dir)
         _check_arguments(level, sampling_rate, fleet, buffer_bytes, max_rows_bytes, step_domain)
+        if profiling:
+            from moe_debugger.profiling import refuse_compiled
+
+            refuse_compiled(model)
         self._tenant = check_tenant(tenant)
         self._level = level
         self._fleet = fleet
@@ -147,6 +158,8 @@ class MoEDebugger:
             expert_owners=owners,
             model_name=self._model_name,
             step_domain=_STEP_DOMAINS[step_domain],
+            profiling=profiling,
+            peak=peak,
         )
 
     @property
@@ -197,7 +210,12 @@ class MoEDebugger:
             if publisher is not None:
                 publisher.stop()
             raise
-        session = Session(name, self._capture, self._options, publisher)
+        try:
+            session = Session(name, self._capture, self._options, publisher)
+        except BaseException:
+            # A model that was compiled meanwhile cannot be profiled.
+            self._capture.detach()
+            raise
         self._session = session
         if publisher is not None:
             publisher.set_health_source(_health_of(session))
@@ -212,11 +230,25 @@ class MoEDebugger:
         return session
 
     @contextmanager
-    def profile(self) -> Iterator[Profile]:
-        """Measure what runs inside; starts a session where none is open."""
+    def profile(self, *, layers: bool = False, peak: "Peak | None" = None) -> Iterator[Profile]:
+        """Measure what runs inside; starts a session where none is open.
+
+        Args:
+            layers: time the parts of the MoE layers as well: `Profile.layers`.
+            peak: for the roofline; default: the debugger's.
+        """
         session = self.session or self.start_session()
-        with session.profile() as profile:
+        with session.profile(layers=layers, peak=peak) as profile:
             yield profile
+
+    def layer_profile(self) -> "LayerProfile":
+        """Return where the forwards' time went in the open session; see `Session.layer_profile`.
+
+        Raises:
+            InvalidInputError: this debugger was made without ``profiling=True``.
+            SessionClosedError: no session is open.
+        """
+        return self._open_session().layer_profile()
 
     def requests(
         self,

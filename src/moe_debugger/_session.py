@@ -26,6 +26,7 @@ from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, LayerStat
 from moe_debugger.capture import Assembled, Assembler, Capture, Intake, LayerInfo, RawForward
 from moe_debugger.errors import InvalidInputError, SessionClosedError
 from moe_debugger.parallel import ParallelCoordinates
+from moe_debugger.profiling.sessions import LayerProfiling
 from moe_debugger.publish import Health, Publisher, PublisherStatistics
 from moe_debugger.publish.account import reason_name
 from moe_debugger.training.gradients import GradientProbe
@@ -36,6 +37,7 @@ from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 from moe_debugger.wire.ids import new_id
 
 if TYPE_CHECKING:
+    from moe_debugger.profiling import LayerProfile, Peak
     from moe_debugger.query import QueryResult
     from moe_debugger.recording import Recorder
 
@@ -65,6 +67,9 @@ class SessionOptions:
     expert_owners: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     model_name: str = ""
     step_domain: int = pb.STEP_DOMAIN_SOURCE
+    profiling: bool = False
+    # For the roofline of a profile.
+    peak: "Peak | None" = None
 
 
 @dataclass(slots=True)
@@ -74,13 +79,16 @@ class Profile:
     Attributes:
         performance: of the block alone.
         wall_s: wall time of the block.
+        layers: where its time went by layer and expert; None where layers were not profiled.
     """
 
     wall_s: float = 0.0
     performance: PerformanceMetrics = field(default_factory=PerformanceMetrics)
+    layers: "LayerProfile | None" = None
 
     def __str__(self) -> str:
-        return f"{self.performance}\nblock: {self.wall_s:.3f} s"
+        layers = "" if self.layers is None else f"\n{self.layers}"
+        return f"{self.performance}\nblock: {self.wall_s:.3f} s{layers}"
 
 
 @dataclass(slots=True)
@@ -150,6 +158,7 @@ class Session:
         self._status_mark = (time.monotonic_ns(), capture.hook_ns)
         self._lost_reported = 0
         self._series = SeriesRecorder(self._make_probe, self._send_series)
+        self._profiling = LayerProfiling(capture, options) if options.profiling else None
         # The threads that serve a session do not keep it, and with it the model, alive where everyone has lost it.
         self._intake = Intake(_weakly(self._process), _weakly(self._failed), options.buffer_bytes)
         self._if_lost = weakref.finalize(self, _end_lost_session, self._intake, publisher)
@@ -395,24 +404,58 @@ class Session:
         self.stop(timeout_s=timeout_s, ends_session=ends_session, reason=reason)
         if self._recorder is not None:
             self._recorder.stop()
+        self._profiling = None
         self._intake.close(timeout_s)
         self._if_lost.detach()
         self._is_closed = True
         self._rows.close()
 
     @contextmanager
-    def profile(self) -> Iterator[Profile]:
-        """Measure what runs inside."""
+    def profile(self, *, layers: bool = False, peak: "Peak | None" = None) -> Iterator[Profile]:
+        """Measure what runs inside.
+
+        Args:
+            layers: time the parts of the MoE layers as well, see `layer_profile`; always so where the debugger was
+                made with ``profiling=True``.
+            peak: for the roofline; default: the debugger's.
+
+        Raises:
+            ModelNotSupportedError: `layers`, and the model is compiled.
+        """
         self._settle()
+        ours = None
+        if layers and self._profiling is None:
+            ours = self._profiling = LayerProfiling(self._capture, self._options)
+        timing = self._profiling
+        mark = 0 if timing is None else timing.mark()
         before, started = self._read_totals(), time.perf_counter()
         profile = Profile()
         try:
             yield profile
         finally:
             profile.wall_s = time.perf_counter() - started
+            if ours is not None:
+                ours.stop()
+                self._profiling = None
             if not self._is_closed:
                 self._settle()
                 profile.performance = self._performance(before)
+                profile.layers = None if timing is None else timing.profile(after=mark, peak=peak)
+
+    def layer_profile(self) -> "LayerProfile":
+        """Return where the forwards' time went so far, by layer, part and expert; docs/profiling.md defines it.
+
+        Raises:
+            InvalidInputError: the debugger was made without ``profiling=True``.
+            SessionClosedError: the session was closed.
+        """
+        self._check_open()
+        if self._profiling is None:
+            raise InvalidInputError(
+                "layers are not profiled: make the debugger with MoEDebugger(model, profiling=True), or run the model "
+                "inside `with debugger.profile(layers=True) as profile:` and read profile.layers"
+            )
+        return self._profiling.profile()
 
     def record(
         self,
@@ -480,6 +523,8 @@ class Session:
         if self._is_stopped:
             return
         self._is_stopped = True
+        if self._profiling is not None:
+            self._profiling.stop()
         self._capture.detach()
         self._intake.flush(timeout_s)
         if self.publisher is not None:
@@ -515,6 +560,8 @@ class Session:
         self._status_mark = (now_ns, hook_ns)
         self._report_lost()
         self._series.poll()
+        if self._profiling is not None:
+            self._send_series(self._profiling.points())
         health = self._health(is_live=True)
         return Health(
             last_step=self._last_step,

@@ -48,12 +48,6 @@ def _to_device(value: str) -> str:
     return value
 
 
-def _refuse_profiling(value: bool) -> bool:
-    if value:
-        raise ValueError("there is no profiling of the model's kernels yet; set it to false or remove the line")
-    return value
-
-
 def _refuse_memory_limit(_: object) -> None:
     raise ValueError(
         "the worker's memory cannot be limited yet; remove the line, and limit capture.buffer_size, "
@@ -118,8 +112,8 @@ class PerformanceConfig(_Section):
     """What the worker may use."""
 
     batch_size: int | None = Field(default=None, ge=1, le=256, description="Most requests that share a forward.")
-    profiling: Annotated[bool, AfterValidator(_refuse_profiling)] = Field(
-        default=False, description="Not there yet: true is refused."
+    profiling: bool | None = Field(
+        default=None, description="Time routers and experts by layer; see docs/profiling.md."
     )
     memory_limit: Annotated[None, BeforeValidator(_refuse_memory_limit)] = Field(
         default=None, description="Not there yet: any value is refused."
@@ -144,6 +138,7 @@ class Config(_Section):
             "sampling_rate": self.capture.sampling_rate,
             "buffer_bytes": self.capture.buffer_size,
             "gradients": self.capture.gradients,
+            "profiling": self.performance.profiling,
         }
         thresholds = {name: value for name, value in self.thresholds.model_dump().items() if value is not None}
         if thresholds:
@@ -160,11 +155,16 @@ class Config(_Section):
             "MOE_COLLECTOR_SAMPLING_RATE": self.capture.sampling_rate,
             "MOE_COLLECTOR_BUFFER_BYTES": self.capture.buffer_size,
             "MOE_COLLECTOR_MAX_BATCH_SIZE": self.performance.batch_size,
+            "MOE_COLLECTOR_PROFILING": self.performance.profiling,
             "MOE_ANALYZER_DEAD_EXPERT": self.thresholds.dead_expert,
             "MOE_ANALYZER_LOAD_BALANCE": self.thresholds.load_balance,
             "MOE_ANALYZER_ROUTING_CONFIDENCE": self.thresholds.routing_confidence,
         }
-        return {name: str(value) for name, value in values.items() if value is not None}
+        return {
+            name: str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
 
 
 def load_config(path: Path | str) -> Config:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ray.serve.grpc_util import RayServegRPCContext
 
     from moe_debugger.models import TextTokenizer
+    from moe_debugger.profiling import Peak
 
 __all__ = ["MODEL_FAILED", "Worker", "status_of"]
 
@@ -89,6 +90,9 @@ class Worker:
             model_name=loaded.name,
             tenant=settings.tenant,
             kind="worker",
+            profiling=settings.profiling,
+            # Before the first request: it waits for the device.
+            peak=_peak(loaded.model) if settings.profiling else None,
         )
         # Without waiting: a worker generates while the fleet is away, and its routing is sent when it is back.
         self._session = self._debugger.start_session(wait_s=0)
@@ -214,3 +218,10 @@ def _eos_token_ids(tokenizer: "TextTokenizer", model: Any) -> list[int]:
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     return sorted(found)
+
+
+def _peak(model: Any) -> "Peak":
+    from moe_debugger.profiling import measure_peak
+
+    parameter = next(model.parameters())
+    return measure_peak(parameter.device, parameter.dtype)

@@ -46,6 +46,7 @@ class CollectorSettings(BaseSettings):
     )
     sampling_rate: float = Field(1.0, gt=0, le=1, description="Share of the requests whose routing is captured.")
     buffer_bytes: int = Field(64 << 20, ge=1 << 20, le=1 << 34, description="Most bytes that wait to be sent.")
+    profiling: bool = Field(False, description="Time routers and experts, shown on the page's Performance panel.")
     max_batch_size: int = Field(8, ge=1, le=256, description="Most requests that share a forward.")
     max_new_tokens: int = Field(512, ge=1, le=1 << 20, description="Most tokens that one request may generate.")
     max_prompt_bytes: int = Field(65536, ge=1, le=1 << 20, description="Longest prompt, in UTF-8 bytes.")

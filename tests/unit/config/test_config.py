@@ -32,7 +32,7 @@ def test_every_setting_reaches_the_environment_of_its_service(write, tmp_path: P
         write(
             "model:\n  path: ./weights\n  device: cuda:1\n  precision: bfloat16\n"
             "capture:\n  level: counts\n  sampling_rate: 0.5\n  buffer_size: 8 MiB\n  gradients: false\n"
-            "performance:\n  batch_size: 4\n  profiling: false\n"
+            "performance:\n  batch_size: 4\n  profiling: true\n"
             "thresholds:\n  dead_expert: 0.02\n  load_balance: 0.5\n  routing_confidence: 0.05\n"
         )
     )
@@ -44,6 +44,7 @@ def test_every_setting_reaches_the_environment_of_its_service(write, tmp_path: P
         "MOE_COLLECTOR_SAMPLING_RATE": "0.5",
         "MOE_COLLECTOR_BUFFER_BYTES": str(8 << 20),
         "MOE_COLLECTOR_MAX_BATCH_SIZE": "4",
+        "MOE_COLLECTOR_PROFILING": "true",
         "MOE_ANALYZER_DEAD_EXPERT": "0.02",
         "MOE_ANALYZER_LOAD_BALANCE": "0.5",
         "MOE_ANALYZER_ROUTING_CONFIDENCE": "0.05",
@@ -53,6 +54,7 @@ def test_every_setting_reaches_the_environment_of_its_service(write, tmp_path: P
 def test_what_concerns_a_training_reaches_the_debugger(write) -> None:  # type: ignore[no-untyped-def]
     text = (
         "capture:\n  level: counts\n  sampling_rate: 0.5\n  buffer_size: 8 MiB\n  gradients: true\n"
+        "performance:\n  profiling: true\n"
         "thresholds:\n  load_balance: 0.5\n"
     )
     assert load_config(write(text)).debugger_options() == {
@@ -60,6 +62,7 @@ def test_what_concerns_a_training_reaches_the_debugger(write) -> None:  # type: 
         "sampling_rate": 0.5,
         "buffer_bytes": 8 << 20,
         "gradients": True,
+        "profiling": True,
         "thresholds": Thresholds(load_balance=0.5),
     }
     assert Config().debugger_options() == {}
@@ -77,7 +80,7 @@ def test_all_problems_come_at_once_each_with_its_line(write) -> None:  # type: i
         "threshold:\n"  # 8
         "  load_balance: 2\n"  # 9
         "performance:\n"  # 10
-        "  profiling: true\n"  # 11
+        "  profiling: sometimes\n"  # 11
         "  memory_limit: 3 GB\n"  # 12
         '  batch_size: "8"\n'  # 13
     )
@@ -92,7 +95,7 @@ def test_all_problems_come_at_once_each_with_its_line(write) -> None:  # type: i
     assert "did you mean thresholds.dead_expert?" in text
     assert "did you mean thresholds?" in text
     assert "capture.gradients" in text
-    assert "no profiling" in text
+    assert "performance.profiling" in text
     assert "memory cannot be limited yet" in text
 
 

@@ -74,7 +74,7 @@ def test_the_example_names_every_key_and_is_accepted(tmp_path: Path) -> None:
     for variable, value in config.service_env().items():
         if variable.startswith("MOE_COLLECTOR_"):
             default = collector.model_fields[variable.removeprefix("MOE_COLLECTOR_").lower()].default
-            assert value == str(default), variable
+            assert value.lower() == str(default).lower(), variable
 
 
 def test_the_thresholds_of_a_file_are_those_of_the_analyzer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,385 @@
+"""Times the parts of a model's MoE layers while it runs."""
+
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_debugger.capture import Site
+from moe_debugger.errors import ModelNotSupportedError
+
+from .clocks import CudaClock, EventRuntime, HostClock, clock_of
+from .collectives import CollectiveWatch
+from .counting import ExpertCounts
+from .hooks import EndHook, EnterHook, IdHook, LeaveHook, OpenForward, StartHook, ThreadState
+from .places import WHOLE_MODEL, LayerPlan, Part, layer_plan
+from .spans import Places
+from .store import ForwardRecord, RecordStore
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["LayerProfiler", "refuse_compiled"]
+
+_LIMIT_BYTES = 32 * 1024 * 1024
+# Forwards whose times a device still owes; one that is this far behind has stopped.
+_MAX_PENDING = 512
+# Marks of one forward; more means that its end was never seen.
+_MAX_MARKS = 1 << 20
+_MAX_NOTES = 64
+# Forwards that are read together, and expert ids on the host that may wait for it.
+_BATCH = 32
+_MAX_HELD = 1 << 20
+
+
+@dataclass(slots=True)
+class _Pending:
+    forward: OpenForward
+    counts: ExpertCounts
+
+
+def refuse_compiled(model: "nn.Module") -> None:
+    """Refuse a model that is compiled, wholly or in part.
+
+    Raises:
+        ModelNotSupportedError: compiled code has no calls of modules left that could be timed.
+    """
+    for name, module in [("", model), *model.named_modules()]:
+        if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelNotSupportedError(
+                f"profiling: {name or 'the model'} ({type(module).__name__}) is compiled, and compiled code has no "
+                "calls of routers and experts left to time; profile the model before torch.compile, or watch it "
+                "without profiling and use torch.profiler for its kernels"
+            )
+
+
+class LayerProfiler:
+    """Times blocks, routers and experts of the MoE layers that a capture found.
+
+    Args:
+        model: the model; only hooks are placed on it, from `attach` to `detach`.
+        sites: its MoE layers.
+        numbering: gives index and step of the forward that begins; default: 0, 1, 2...
+        limit_bytes: bound on what is kept; the oldest forwards go first, and are counted.
+        runtime: of CUDA events; a test gives one without a device.
+
+    Raises:
+        ModelNotSupportedError: the model is compiled.
+    """
+
+    def __init__(
+        self,
+        model: "nn.Module",
+        sites: Sequence[Site],
+        *,
+        numbering: Callable[[], tuple[int, int]] | None = None,
+        limit_bytes: int = _LIMIT_BYTES,
+        runtime: EventRuntime | None = None,
+    ) -> None:
+        refuse_compiled(model)
+        self._model = model
+        self._roots = {site.root for site in sites}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.plans: tuple[LayerPlan, ...] = tuple(layer_plan(site, modules) for site in sites)
+        self._modules = modules
+        self._numbering = numbering or self._own_numbers
+        self._next_index = 0
+        self._runtime = runtime
+        self._clocks: dict[str, HostClock | CudaClock] = {}
+        self._place_clock: list[HostClock | CudaClock] = []
+        self._clock_names: list[str] = []
+        self._state = ThreadState()
+        self._lanes: dict[int, int] = {}
+        self._handles: list[Any] = []
+        self._pending: deque[_Pending] = deque()
+        self._settling = threading.Lock()
+        self.store = RecordStore(limit_bytes)
+        self.notes: Counter[str] = Counter()
+        self.num_forwards = 0
+        self.num_given_up = 0
+        self._num_held = 0
+        self.num_outside = 0
+        self.own_ns = 0
+        self.forward_ns = 0
+        self.places = self._place_all()
+        self._collectives = CollectiveWatch(self._state, self._waits())
+        # A profiler that everyone lost takes its hooks along.
+        self._unhook = weakref.finalize(self, _remove, self._handles)
+        self._unhook.atexit = False
+
+    @property
+    def wait_reason(self) -> str:
+        """Why there are no times of waiting for other ranks; empty where there can be."""
+        return self._collectives.reason
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are on the model."""
+        return bool(self._handles)
+
+    @property
+    def num_pending(self) -> int:
+        """Forwards whose times the device has not given yet."""
+        return len(self._pending)
+
+    def attach(self) -> None:
+        """Place the hooks; again does nothing.
+
+        Raises:
+            ModelNotSupportedError: the model was compiled meanwhile.
+        """
+        if self._handles:
+            return
+        refuse_compiled(self._model)
+        for entry in self._entries():
+            self._handles.append(entry.register_forward_pre_hook(EnterHook(self)))
+            self._handles.append(entry.register_forward_hook(LeaveHook(self), prepend=True, always_call=True))
+        codes = self._codes()
+        for plan, layer in enumerate(self.plans):
+            for place in layer.places:
+                own = codes[id(place.module), place.part]
+                # A module that several layers share gets one pair of hooks.
+                if plan == min(own):
+                    self._add_place(place.module, place.part, own, plan)
+        for plan, layer in enumerate(self.plans):
+            self._add_id_hook(plan, layer)
+        self._collectives.install()
+
+    def detach(self) -> None:
+        """Remove the hooks; what was timed stays readable."""
+        self._collectives.remove()
+        _remove(self._handles)
+        self._state.open = None
+        self.settle()
+
+    def settle(self, *, timeout_s: float = 0.0) -> int:
+        """Take in the times that are there; never waits for the device's stream.
+
+        Args:
+            timeout_s: ask again for so long; 0 asks once.
+
+        Returns:
+            How many forwards are not there yet.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            # Someone else is at it: what a hook would wait for is not worth it.
+            if self._settling.acquire(blocking=timeout_s > 0):
+                try:
+                    while self._pending and self._is_over(self._pending[0]):
+                        self._take(self._pending.popleft())
+                finally:
+                    self._settling.release()
+            if not self._pending or time.monotonic() >= deadline:
+                return len(self._pending)
+            time.sleep(0.002)
+
+    def begin(self, entry: object) -> None:
+        """Open a forward where none is open on this thread."""
+        started_ns = time.perf_counter_ns()
+        try:
+            state = self._state
+            if state.open is not None:
+                if state.open.entry is not entry and len(state.open.marks) < _MAX_MARKS:
+                    return
+                self._give_up("a forward was interrupted")
+            devices = [(name, clock) for name, clock in self._clocks.items() if isinstance(clock, CudaClock)]
+            if devices and devices[0][1].runtime.is_capturing():
+                self.note("a forward was captured into a CUDA graph, where events cannot be timed: not measured")
+                return
+            index, step = self._numbering()
+            forward = OpenForward(entry, index, step, self._lanes.setdefault(threading.get_ident(), len(self._lanes)))
+            forward.anchors = {name: clock.mark() for name, clock in devices}
+            forward.codes.append(0)
+            forward.rows.append(0)
+            forward.marks.append(self._place_clock[0].mark())
+            state.open = forward
+            # Last: a host clock counts from here, and what came before is the profiler's.
+            forward.started_ns = time.perf_counter_ns()
+            forward.own_ns = forward.started_ns - started_ns
+        except Exception as error:  # noqa: BLE001 - a hook never raises into the model
+            self.note(f"begin of a forward: {type(error).__name__}: {error}")
+
+    def end(self, entry: object) -> None:
+        """Close the forward that `entry` opened."""
+        state = self._state
+        forward = state.open
+        if forward is None or forward.entry is not entry:
+            return
+        started_ns = time.perf_counter_ns()
+        try:
+            state.open = None
+            forward.marks.append(self._place_clock[0].mark())
+            forward.codes.append(1)
+            forward.rows.append(0)
+            num_ends = sum(code & 1 for code in forward.codes)
+            if 2 * num_ends != len(forward.codes):
+                self._give_up("a forward raised")
+                return
+            counts = ExpertCounts(forward.ids, [plan.info.num_experts for plan in self.plans])
+            forward.ids = []
+            if len(self._pending) >= _MAX_PENDING:
+                self._pending.popleft()
+                self._give_up("the device is too far behind")
+            self._pending.append(_Pending(forward, counts))
+            self.num_forwards += 1
+            self._num_held += counts.num_held
+            # In batches: between two forwards the processor has forgotten this code, so the less often it runs the
+            # less it costs. What is held until then are references to expert ids.
+            if len(self._pending) % _BATCH == 0 or self._num_held > _MAX_HELD:
+                self._num_held = 0
+                self.settle()
+        except Exception as error:  # noqa: BLE001 - a hook never raises into the model
+            self.note(f"end of a forward: {type(error).__name__}: {error}")
+        finally:
+            now_ns = time.perf_counter_ns()
+            self.own_ns += forward.own_ns + now_ns - started_ns
+            self.forward_ns += now_ns - forward.started_ns
+
+    def note(self, text: str) -> None:
+        """Count something that could not be measured."""
+        if text in self.notes or len(self.notes) < _MAX_NOTES:
+            self.notes[text] += 1
+
+    def passed_over(self) -> None:
+        """A block ran outside of a forward: a checkpoint that computes it again, or a call of the block alone."""
+        self.num_outside += 1
+
+    def _own_numbers(self) -> tuple[int, int]:
+        index = self._next_index
+        self._next_index += 1
+        return index, index
+
+    def _give_up(self, why: str) -> None:
+        self._state.open = None
+        self.num_given_up += 1
+        self.note(f"{why}: its times were not kept")
+
+    def _is_over(self, pending: _Pending) -> bool:
+        if not pending.counts.is_ready():
+            return False
+        forward = pending.forward
+        for code, mark in zip(reversed(forward.codes), reversed(forward.marks), strict=True):
+            clock = self._place_clock[code >> 1]
+            if isinstance(clock, CudaClock) and not clock.is_over(mark):
+                return False
+        return True
+
+    def _take(self, pending: _Pending) -> None:
+        forward = pending.forward
+        offsets = np.empty(len(forward.marks), np.int64)
+        used: dict[str, list[Any]] = {}
+        for at, (code, mark) in enumerate(zip(forward.codes, forward.marks, strict=True)):
+            clock, name = self._place_clock[code >> 1], self._clock_names[code >> 1]
+            if isinstance(clock, CudaClock):
+                offsets[at] = clock.since_ns(forward.anchors[name], mark)
+                used.setdefault(name, []).append(mark)
+            else:
+                offsets[at] = mark - forward.started_ns
+        for name, marks in used.items():
+            device_clock = self._clocks[name]
+            assert isinstance(device_clock, CudaClock)
+            device_clock.give_back([*marks, forward.anchors[name]])
+        layers, counts = pending.counts.values()
+        self.store.add(
+            ForwardRecord(
+                forward_index=forward.forward_index,
+                step=forward.step,
+                lane=forward.lane,
+                start_ns=forward.start_ns,
+                codes=np.asarray(forward.codes, np.int32),
+                offsets=np.maximum(offsets, 0),
+                rows=np.asarray(forward.rows, np.int32),
+                count_layers=layers,
+                counts=counts,
+                own_ns=forward.own_ns,
+            )
+        )
+
+    def _place_all(self) -> Places:
+        """Number the places: 0 is the forward, then come the waits of no layer and of each layer, then the modules."""
+        layers, parts, experts = [WHOLE_MODEL], [Part.FORWARD], [WHOLE_MODEL]
+        model_clock = self._clock_of(self._model)
+        self._place_clock, self._clock_names = [model_clock[1]], [model_clock[0]]
+        for plan in (WHOLE_MODEL, *range(len(self.plans))):
+            name, clock = model_clock if plan < 0 else self._clock_of(self.plans[plan].places[0].module)
+            layers.append(plan)
+            parts.append(Part.WAIT)
+            experts.append(WHOLE_MODEL)
+            self._place_clock.append(clock)
+            self._clock_names.append(name)
+        for plan, layer in enumerate(self.plans):
+            for place in layer.places:
+                layers.append(plan)
+                parts.append(place.part)
+                experts.append(place.expert_id)
+                name, clock = self._clock_of(place.module)
+                self._place_clock.append(clock)
+                self._clock_names.append(name)
+        return Places(np.array(layers, np.int32), np.array(parts, np.int32), np.array(experts, np.int32))
+
+    def _waits(self) -> dict[int, tuple[int, Any]]:
+        """Return the code and the clock of the wait of each plan, and of none (-1)."""
+        return {plan: (2 * (plan + 2), self._place_clock[plan + 2]) for plan in range(WHOLE_MODEL, len(self.plans))}
+
+    def _clock_of(self, module: "nn.Module") -> tuple[str, Any]:
+        parameter = next(iter(module.parameters()), None)
+        if parameter is None:
+            parameter = next(iter(self._model.parameters()), None)
+        device = getattr(parameter, "device", None)
+        kind = getattr(device, "type", "cpu")
+        if kind not in ("cpu", "cuda"):
+            self.note(
+                f"on a device of type {kind} the host's clock shows when work is handed over, not when it is done"
+            )
+        clock = clock_of(device, self._clocks, self._runtime)
+        return ("host" if isinstance(clock, HostClock) else str(device)), clock
+
+    def _codes(self) -> dict[tuple[int, Part], dict[int, int]]:
+        """Return the codes of each module and part by plan."""
+        codes: dict[tuple[int, Part], dict[int, int]] = {}
+        number = 2 + len(self.plans)
+        for plan, layer in enumerate(self.plans):
+            for place in layer.places:
+                codes.setdefault((id(place.module), place.part), {})[plan] = 2 * number
+                number += 1
+        return codes
+
+    def _add_place(self, module: "nn.Module", part: Part, codes: Mapping[int, int], plan: int) -> None:
+        clock = self._place_clock[codes[plan] >> 1]
+        is_block = part is Part.BLOCK
+        start = StartHook(self, self._state, clock, codes, plan, is_block=is_block)
+        end = EndHook(self, self._state, clock, codes, plan, is_block=is_block)
+        # Other hooks of the module, those of the capture too, lie outside of what is timed.
+        self._handles.append(module.register_forward_pre_hook(start, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(end, prepend=True))
+
+    def _add_id_hook(self, plan: int, layer: LayerPlan) -> None:
+        module = layer.id_module
+        same = frozenset(at for at, each in enumerate(self.plans) if each.id_module is module)
+        if module is None or plan != min(same):
+            return
+        hook = IdHook(self, self._state, plan, same, layer.read_ids)
+        if layer.id_moment == "before":
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        else:
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _entries(self) -> "Iterable[nn.Module]":
+        """Return the modules whose call is a forward, the outermost that runs; as the capture has them."""
+        found: list[Any] = [self._model, getattr(self._model, "base_model", None)]
+        for root in self._roots:
+            parts = root.split(".")
+            found += [self._modules.get(".".join(parts[:length])) for length in range(1, len(parts) + 1)]
+        return {id(each): each for each in found if hasattr(each, "register_forward_hook")}.values()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
