@@ -23,6 +23,7 @@ from moe_analyzer.live import publish_news
 from moe_analyzer.ownership import Ownership
 from moe_analyzer.partition import PartitionContext
 from moe_analyzer.queries import Queries
+from moe_analyzer.recordings import Recordings
 from moe_analyzer.server import AnalyzerServer, AnalyzerService
 from moe_analyzer.settings import Settings, load_settings
 from moe_analyzer.store import Store, connect_redis
@@ -85,10 +86,13 @@ async def run(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
     redis = connect_redis(settings.redis_url.get_secret_value())
     store, catalogue = Store(redis), Catalogue(database_url)
     consumer: Consumer | None = None
+    recordings: Recordings | None = None
 
     async def lost() -> None:
         if consumer is not None:
             consumer.connection_lost()
+        if recordings is not None:
+            recordings.connection_lost()
 
     client = await _connect_nats(settings.nats_url.get_secret_value(), lost, stop)
     try:
@@ -118,7 +122,16 @@ async def run(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
         transient = (nats.errors.Error, OSError, TimeoutError)
         await _until_it_answers("stream", context.ensure_stream, transient, stop)
         await _until_it_answers("stream", lambda: ensure_dead_letter_stream(context.js), transient, stop)
+        recordings = Recordings(
+            client,
+            catalogue,
+            replica_id=replica_id,
+            root=settings.recordings_dir,
+            max_bytes=settings.recording_max_bytes,
+            min_free_bytes=settings.recording_min_free_bytes,
+        )
         service = AnalyzerService(queries, directory, tell=functools.partial(publish_news, client))
+        service.recordings = recordings
         server = AnalyzerServer(service, settings.host, settings.port)
         await server.start()
         await answer_open_session(client, catalogue)
@@ -127,6 +140,7 @@ async def run(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
                 running = [
                     tasks.create_task(consumer.run(), name="consumer"),
                     tasks.create_task(directory.run(), name="directory"),
+                    tasks.create_task(recordings.run(), name="recordings"),
                     tasks.create_task(_evaluate_findings(queries, catalogue, ownership), name="findings"),
                     tasks.create_task(_say_ready(server, consumer), name="ready"),
                 ]
@@ -137,6 +151,7 @@ async def run(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
             raise FleetError(str(group.exceptions[0])) from None
         finally:
             await server.stop()
+            await recordings.close()
             await consumer.stop()
         with contextlib.suppress(SQLAlchemyError, OSError):
             await directory.sync()

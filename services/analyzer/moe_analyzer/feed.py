@@ -50,11 +50,26 @@ class StoredMessage:
 
 
 class EventFeed:
-    """Async context manager around one consumer; `next` gives its messages."""
+    """Async context manager around one consumer; `next` gives its messages.
 
-    def __init__(self, client: Client, js: JetStreamContext, partition: int, start_sequence: int) -> None:
+    Args:
+        partition: whose messages; None where `filter_subject` says which.
+        start_sequence: of the stream.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        js: JetStreamContext,
+        partition: int | None,
+        start_sequence: int,
+        *,
+        filter_subject: str | None = None,
+    ) -> None:
         self._client, self._js = client, js
-        self._partition, self._start = partition, start_sequence
+        self._what = filter_subject if partition is None else f"partition {partition}"
+        self._filter = filter_subject or partition_filter(partition or 0)
+        self._start = start_sequence
         self._queue: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._subscription: Subscription | None = None
         self._consumer: str | None = None
@@ -72,7 +87,7 @@ class EventFeed:
                     deliver_subject=inbox,
                     deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
                     opt_start_seq=max(1, self._start),
-                    filter_subject=partition_filter(self._partition),
+                    filter_subject=self._filter,
                     ack_policy=api.AckPolicy.NONE,
                     max_deliver=1,
                     flow_control=True,
@@ -109,6 +124,21 @@ class EventFeed:
         """End the feed: the connection was lost, so the consumer may be gone."""
         self._queue.put_nowait(None)
 
+    async def is_drained(self) -> bool:
+        """Ask the broker whether every message that it has stored until now was taken.
+
+        Raises:
+            FeedBrokenError: the consumer is gone.
+        """
+        if self._consumer is None:
+            raise FeedBrokenError(f"{self._what}: the feed is not open")
+        try:
+            info = await self._js.consumer_info(EVENT_STREAM, self._consumer)
+        except nats.errors.Error as error:
+            raise FeedBrokenError(f"{self._what}: the consumer cannot be asked: {error}") from error
+        delivered = info.delivered.consumer_seq if info.delivered is not None else 0
+        return not info.num_pending and delivered == self._consumer_sequence
+
     async def next(self, timeout_s: float | None) -> StoredMessage | None:
         """Return the next message; None after `timeout_s` without one, or where `checked_sequence` has grown.
 
@@ -128,11 +158,9 @@ class EventFeed:
                 except TimeoutError:
                     if deadline is not None and loop.time() >= deadline:
                         return None
-                    raise FeedBrokenError(
-                        f"partition {self._partition}: neither message nor heartbeat for {_SILENCE_S} s"
-                    ) from None
+                    raise FeedBrokenError(f"{self._what}: neither message nor heartbeat for {_SILENCE_S} s") from None
             if message is None:
-                raise FeedBrokenError(f"partition {self._partition}: the connection to NATS was lost")
+                raise FeedBrokenError(f"{self._what}: the connection to NATS was lost")
             status = (message.headers or {}).get("Status")
             if status is None:
                 return self._read(message)
@@ -144,16 +172,14 @@ class EventFeed:
     async def _answer(self, message: Msg, status: str) -> None:
         headers = message.headers or {}
         if status != "100":
-            raise FeedBrokenError(f"partition {self._partition}: consumer ended: {status} {headers.get('Description')}")
+            raise FeedBrokenError(f"{self._what}: consumer ended: {status} {headers.get('Description')}")
         if message.reply:
             await self._client.publish(message.reply)
         elif stalled := headers.get("Nats-Consumer-Stalled"):
             await self._client.publish(stalled)
         last = headers.get("Nats-Last-Consumer")
         if last is not None and int(last) != self._consumer_sequence:
-            raise FeedBrokenError(
-                f"partition {self._partition}: message {last} was sent, {self._consumer_sequence} came"
-            )
+            raise FeedBrokenError(f"{self._what}: message {last} was sent, {self._consumer_sequence} came")
         if (checked := headers.get("Nats-Last-Stream")) is not None:
             # Past the last message that was sent: the broker skipped those of other partitions.
             self.checked_sequence = max(self.checked_sequence, int(checked))
@@ -167,7 +193,7 @@ class EventFeed:
         sequence, consumer_sequence, stored_ns, num_pending = (int(token) for token in tokens[5:9])
         if consumer_sequence != self._consumer_sequence + 1:
             raise FeedBrokenError(
-                f"partition {self._partition}: consumer sequence {consumer_sequence} after {self._consumer_sequence}"
+                f"{self._what}: consumer sequence {consumer_sequence} after {self._consumer_sequence}"
             )
         self._consumer_sequence = consumer_sequence
         return StoredMessage(message.subject, message.data, sequence, stored_ns, num_pending)

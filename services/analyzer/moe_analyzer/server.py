@@ -14,7 +14,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from moe_analyzer.errors import NotFoundError
 from moe_analyzer.lifecycle import SessionDirectory
 from moe_analyzer.queries import Queries
-from moe_debugger.errors import FleetError, InvalidInputError, WireFormatError
+from moe_analyzer.recording_rpcs import RecordingRpcs
+from moe_debugger.errors import (
+    DependencyMissingError,
+    FleetError,
+    InvalidInputError,
+    SessionClosedError,
+    WireFormatError,
+)
 from moe_debugger.v1 import analyzer_pb2 as pb
 from moe_debugger.v1 import analyzer_pb2_grpc as rpc
 
@@ -27,7 +34,7 @@ SERVICE_NAME = "moe_debugger.v1.AnalyzerService"
 _MAX_MESSAGE_BYTES = 64 << 20
 
 
-class AnalyzerService(rpc.AnalyzerServiceServicer):
+class AnalyzerService(RecordingRpcs):
     """Answers the gateway. The tenant and the actor come from the gateway, never from its client.
 
     Args:
@@ -135,30 +142,66 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         handler = await continuation(handler_call_details)
-        if (
-            handler is None
-            or handler.unary_unary is None
-            or not handler_call_details.method.startswith(f"/{SERVICE_NAME}/")
-        ):
+        method = handler_call_details.method
+        if handler is None or not method.startswith(f"/{SERVICE_NAME}/"):
+            return handler
+        codecs = (handler.request_deserializer, handler.response_serializer)
+        if handler.unary_stream is not None:
+            stream: Any = handler.unary_stream
+
+            async def guarded_stream(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+                try:
+                    async for response in stream(request, context):
+                        yield response
+                except _ANSWERED as error:
+                    await _abort(context, method, error)
+
+            return grpc.unary_stream_rpc_method_handler(guarded_stream, *codecs)
+        if handler.unary_unary is None:
             return handler
         inner: Any = handler.unary_unary
 
         async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
             try:
                 return await inner(request, context)
-            except InvalidInputError as error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            except NotFoundError as error:
-                await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-            except (RedisError, SQLAlchemyError, OSError, TimeoutError) as error:
-                _log.warning("query_unavailable", method=handler_call_details.method, error=str(error))
-                what = "the catalogue" if isinstance(error, SQLAlchemyError) else "Redis"
-                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{what} does not answer the analyzer; try again")
-            except (WireFormatError, FleetError) as error:
-                _log.error("query_failed", method=handler_call_details.method, error=str(error))
-                await context.abort(grpc.StatusCode.INTERNAL, str(error))
+            except _ANSWERED as error:
+                return await _abort(context, method, error)
 
-        return grpc.unary_unary_rpc_method_handler(guarded, handler.request_deserializer, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(guarded, *codecs)
+
+
+# What `_abort` has an answer to.
+_ANSWERED = (
+    InvalidInputError,
+    NotFoundError,
+    SessionClosedError,
+    DependencyMissingError,
+    RedisError,
+    SQLAlchemyError,
+    nats.errors.Error,
+    OSError,
+    TimeoutError,
+    WireFormatError,
+    FleetError,
+)
+
+
+async def _abort(context: "grpc.aio.ServicerContext[Any, Any]", method: str, error: Exception) -> None:
+    match error:
+        case InvalidInputError():
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        case NotFoundError():
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        case SessionClosedError() | DependencyMissingError():
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        case WireFormatError() | FleetError():
+            _log.error("query_failed", method=method, error=str(error))
+            await context.abort(grpc.StatusCode.INTERNAL, str(error))
+        case _:
+            _log.warning("query_unavailable", method=method, error=str(error))
+            what = "NATS" if isinstance(error, nats.errors.Error) else "Redis"
+            what = "the catalogue" if isinstance(error, SQLAlchemyError) else what
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{what} does not answer the analyzer; try again")
 
 
 class AnalyzerServer:

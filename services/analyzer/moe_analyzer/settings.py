@@ -1,6 +1,7 @@
 """The analyzer's settings, from `MOE_ANALYZER_*` environment variables."""
 
 import ipaddress
+from pathlib import Path
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -50,6 +51,15 @@ class Settings(BaseSettings):
     )
     max_requests: int = Field(
         default=2000, ge=1, description="Requests that are told apart, per session and partition."
+    )
+    recordings_dir: Path = Field(
+        default=Path("recordings"), description="Folder of the recordings that this replica writes; private."
+    )
+    recording_max_bytes: int = Field(
+        default=4 << 30, ge=1 << 20, description="A recording takes no more rows once its files are so large."
+    )
+    recording_min_free_bytes: int = Field(
+        default=512 << 20, ge=0, description="A recording takes no rows while its disk has less room than this."
     )
     dead_expert: float = Field(
         default=Thresholds().dead_expert, gt=0, lt=1, description="Threshold of that name in docs/metrics.md."

@@ -317,6 +317,7 @@ class Fleet:
             "MOE_ANALYZER_NATS_URL": nats_url,
             "MOE_ANALYZER_REDIS_URL": redis_url,
             "MOE_ANALYZER_DATABASE_URL": f"sqlite+aiosqlite:///{data / 'catalogue.sqlite'}",
+            "MOE_ANALYZER_RECORDINGS_DIR": str(data / "recordings"),
         }
         parts["analyzer"] = Part(
             "analyzer",

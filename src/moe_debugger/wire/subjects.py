@@ -25,6 +25,7 @@ __all__ = [
     "partition_filter",
     "partition_transform",
     "redis_prefix",
+    "session_filter",
 ]
 
 LAYOUT_VERSION = 1
@@ -60,6 +61,11 @@ def partition_transform(num_partitions: int) -> tuple[str, str]:
 def partition_filter(partition: int) -> str:
     """Return the filter subject of one partition in the stream."""
     return f"moe.v1.ev.{int(partition)}.*.*.*"
+
+
+def session_filter(tenant: str, session_id: str) -> str:
+    """Return the filter subject of one session's messages in the stream, in whatever partitions they are."""
+    return f"moe.v1.ev.*.{check_tenant(tenant)}.{check_id(session_id, 'session_id')}.*"
 
 
 @dataclass(frozen=True, slots=True)
