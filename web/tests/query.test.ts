@@ -71,9 +71,10 @@ describe("asking", () => {
     runQuery("tokens where layer = 3 and expert = 5");
     await vi.waitFor(() => expect(useQuery.getState().answers[0]?.state).toBe("answered"));
     expect(useApp.getState().panel).toBe("console");
-    expect(query.mock.calls[0]).toMatchObject([
+    expect(query).toHaveBeenCalledExactlyOnceWith(
       { sessionId: "01k00000000000000000000000", text: "tokens where layer = 3 and expert = 5" },
-    ]);
+      expect.anything(),
+    );
     expect(useQuery.getState().history).toEqual(["tokens where layer = 3 and expert = 5"]);
   });
 

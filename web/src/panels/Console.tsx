@@ -1,4 +1,4 @@
-import { useState } from "react";
+import { lazy, Suspense, useState } from "react";
 import { useTranslation } from "react-i18next";
 import { countFindings, filterable, findingKey, needsAttention, SEVERITY_NAME, stateName } from "../findings";
 import { formatClockMs, formatInteger } from "../format";
@@ -8,7 +8,9 @@ import { matchesFilter } from "../model/filter";
 import { type ComponentEvent, useApp } from "../store";
 import { SearchIcon, SeverityGlyph } from "../ui/icons";
 import { FindingRow, useFindings } from "./Findings";
-import { QueryConsole } from "./QueryConsole";
+
+// Its tables and completions are no part of the first look.
+const QueryConsole = lazy(() => import("./QueryConsole"));
 
 type Chip = "all" | "critical" | "warning" | "info" | "silenced" | "closed" | "component";
 
@@ -87,10 +89,12 @@ export function Console() {
           />
         </label>
       </div>
-      <QueryConsole />
+      <Suspense fallback={<div className="console-bar" />}>
+        <QueryConsole />
+      </Suspense>
       <div className="console-rows" role="log" aria-live="off" aria-label={t("console.title")}>
         {problems.map(({ host, problem, id }) => (
-          <div className="console-row component-row warning" key={`${id}${problem}`}>
+          <div className="console-row component-row problem-row warning" key={`${id}${problem}`}>
             <SeverityGlyph severity={Severity.WARNING} />
             <span className="cell-sentence">{t("console.sourceProblem", { host, problem })}</span>
           </div>

@@ -17,7 +17,7 @@ const EXAMPLES = [
 const MAX_SHOWN = 200;
 
 /** The query line, and the answers of this visit, the newest first. */
-export function QueryConsole() {
+export default function QueryConsole() {
   const { t } = useTranslation();
   const answers = useQuery((state) => state.answers);
   return (
