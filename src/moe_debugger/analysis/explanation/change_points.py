@@ -3,7 +3,9 @@
 Glossary:
     model       y[t] = before + (after - before) * clip((t - a) / (b - a), 0, 1) + noise, with a < b. A jump is the ramp
                 with b = a + 1; a slow collapse is one with b far from a. t counts values, not steps.
-    onset       a + 1, the first value that is no longer at the level from before.
+    onset       the first value that is no longer at the level from before: a + 1, and from there back over all values
+                that lie more than two standard deviations on the new level's side. A collapse begins slowly (entropy is
+                flat near balance), where a straight ramp starts too late.
     evidence    n_eff / 2 * ln(RSS without a change / RSS with it): the log-likelihood ratio under Gaussian noise of
                 unknown variance. n_eff = n (1 - r) / (1 + r), r the lag-1 correlation of the residuals (0 at least),
                 because neighbouring steps resemble each other.
@@ -31,6 +33,7 @@ _MIN_SIDE = 4
 _MAX_CORRELATION = 0.95
 # Half of the 95 % quantile of chi-squared with one degree of freedom: profile likelihood of the onset.
 _PROFILE = 1.92
+_SIGMAS = 2.0
 # Relative to the sum of squares: below it the fit is exact, and the ratio would be infinite.
 _EXACT = 1e-9
 
@@ -42,7 +45,8 @@ class Change:
     Attributes:
         onset: first value after the level from before was left.
         end: first value on the new level (the last value of the series where it may still go on).
-        first_onset, last_onset: 95 % profile-likelihood interval of `onset`.
+        first_onset, last_onset: where it may lie: the 95 % profile-likelihood interval of a + 1, begun as early as the
+            first of the values in a row that lie on the new level's side of `before`.
         before, after: the fitted levels.
         log_likelihood_ratio: evidence in nats, of `num_effective` effective values.
         penalty: what it takes to be a change.
@@ -111,10 +115,12 @@ def find_change(values: npt.ArrayLike, *, direction: int = 0) -> Change | None:
     per_a = effective / 2 * np.log(total / np.maximum(total - explained.max(axis=1).clip(0.0), floor))
     ratio = float(per_a[row])
     near = np.flatnonzero(per_a >= ratio - _PROFILE)
+    departure = np.sign(rise) * (y - before)
+    onset = _walk_back(departure, onset_a + 1, _SIGMAS * _spread(departure[: onset_a + 1]) + _EXACT * abs(rise))
     return Change(
-        onset=onset_a + 1,
+        onset=onset,
         end=end,
-        first_onset=int(a[near[0]]) + 1,
+        first_onset=_walk_back(departure, min(onset, int(a[near[0]]) + 1), _EXACT * abs(rise)),
         last_onset=int(a[near[-1]]) + 1,
         before=before,
         after=before + rise,
@@ -147,6 +153,18 @@ def _ramps(centred: Floats, a: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
     is_fit = is_ramp & (xx > 1e-12)
     xx = np.where(is_fit, xx, 1.0)
     return np.where(is_fit, xy / xx, 0.0), np.where(is_fit, xy * xy / xx, -1.0)
+
+
+def _walk_back(departure: Floats, start: int, limit: float) -> int:
+    """Return the first of the values before `start`, without a gap, that departed by more than `limit`."""
+    while start > 1 and departure[start - 1] > limit:
+        start -= 1
+    return start
+
+
+def _spread(values: Floats) -> float:
+    """Return the standard deviation of the values, from their median absolute deviation."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
 def _lag_one(residuals: Floats) -> float:

@@ -18,6 +18,8 @@ __all__ = ["capacity_factor_needed", "data_causes"]
 _MIN_MIX_STEPS = 16
 _MIX_BUCKETS = 128
 _MIN_ROWS = 100
+# Any request of a dozen takes a part of what is there with it; below this part of the distance to the limit it is none.
+_MIN_EXPLAINED = 0.25
 # Buckets without a change that it takes to call a skew constant.
 _MIN_CONSTANT = 16
 _CONSTANT_KINDS = (FindingKind.HOT_EXPERT, FindingKind.COLD_EXPERT, FindingKind.DEAD_EXPERT, FindingKind.LOAD_IMBALANCE)
@@ -52,15 +54,15 @@ def _mix(context: Context) -> Iterator[Cause]:
     score = onset_score(at, onset, max(span, context.num_steps()))
     if score <= 0:
         return
-    share = mix.counts[change.onset :].sum(axis=0)
-    share, reference = share / share.sum(), reference / reference.sum()
-    kind = int(np.abs(share - reference).argmax())
+    share, was = mix.counts[change.onset :].sum(axis=0), mix.counts[: change.onset].sum(axis=0)
+    share, was = share / share.sum(), was / was.sum()
+    kind = int((share - was).argmax())
     row = EvidenceRow(
         "workload_mix_divergence", change.after, "rises before the onset", change.before, len(mix.steps), "bits"
     )
     yield cause(
         "data_changed", "data.mix", score, evidence=(row,), step=str(at), kind=mix.names[kind],
-        before=number(100 * float(reference[kind])), now=number(100 * float(share[kind])),
+        before=number(100 * float(was[kind])), now=number(100 * float(share[kind])),
     )  # fmt: skip
 
 
@@ -110,6 +112,8 @@ def _dominance(context: Context, column: str, code: str, rule: str) -> Iterator[
     if gap == 0 or moved / gap <= 0:
         return
     explained = min(1.0, moved / gap)
+    if explained < _MIN_EXPLAINED:
+        return
     scale = num_experts if limit.metric == "effective_experts" else 1
     row = EvidenceRow(
         limit.metric,
@@ -200,5 +204,5 @@ def capacity_factor_needed(rows: Mapping[str, Any], layer_index: int, num_expert
     while low < high:
         middle = (low + high) // 2
         overflow = np.maximum(0.0, demand - middle / 100 * fair[:, None]).sum()
-        low, high = (low, middle) if overflow <= limit * slots else (middle + 1, high)
+        low, high = (low, middle) if overflow <= limit * slots + 1e-9 else (middle + 1, high)
     return high / 100

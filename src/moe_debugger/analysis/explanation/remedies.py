@@ -190,8 +190,9 @@ def _limit(rule: str) -> float | None:
         return None
 
 
-# What bears on balance in a training, in the order in which it helps most.
-_TRAINING = ("balance_coef", "balance_loss", "lr", "router_gradient_norm", "selection_bias_max")
+# What bears on balance in a training, in the order in which it helps most. Selection biases come with the gradients,
+# where the router has any.
+_TRAINING = ("balance_coef", "balance_loss", "lr", "router_gradient_norm")
 _GRADIENTS = ("router_gradient_norm", "selection_bias_max", "expert_gradient_norm", "selection_bias_min")
 
 
