@@ -1,16 +1,18 @@
 """The public door: `analyze` for rows, `finish` for a folded state. ``analyze(rows)`` is ``finish(fold(rows))``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis.early_warning import WarningReport
 from moe_debugger.analysis.findings import Finding, Severity, Thresholds
-from moe_debugger.analysis.metrics import LayerMetrics, layer_metrics
-from moe_debugger.analysis.rules import CaptureHealth, Look, all_findings, num_different_requests
-from moe_debugger.analysis.state import LayerShape, RoutingState
+from moe_debugger.analysis.metrics import LayerMetrics
+from moe_debugger.analysis.rules import CaptureHealth, all_findings, look_at, watch_steps
+from moe_debugger.analysis.sketch import hash_strings
+from moe_debugger.analysis.state import NUM_WORKLOAD_CLASSES, LayerShape, RoutingState
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.wire.codec import LayerColumns, RoutingColumns
 
@@ -21,9 +23,15 @@ __all__ = ["Analysis", "analyze", "finish", "fold_decisions"]
 
 # Rows without requests are taken in runs of this many: a block of neighbours stands for a request.
 _ROWS_PER_BLOCK = 64
-_NO_RATE = (
-    "not stated: the intervals and the false discovery rate of single rules are controlled, the rate of any finding "
-    "above info in one call has not been measured"
+_MIN_ROWS_PER_BLOCK = 8
+# Measured by tests/slow/test_false_alarms.py, which tests both on every run; docs/metrics.md has the table.
+FALSE_ALARM_RATE = 0.05
+FALSE_ALARMS_PER_1000_WINDOWS = 10.0
+_RATE_NOTE = (
+    "at most 0.05 of calls on healthy data have any finding above info (all layers and rules together), and at most 10 "
+    "of 1,000 windows of a live session, looked at one after another, open one: measured on simulated healthy routers "
+    "(independent tokens, documents with design effects to 10, sticky routing, natural skew inside the floors) and on "
+    "the demo model; data unlike these may behave otherwise"
 )
 
 
@@ -35,15 +43,21 @@ class Analysis:
         metrics: of each layer, by layer index.
         findings: most severe first.
         num_requests: about how many different requests the rows came from.
-        false_alarm_rate: stated rate of any finding above `info` in one call on healthy data; None where none is
-            stated, and `false_alarm_note` says why.
+        early_warning: where each layer stands with the early warning of collapse ("learning", "watching", "warned"),
+            and its stated run length; None where the rows hold no steps of a training.
+        false_alarm_rate: stated rate of any finding above `info` in one call on healthy data.
+        false_alarms_per_1000_windows: stated number of windows of a healthy live session that open a finding above
+            `info`, under repeated looks, for all layers together.
+        false_alarm_note: on what they were measured.
     """
 
     metrics: dict[int, LayerMetrics]
     findings: tuple[Finding, ...]
     num_requests: int
-    false_alarm_rate: float | None = None
-    false_alarm_note: str = _NO_RATE
+    early_warning: WarningReport | None = None
+    false_alarm_rate: float = FALSE_ALARM_RATE
+    false_alarms_per_1000_windows: float = FALSE_ALARMS_PER_1000_WINDOWS
+    false_alarm_note: str = _RATE_NOTE
 
     @property
     def worst(self) -> Severity | None:
@@ -71,7 +85,9 @@ class Analysis:
             "metrics": {index: metrics.to_dict() for index, metrics in self.metrics.items()},
             "findings": [finding.to_dict() for finding in self.findings],
             "num_requests": self.num_requests,
+            "early_warning": None if self.early_warning is None else asdict(self.early_warning),
             "false_alarm_rate": self.false_alarm_rate,
+            "false_alarms_per_1000_windows": self.false_alarms_per_1000_windows,
             "false_alarm_note": self.false_alarm_note,
         }
 
@@ -83,6 +99,7 @@ def finish(
     baseline: RoutingState | None = None,
     num_workloads: int = 1,
     health: CaptureHealth | None = None,
+    expert_ranks: Mapping[int, npt.ArrayLike] | None = None,
 ) -> Analysis:
     """Return the metrics and findings of `state`.
 
@@ -91,30 +108,47 @@ def finish(
         thresholds: None = the defaults.
         baseline: rows of the same model on the same workload while it was healthy (for training: earlier steps). Do
             not give one from other text: a router uses other experts for it, and that would read as a change.
-        num_workloads: how many clearly different kinds of text the rows hold, if that is known.
+        num_workloads: how many clearly different kinds of text the rows hold, if more is known than their labels tell.
         health: what is known of the capture.
+        expert_ranks: [E] rank that holds each expert, by layer index, where experts are spread over ranks.
+
+    Raises:
+        InvalidInputError: the baseline is of another model, or `expert_ranks` of other layers.
     """
-    metrics = {index: layer_metrics(layer) for index, layer in state.layers.items()}
-    look = Look(
-        state=state,
-        metrics=metrics,
+    if baseline is not None:
+        _check_baseline(state, baseline)
+    look = look_at(
+        state,
         thresholds=thresholds or Thresholds(),
-        baseline={} if baseline is None else _matching(state, baseline),
+        baseline=baseline,
         num_workloads=num_workloads,
-        num_different=num_different_requests(state),
         health=health,
+        expert_ranks=_ranks(state, expert_ranks or {}),
     )
-    return Analysis(metrics=metrics, findings=tuple(all_findings(look)), num_requests=state.num_requests)
+    warnings = watch_steps(look)
+    findings = tuple(all_findings(look, warnings))
+    return Analysis(metrics=look.metrics, findings=findings, num_requests=state.num_requests, early_warning=warnings)
 
 
-def _matching(state: RoutingState, baseline: RoutingState) -> dict[int, LayerMetrics]:
+def _check_baseline(state: RoutingState, baseline: RoutingState) -> None:
     for index, layer in baseline.layers.items():
         if index in state.layers and state.layers[index].shape != layer.shape:
             raise InvalidInputError(
                 f"layer {index}: the baseline has {layer.shape}, the rows {state.layers[index].shape}; "
                 "a baseline must come from the same model"
             )
-    return {index: layer_metrics(layer) for index, layer in baseline.layers.items() if layer.num_assignments}
+
+
+def _ranks(state: RoutingState, expert_ranks: Mapping[int, npt.ArrayLike]) -> dict[int, npt.NDArray[np.int64]]:
+    ranks = {index: np.asarray(of_layer, np.int64) for index, of_layer in expert_ranks.items()}
+    for index, of_layer in ranks.items():
+        expected = (state.layers[index].shape.num_experts,) if index in state.layers else None
+        if of_layer.shape != expected or of_layer.min(initial=0) < 0:
+            raise InvalidInputError(
+                f"expert_ranks of layer {index} has shape {of_layer.shape}, expected {expected}: a rank from 0 on for "
+                "each expert of a layer that the rows have"
+            )
+    return ranks
 
 
 def analyze(
@@ -126,6 +160,7 @@ def analyze(
     thresholds: Thresholds | None = None,
     baseline: Mapping[str, Any] | RoutingState | None = None,
     health: CaptureHealth | None = None,
+    expert_ranks: Mapping[int, npt.ArrayLike] | None = None,
 ) -> Analysis:
     """Return the metrics and findings of captured decisions.
 
@@ -134,13 +169,14 @@ def analyze(
             Required: `layer_index`, `expert_ids` ([n, k], -1 where a slot reached no expert). Used where present:
             `request_id`, `step`, `forward_index`, `phase`, `position`, `is_padding`, `token_id`, `gate_weights`,
             `slot_status`, `margin`, `router_entropy`, `router_logsumexp`, `top1_probability`, and `workload`, a label
-            of the kind of text. Rows without `request_id` are taken in blocks of 64 neighbours.
+            of the kind of text. Rows without `request_id` are taken in blocks of up to 64 neighbours of one step.
         num_experts: E, or one per layer index.
         top_k: k, or one per layer index.
         num_identity_experts: Z, experts that compute nothing, with the ids from E on; or one per layer index.
         thresholds: None = the defaults.
         baseline: healthy rows of the same model and workload, as columns or as a state.
         health: what is known of the capture.
+        expert_ranks: [E] rank that holds each expert, by layer index, where experts are spread over ranks.
 
     Raises:
         InvalidInputError: a column is missing, or of another length, or holds ids out of range.
@@ -149,9 +185,7 @@ def analyze(
     state = fold_decisions(decisions, **sizes)
     if baseline is not None and not isinstance(baseline, RoutingState):
         baseline = fold_decisions(baseline, **sizes)
-    workload = decisions.get("workload")
-    num_workloads = 1 if workload is None else len(np.unique(np.asarray(workload)))
-    return finish(state, thresholds=thresholds, baseline=baseline, num_workloads=num_workloads, health=health)
+    return finish(state, thresholds=thresholds, baseline=baseline, health=health, expert_ranks=expert_ranks)
 
 
 def fold_decisions(
@@ -178,6 +212,7 @@ def fold_decisions(
     ]
     state = RoutingState.empty(shapes)
     requests, request_index = _requests(columns.pop("request_id", None), n)
+    workloads = _workload_classes(columns.pop("workload", None), n)
     phase_tokens, token_classes = state.phase_tokens, state.token_classes
     for shape in shapes:
         rows = np.flatnonzero(layer_index == shape.layer_index)
@@ -185,6 +220,10 @@ def fold_decisions(
         # A row here is one token at one layer, so every layer repeats its tokens: they count once.
         state.phase_tokens, state.token_classes = np.zeros_like(phase_tokens), np.zeros_like(token_classes)
         state.fold(part)
+        if workloads is not None:
+            mine = workloads[rows][~part.is_padding]
+            tokens = np.bincount(mine, minlength=NUM_WORKLOAD_CLASSES).astype(np.uint64)
+            state.workload_tokens = np.maximum(state.workload_tokens, tokens)
         phase_tokens = np.maximum(phase_tokens, state.phase_tokens)
         token_classes = np.maximum(token_classes, state.token_classes)
     state.phase_tokens, state.token_classes = phase_tokens, token_classes
@@ -217,7 +256,7 @@ _LAYER_COLUMNS = {
     "router_logsumexp": "<f4",
     "top1_probability": "<f4",
 }
-_USED = {"expert_ids", "request_id", "position", "token_id", *_ROW_COLUMNS, *_LAYER_COLUMNS}
+_USED = {"expert_ids", "request_id", "workload", "position", "token_id", *_ROW_COLUMNS, *_LAYER_COLUMNS}
 
 
 def _of_layer(value: int | Sequence[int], layer_index: int, name: str) -> int:
@@ -226,6 +265,17 @@ def _of_layer(value: int | Sequence[int], layer_index: int, name: str) -> int:
     if not 0 <= layer_index < len(value):
         raise InvalidInputError(f"{name} has {len(value)} entries, but the rows have layer {layer_index}")
     return int(value[layer_index])
+
+
+def _workload_classes(workload: Any, num_rows: int) -> npt.NDArray[np.intp] | None:
+    """Return the hashed class of each row's label, None where rows have none."""
+    if workload is None:
+        return None
+    labels, index = np.unique(np.asarray(workload).astype(np.str_), return_inverse=True)
+    if not num_rows:
+        return np.zeros(0, np.intp)
+    classes = hash_strings(labels.tolist()) % np.uint64(NUM_WORKLOAD_CLASSES)
+    return classes.astype(np.intp)[index]
 
 
 def _requests(request_id: Any, num_rows: int) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
@@ -264,7 +314,8 @@ def _layer_columns(
             f"layer {shape.layer_index}: expert_ids has {ids.shape[1]} columns, expected top_k = {k}"
         )
     if requests is None:
-        blocks = np.arange(n) // _ROWS_PER_BLOCK
+        steps = np.asarray(columns["step"])[rows] if "step" in columns else None
+        blocks = _neighbours(n, steps)
         names, index = [f"rows {block}" for block in range(int(blocks.max(initial=-1)) + 1)], blocks.astype(np.uint32)
     else:
         names, index = requests, request_index[rows]
@@ -282,13 +333,7 @@ def _layer_columns(
         if name in columns:
             values = np.asarray(columns[name])[rows].astype(dtype)
             setattr(layer, name, np.ascontiguousarray(values[:, :k]) if values.ndim == 2 else values)
-    if "position" in columns:
-        position = np.asarray(columns["position"])[rows]
-    elif "token_id" in columns or "gate_weights" in columns:
-        position = _running_index(index)
-    else:
-        # Positions only help to tell tokens apart, and nothing else here could.
-        position = np.zeros(n, np.int64)
+    position = np.asarray(columns["position"])[rows] if "position" in columns else _running_index(index)
     token_id = np.asarray(columns["token_id"])[rows].astype(np.uint32) if "token_id" in columns else None
     return RoutingColumns(
         **row_values,
@@ -298,6 +343,19 @@ def _layer_columns(
         token_id=token_id,
         layers=[layer],
     )
+
+
+def _neighbours(num_rows: int, steps: npt.NDArray[np.generic] | None) -> npt.NDArray[np.intp]:
+    """Return the block of each row where rows name no requests: neighbours of one step."""
+    if steps is None or not num_rows:
+        return np.arange(num_rows) // _ROWS_PER_BLOCK
+    # Several blocks a step where there is room: else nothing tells what steps share from what requests do.
+    starts = np.flatnonzero(np.r_[True, steps[1:] != steps[:-1]])
+    lengths = np.diff(np.r_[starts, num_rows])
+    size = int(np.clip(np.median(lengths) // 4, _MIN_ROWS_PER_BLOCK, _ROWS_PER_BLOCK))
+    offset = np.arange(num_rows) - np.repeat(starts, lengths)
+    first = np.cumsum(np.r_[0, -(-lengths // size)[:-1]])
+    return np.repeat(first, lengths) + offset // size
 
 
 def _running_index(groups: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:

@@ -100,6 +100,8 @@ class Finding:
         """Identity for merging repeated findings: code and place, whatever the numbers."""
         place = [f"l{self.layer_index}"] if self.layer_index is not None else []
         place += [f"e{self.expert_id}"] if self.expert_id is not None else []
+        # A rank, or the other expert of a pair, is part of the place, too.
+        place += [f"{mark}{self.args[name]}" for name, mark in (("rank", "r"), ("other", "e")) if name in self.args]
         return ".".join([self.code, *place])
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +112,10 @@ class Finding:
         else:
             values["explanation"] = self.explanation.to_dict()
         return values
+
+
+# Thresholds that are multiples, of 1 at least.
+_MULTIPLES = ("hot_expert", "collapse_top_k_factor", "step_imbalance", "rank_straggler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +132,14 @@ class Thresholds:
         collapse_share: ...or below this part of all experts, whichever is more.
         collapse_baseline_ratio: with a baseline, below this part of the baseline's effective experts.
         capacity_overflow: share of slots dropped for capacity that is too much.
-        false_discovery_rate: of hot and cold experts over all layers and experts together.
-        min_requests: requests (sequences) below which nothing is claimed.
+        step_imbalance: single steps are uneven where their max/mean, less what chance adds, is above this on average.
+        rank_straggler: a rank is one above this multiple of the ranks' mean load.
+        drift_bits: loads have moved where their Jensen-Shannon divergence from the baseline's is above this, in bits.
+        drift_overlap: routes have moved where the same tokens share less than this part of their experts with it.
+        duplicate_experts: two experts act as one where this part of the tokens of either chooses both.
+        false_discovery_rate: of hot and cold experts over all layers and experts together; of ranks likewise.
+        min_requests: requests (sequences) below which variances come from stretches of positions instead, and load
+            findings are `info`.
         min_tokens: valid tokens of a layer below which nothing is claimed about it.
 
     Raises:
@@ -143,7 +155,12 @@ class Thresholds:
     collapse_share: float = 0.25
     collapse_baseline_ratio: float = 0.5
     capacity_overflow: float = 0.01
-    false_discovery_rate: float = 0.05
+    step_imbalance: float = 2.0
+    rank_straggler: float = 1.25
+    drift_bits: float = 0.02
+    drift_overlap: float = 0.8
+    duplicate_experts: float = 0.9
+    false_discovery_rate: float = 0.02
     min_requests: int = 20
     min_tokens: int = 1000
 
@@ -151,7 +168,7 @@ class Thresholds:
         problems = []
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if spec.name.startswith("min_") or spec.name in ("hot_expert", "collapse_top_k_factor"):
+            if spec.name.startswith("min_") or spec.name in _MULTIPLES:
                 is_fine, expected = value >= 1, "1 or more"
             else:
                 is_fine, expected = 0 < value < 1, "between 0 and 1"

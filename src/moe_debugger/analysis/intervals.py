@@ -3,10 +3,15 @@
 A healthy router whose preference is shared within a document shows z-scores of 16 to 87 against an independent-token
 null. So the unit of sampling here is the block (see `moe_debugger.analysis.state`), and the design effect says how much
 wider that makes the interval.
+
+Blocks are whole requests where there are enough of them, else stretches of positions, else stretches of steps. The last
+two know nothing of what all stretches of one request share, so their intervals are too narrow where requests differ:
+rules say which blocks they rest on, and claim less from them.
 """
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +19,18 @@ import numpy.typing as npt
 from moe_debugger.analysis.state import LayerState
 
 __all__ = [
+    "MIN_BLOCKS",
+    "MIN_UNITS",
+    "BlockKind",
+    "Blocks",
     "Interval",
     "benjamini_hochberg",
+    "design_effect",
     "jackknife",
     "share_tests",
     "student_quantile",
     "student_upper_tail",
+    "variance_blocks",
 ]
 
 _Floats = npt.NDArray[np.float64]
@@ -27,6 +38,8 @@ _Floats = npt.NDArray[np.float64]
 _Z = 1.959963984540054
 # Below this many blocks (Kish's effective number) a variance between blocks says nothing.
 MIN_BLOCKS = 4.0
+# Requests, or else stretches of positions or steps, that a variance should rest on.
+MIN_UNITS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +79,65 @@ def _entropies(table: _Floats) -> _Floats:
     return entropies
 
 
-def _blocks(state: LayerState) -> _Floats:
-    table: _Floats = state.block_counts.astype(np.float64)
-    occupied: _Floats = table[table.sum(axis=1) > 0]
+class BlockKind(StrEnum):
+    """What the blocks of a variance are made of."""
+
+    REQUESTS = "requests"
+    POSITIONS = "positions"
+    STEPS = "steps"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The blocks that a layer's variances come from.
+
+    Attributes:
+        table: [b, E] float64, load of each block that holds any.
+        kind: what a block is.
+    """
+
+    table: _Floats
+    kind: BlockKind
+
+    @property
+    def effective_number(self) -> float:
+        """Effective number of blocks of unequal size (Kish 1965): as many equal ones would be as good."""
+        return _kish(self.table.sum(axis=1))
+
+
+def variance_blocks(
+    state: LayerState,
+    *,
+    num_requests: float | None = None,
+    min_requests: int = MIN_UNITS,
+    prefers_positions: bool = False,
+) -> Blocks:
+    """Return the blocks of `state`: whole requests where there are enough, else stretches of positions, else of steps.
+
+    Args:
+        num_requests: different requests behind the rows; None = enough of them.
+        min_requests: how many are enough.
+        prefers_positions: True where requests repeat each other, so that they are no independent ones.
+    """
+    requests = _occupied(state.block_counts)
+    enough = num_requests is None or num_requests >= min_requests
+    if enough and not prefers_positions and _kish(requests.sum(axis=1)) >= MIN_BLOCKS:
+        return Blocks(requests, BlockKind.REQUESTS)
+    if state.position_counts is not None:
+        positions = _occupied(state.position_counts)
+        # Blocks are hashed: 20 stretches occupy about 17 of 64.
+        if len(positions) >= min(16, len(state.position_counts) * 2 // 3):
+            return Blocks(positions, BlockKind.POSITIONS)
+    if state.load_series is not None and not requests.size and len(state.load_series.counts) >= MIN_UNITS:
+        groups = np.array_split(state.load_series.counts.astype(np.float64), MIN_UNITS)
+        return Blocks(_occupied(np.stack([group.sum(axis=0) for group in groups])), BlockKind.STEPS)
+    return Blocks(np.zeros((0, state.shape.num_experts)), BlockKind.NONE)
+
+
+def _occupied(table: npt.NDArray[np.generic]) -> _Floats:
+    floats: _Floats = table.astype(np.float64)
+    occupied: _Floats = floats[floats.sum(axis=1) > 0]
     return occupied
 
 
@@ -77,7 +146,7 @@ def _kish(sizes: _Floats) -> float:
     return float(sizes.sum() ** 2 / np.square(sizes).sum()) if len(sizes) else 0.0
 
 
-def jackknife(state: LayerState) -> tuple[Interval, float]:
+def jackknife(blocks: Blocks, top_k: int) -> tuple[Interval, float]:
     """Return the 95 % interval of effective experts, and the design effect of the shares.
 
     Delete-one-block jackknife (Efron 1982) on the load entropy, whose interval is then exponentiated. The upper bound
@@ -85,9 +154,7 @@ def jackknife(state: LayerState) -> tuple[Interval, float]:
 
     NaN for both with fewer than 4 blocks' worth of requests.
     """
-    table = _blocks(state)
-    sizes = table.sum(axis=1)
-    kish = _kish(sizes)
+    table, kish = blocks.table, blocks.effective_number
     if kish < MIN_BLOCKS:
         return _UNKNOWN, float("nan")
     num, total = len(table), table.sum(axis=0)
@@ -99,7 +166,7 @@ def jackknife(state: LayerState) -> tuple[Interval, float]:
     highest = math.log(table.shape[1])
     upper = min(max(entropy, corrected) + width, highest)
     interval = Interval(math.exp(max(entropy - width, 0.0)), math.exp(upper))
-    return interval, _design_effect(table, total, state.shape.top_k)
+    return interval, design_effect(table, top_k)
 
 
 def _share_variance(table: _Floats, total: _Floats) -> _Floats:
@@ -111,7 +178,15 @@ def _share_variance(table: _Floats, total: _Floats) -> _Floats:
     return variance
 
 
-def _design_effect(table: _Floats, total: _Floats, top_k: int) -> float:
+def design_effect(table: _Floats, top_k: int) -> float:
+    """Return the variance of the shares between blocks over that of independent tokens (Kish 1965); NaN without load.
+
+    Args:
+        table: [b, E] load per block.
+    """
+    total = table.sum(axis=0)
+    if len(table) < 2 or not total.any():
+        return float("nan")
     share = total / total.sum()
     # k draws without replacement: variance of a share over T = N / k independent tokens.
     per_token = np.clip(share * top_k, 0, 1)
@@ -119,7 +194,7 @@ def _design_effect(table: _Floats, total: _Floats, top_k: int) -> float:
     return float(_share_variance(table, total).sum()) / independent if independent > 0 else float("nan")
 
 
-def share_tests(state: LayerState, *, hot: float, cold: float) -> tuple[_Floats, _Floats] | None:
+def share_tests(blocks: Blocks, top_k: int, *, hot: float, cold: float) -> tuple[_Floats, _Floats] | None:
     """Test each expert's share against the effect floors `hot` / E and `cold` / E.
 
     The null is "the long-run share lies between the floors", so natural skew inside them is no evidence at all. The
@@ -129,15 +204,14 @@ def share_tests(state: LayerState, *, hot: float, cold: float) -> tuple[_Floats,
     Returns:
         p-values [E] for "above hot / E", and [E] for "below cold / E"; None where there are too few blocks.
     """
-    table = _blocks(state)
-    kish = _kish(table.sum(axis=1))
+    table, kish = blocks.table, blocks.effective_number
     if kish < MIN_BLOCKS:
         return None
     total = table.sum(axis=0)
-    experts = state.shape.num_experts
+    experts = table.shape[1]
     share = total / total.sum()
     variance = _share_variance(table, total)
-    effect = _design_effect(table, total, state.shape.top_k)
+    effect = design_effect(table, top_k)
     effect = 1.0 if math.isnan(effect) else max(effect, 1.0)
 
     def tail(floor: float, sign: float) -> _Floats:

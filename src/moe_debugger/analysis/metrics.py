@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis.intervals import Interval, jackknife
+from moe_debugger.analysis.intervals import Blocks, Interval, jackknife, variance_blocks
 from moe_debugger.analysis.small_samples import BalancedBand, balanced_band
 from moe_debugger.analysis.state import LayerState
 
@@ -162,7 +162,8 @@ class LayerMetrics:
 
     Attributes:
         num_tokens: valid tokens, the sample size of all that follows unless said otherwise.
-        num_blocks: blocks of whole requests that the intervals rest on; 0 = none, so there are no intervals.
+        num_blocks: blocks that the intervals rest on; 0 = none, so there are no intervals.
+        blocks_of: what they are made of: "requests", "positions", "steps" or "none".
         effective_experts_interval: two-sided 95 % (so each bound is one-sided 97.5 %), from blocks.
         design_effect: variance of the shares over that of independent tokens; NaN without blocks.
         effective_tokens: num_tokens / design_effect (not above num_tokens).
@@ -180,6 +181,7 @@ class LayerMetrics:
     num_assignments: int
     num_padding: int
     num_blocks: int
+    blocks_of: str
     share: tuple[float, ...]
     load_entropy: float
     normalised_load_entropy: float
@@ -225,11 +227,17 @@ class LayerMetrics:
         return {**asdict(self), "balanced_band": self.balanced_band.to_dict()}
 
 
-def layer_metrics(state: LayerState) -> LayerMetrics:
-    """Return the metrics of `state`; O(blocks * E)."""
+def layer_metrics(state: LayerState, blocks: Blocks | None = None) -> LayerMetrics:
+    """Return the metrics of `state`; O(blocks * E).
+
+    Args:
+        state: the layer's counts.
+        blocks: where variances come from; None = whole requests.
+    """
+    blocks = variance_blocks(state) if blocks is None else blocks
     counts, shape = state.counts, state.shape
     num_slots = state.num_tokens * shape.top_k
-    interval, design_effect = jackknife(state)
+    interval, design_effect = jackknife(blocks, shape.top_k)
     has_load = state.num_assignments > 0
     return LayerMetrics(
         layer_index=shape.layer_index,
@@ -238,7 +246,8 @@ def layer_metrics(state: LayerState) -> LayerMetrics:
         num_tokens=state.num_tokens,
         num_assignments=state.num_assignments,
         num_padding=state.num_padding,
-        num_blocks=state.num_occupied_blocks,
+        num_blocks=len(blocks.table),
+        blocks_of=str(blocks.kind),
         share=tuple(expert_share(counts).tolist()),
         load_entropy=load_entropy(counts),
         normalised_load_entropy=normalised_load_entropy(counts),

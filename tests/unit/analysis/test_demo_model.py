@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_debugger.analysis import Analysis, LayerShape, RoutingState, Severity, finish, merge_all
+from moe_debugger.analysis import Analysis, FindingKind, LayerShape, RoutingState, Severity, finish, merge_all
 from moe_debugger.demo.corpus import KINDS, Kind, build_corpus
 from moe_debugger.demo.scenarios import ScenarioStep, run_scenario
 from moe_debugger.models import load_model
@@ -131,14 +131,16 @@ def _query(rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("make", [_digits, _integers, _table, _query, lambda rng: "a" * rng.randint(64, 200)])
-def test_narrow_prompts_through_the_healthy_model_give_nothing_above_info(
+def test_narrow_prompts_through_the_healthy_model_give_no_more_than_hot_experts(
     fold: Fold, make: Callable[[random.Random], str]
 ) -> None:
     rng = random.Random(1)
     state = RoutingState.empty(SHAPES)
     for index in range(35):
         fold(state, list(make(rng).encode()), f"narrow {index}")
-    assert loud(finish(state)) == []
+    # One query again and again does make experts hot, and that is said: as skew, which is no fault of the router.
+    loud_ones = [finding for finding in finish(state).findings if finding.severity is not Severity.INFO]
+    assert {(finding.kind, finding.severity) for finding in loud_ones} <= {(FindingKind.HOT_EXPERT, Severity.WARNING)}
 
 
 def test_one_prompt_thirty_times_through_the_healthy_model_gives_nothing_above_info(fold: Fold) -> None:

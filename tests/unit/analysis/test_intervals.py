@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from moe_debugger.analysis.analyze import fold_decisions
-from moe_debugger.analysis.intervals import benjamini_hochberg, jackknife, student_quantile, student_upper_tail
+from moe_debugger.analysis.intervals import (
+    BlockKind,
+    benjamini_hochberg,
+    jackknife,
+    student_quantile,
+    student_upper_tail,
+    variance_blocks,
+)
 
 Simulate = Callable[..., dict[str, Any]]
 
@@ -52,7 +59,7 @@ def test_jackknife_equals_leaving_each_block_out_by_hand(simulate: Simulate) -> 
     error = math.sqrt((num - 1) / num * sum((value - mean) ** 2 for value in left_out))
     sizes = [block.sum() for block in blocks]
     kish = sum(sizes) ** 2 / sum(size**2 for size in sizes)
-    interval, _ = jackknife(layer)
+    interval, _ = jackknife(variance_blocks(layer), 2)
     assert interval.lower == pytest.approx(math.exp(entropy(total) - student_quantile(kish - 1) * error))
 
 
@@ -60,7 +67,7 @@ def test_design_effect_is_one_for_independent_tokens_and_large_for_documents(sim
     def mean_effect(strength: float) -> float:
         rows = simulate(np.random.default_rng(2), num_experts=64, top_k=8, num_tokens=8192, topic_strength=strength)
         state = fold_decisions(rows, num_experts=64, top_k=8)
-        return float(np.mean([jackknife(layer)[1] for layer in state.layers.values()]))
+        return float(np.mean([jackknife(variance_blocks(layer), 8)[1] for layer in state.layers.values()]))
 
     assert mean_effect(0.0) == pytest.approx(1, abs=0.1)
     assert mean_effect(1.0) > 4
@@ -73,7 +80,7 @@ def test_interval_covers_the_long_run_value_for_documents(simulate: Simulate) ->
     for _ in range(runs):
         # Preference has no mean, so in the long run every expert is used alike: 8 effective experts.
         rows = simulate(rng, num_layers=1, num_tokens=3000, num_requests=30, topic_strength=1.0)
-        interval, _ = jackknife(fold_decisions(rows, num_experts=8, top_k=2).layers[0])
+        interval, _ = jackknife(variance_blocks(fold_decisions(rows, num_experts=8, top_k=2).layers[0]), 2)
         covered += interval.lower <= 8 <= interval.upper + 1e-9
         above += interval.upper >= 7.5
     # Entropy at its maximum is the hardest case: a plain interval would never reach it.
@@ -81,8 +88,21 @@ def test_interval_covers_the_long_run_value_for_documents(simulate: Simulate) ->
     assert covered >= 0.6 * runs
 
 
-def test_no_interval_from_one_long_request(simulate: Simulate) -> None:
-    rows = simulate(np.random.default_rng(4), num_layers=1, num_requests=1)
-    interval, effect = jackknife(fold_decisions(rows, num_experts=8, top_k=2).layers[0])
+def test_blocks_are_requests_else_stretches_of_positions_else_nothing(simulate: Simulate) -> None:
+    layer = fold_decisions(
+        simulate(np.random.default_rng(4), num_layers=1, num_requests=1), num_experts=8, top_k=2
+    ).layers[0]
+    # One request is one opinion: its 64 stretches of 64 positions answer instead.
+    blocks = variance_blocks(layer)
+    assert blocks.kind is BlockKind.POSITIONS
+    assert not math.isnan(jackknife(blocks, 2)[0].upper)
+    bare = variance_blocks(layer.without_history())
+    assert bare.kind is BlockKind.NONE
+    interval, effect = jackknife(bare, 2)
     assert math.isnan(interval.upper)
     assert math.isnan(effect)
+    many = fold_decisions(
+        simulate(np.random.default_rng(4), num_layers=1, num_requests=40), num_experts=8, top_k=2
+    ).layers[0]
+    assert variance_blocks(many, num_requests=40).kind is BlockKind.REQUESTS
+    assert variance_blocks(many, num_requests=12).kind is BlockKind.POSITIONS

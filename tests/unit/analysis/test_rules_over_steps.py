@@ -1,0 +1,184 @@
+"""Findings that need steps, a baseline, ranks or pairs: what is planted is found, and what is healthy is left alone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_debugger.analysis import Analysis, FindingKind, Severity, analyze, fold_decisions
+from moe_debugger.errors import InvalidInputError
+from moe_debugger.messages import render_finding
+
+STEPS, PER_STEP = 80, 256
+
+
+def loud(analysis: Analysis) -> list[tuple[str, int | None, int | None]]:
+    return [(str(f.kind), f.layer_index, f.expert_id) for f in analysis.findings if f.severity is not Severity.INFO]
+
+
+def choose(rng: np.random.Generator, preference: np.ndarray, top_k: int) -> np.ndarray:
+    return np.argpartition(-(preference + rng.gumbel(size=preference.shape)), top_k - 1, axis=1)[:, :top_k]
+
+
+def steps_of(num_experts: int, top_k: int, seed: int, hot: float = 0.0, **columns: Any) -> dict[str, Any]:
+    """Return one layer in steps of four requests; in each step the next expert is preferred by `hot`."""
+    rng = np.random.default_rng(seed)
+    step = np.repeat(np.arange(STEPS), PER_STEP)
+    preference = np.zeros((len(step), num_experts))
+    preference[np.arange(len(step)), step % num_experts] = hot
+    return {
+        "layer_index": np.zeros(len(step), int),
+        "expert_ids": choose(rng, preference, top_k),
+        "step": step,
+        "request_id": np.array([f"r{index}" for index in range(STEPS * 4)])[np.arange(len(step)) // 64],
+        **columns,
+    }
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 8)])
+@pytest.mark.parametrize("has_requests", [True, False])
+def test_a_hot_expert_that_rotates_from_step_to_step_is_imbalance_of_steps(
+    num_experts: int, top_k: int, has_requests: bool
+) -> None:
+    rows = steps_of(num_experts, top_k, 1, hot=5.0)
+    if not has_requests:
+        del rows["request_id"]
+    found = analyze(rows, num_experts=num_experts, top_k=top_k)
+    # Summed over all steps nothing is to be seen.
+    assert found.metrics[0].max_over_mean < 1.3
+    assert loud(found) == [("load_imbalance", 0, None)]
+    [finding] = found.findings
+    assert finding.code == "load_imbalance_steps"
+    assert finding.statistic > 2
+    assert "of a step in turn" in render_finding(finding.code, finding.args)
+    assert loud(analyze(steps_of(num_experts, top_k, 1), num_experts=num_experts, top_k=top_k)) == []
+
+
+def test_steps_that_differ_only_by_their_requests_are_no_warning() -> None:
+    rng = np.random.default_rng(2)
+    rows = steps_of(8, 2, 2)
+    # One request a step, each with a strong preference of its own: what differs is the requests.
+    rows["request_id"] = np.array([f"r{index}" for index in range(STEPS)])[rows["step"]]
+    rows["expert_ids"] = choose(rng, rng.normal(0, 2.5, (STEPS, 8))[rows["step"]], 2)
+    assert loud(analyze(rows, num_experts=8, top_k=2)) == []
+
+
+def test_a_training_that_collapses_at_its_end_is_collapse_since_then() -> None:
+    rng = np.random.default_rng(3)
+    num_steps, per_step, fault = 240, 64, 180
+    step = np.repeat(np.arange(num_steps), per_step)
+    # From the fault on two experts are preferred more with every step.
+    slope = np.clip((step - fault) / 8, 0, 6)[:, None] * np.isin(np.arange(8), [2, 5])
+    rows = {
+        "layer_index": np.zeros(len(step), int),
+        "expert_ids": choose(rng, slope.astype(float), 2),
+        "step": step,
+        "request_id": np.array([f"row {index}" for index in range(4)])[np.arange(len(step)) // 16 % 4],
+        "phase": np.full(len(step), 3),
+    }
+    found = analyze(rows, num_experts=8, top_k=2)
+    assert found.metrics[0].effective_experts > 4
+    collapse = [f for f in found.findings if f.kind is FindingKind.ROUTER_COLLAPSE]
+    assert [(f.code, f.severity, f.layer_index) for f in collapse] == [
+        ("router_collapse_from_baseline", Severity.CRITICAL, 0)
+    ]
+    assert collapse[0].since_step is not None
+    assert fault + 5 < collapse[0].since_step < fault + 50
+    [warning] = [f for f in found.findings if f.kind is FindingKind.COLLAPSE_WARNING]
+    assert warning.since_step is not None
+    assert fault - 10 < warning.since_step < collapse[0].since_step
+    assert found.early_warning is not None
+    assert found.early_warning.warned == (0,)
+    # The same shift in serving is a change of text, not of the router.
+    rows["phase"] = np.full(len(step), 2)
+    assert not [f for f in analyze(rows, num_experts=8, top_k=2).findings if f.kind is FindingKind.ROUTER_COLLAPSE]
+
+
+def tokens_with_ids(seed: int, num_experts: int = 8) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    num = 4096
+    return {
+        "layer_index": np.zeros(num, int),
+        "expert_ids": choose(rng, np.zeros((num, num_experts)), 2),
+        "request_id": np.array([f"r{index}" for index in range(64)])[np.arange(num) // 64],
+        "position": np.arange(num) % 64,
+    }
+
+
+def test_the_same_tokens_with_experts_permuted_are_drift_though_loads_are_equal() -> None:
+    rows = tokens_with_ids(4)
+    moved = dict(rows, expert_ids=(rows["expert_ids"] + 3) % 8)
+    found = analyze(moved, num_experts=8, top_k=2, baseline=rows)
+    assert loud(found) == [("drift", 0, None)]
+    assert found.findings[0].code == "drift_tokens"
+    assert analyze(rows, num_experts=8, top_k=2, baseline=rows).findings == ()
+    # Other tokens of the same router: nothing to compare token by token, and the loads are alike.
+    other = tokens_with_ids(5)
+    other["request_id"] = np.char.add("other ", other["request_id"])
+    assert analyze(other, num_experts=8, top_k=2, baseline=rows).findings == ()
+
+
+def test_a_few_tokens_that_wobble_are_no_drift_and_moved_loads_are() -> None:
+    rng = np.random.default_rng(6)
+    rows = tokens_with_ids(6)
+    ids = rows["expert_ids"].copy()
+    wobble = rng.random(len(ids)) < 0.06
+    ids[wobble] = choose(rng, np.zeros((int(wobble.sum()), 8)), 2)
+    assert analyze(dict(rows, expert_ids=ids), num_experts=8, top_k=2, baseline=rows).findings == ()
+    skewed = tokens_with_ids(7)
+    skewed["request_id"] = np.char.add("other ", skewed["request_id"])
+    skewed["expert_ids"] = choose(rng, np.tile(np.linspace(0, 1.4, 8), (4096, 1)), 2)
+    found = analyze(skewed, num_experts=8, top_k=2, baseline=rows)
+    assert [f.code for f in found.findings if f.kind is FindingKind.DRIFT] == ["drift"]
+
+
+def test_the_rank_that_holds_the_loaded_experts_is_a_straggler() -> None:
+    rng = np.random.default_rng(8)
+    rows = steps_of(16, 2, 8)
+    preference = np.where(np.arange(16) < 4, 0.8, 0.0)
+    rows["expert_ids"] = choose(rng, np.tile(preference, (len(rows["step"]), 1)), 2)
+    ranks = {0: np.arange(16) // 4}
+    found = analyze(rows, num_experts=16, top_k=2, expert_ranks=ranks)
+    assert [(f.kind, f.args["rank"], f.rule_id) for f in found.findings] == [
+        (FindingKind.RANK_STRAGGLER, "0", "rank_straggler.l0.r0")
+    ]
+    load = np.bincount(rows["expert_ids"].ravel() // 4, minlength=4)
+    assert found.findings[0].statistic == pytest.approx(load[0] / load.mean())
+    spread = {0: np.arange(16) % 4}
+    assert analyze(rows, num_experts=16, top_k=2, expert_ranks=spread).findings == ()
+    with pytest.raises(InvalidInputError, match="expert_ranks of layer 0"):
+        analyze(rows, num_experts=16, top_k=2, expert_ranks={0: [0, 1]})
+
+
+def test_two_experts_that_the_same_tokens_choose_are_duplicates() -> None:
+    rng = np.random.default_rng(9)
+    rows = tokens_with_ids(9, num_experts=16)
+    ids = rows["expert_ids"]
+    # Whoever chooses expert 3 chooses 11, and the other way round.
+    either = np.isin(ids, [3, 11]).any(axis=1)
+    ids[either] = [3, 11]
+    ids[~either] = choose(rng, np.where(np.isin(np.arange(16), [3, 11]), -50.0, 0.0) + np.zeros((4096, 16)), 2)[~either]
+    found = analyze(rows, num_experts=16, top_k=2)
+    assert [(str(f.kind), f.expert_id, f.args["other"], f.rule_id) for f in found.findings] == [
+        ("duplicate_experts", 3, "11", "duplicate_experts.l0.e3.e11")
+    ]
+
+
+@pytest.mark.parametrize(("phase", "severity"), [(0, Severity.WARNING), (3, Severity.CRITICAL)])
+def test_counts_of_single_steps_give_what_counts_allow(phase: int, severity: Severity) -> None:
+    from moe_debugger.analysis import RoutingState, finish
+    from moe_debugger.wire.codec import CountsColumns, LayerCountColumns
+
+    rows = steps_of(8, 2, 10)
+    rows["expert_ids"] = np.where(rows["expert_ids"] % 2 == 0, 2, 5)
+    rows["expert_ids"][:, 1] = 7 - rows["expert_ids"][:, 0]
+    state = fold_decisions(rows, num_experts=8, top_k=2)
+    counted = RoutingState.empty(state.shapes)
+    for step in range(STEPS):
+        mine = rows["expert_ids"][rows["step"] == step]
+        counts = np.bincount(mine.ravel(), minlength=8).astype(np.uint64)
+        layer = LayerCountColumns(0, 8, 0, len(mine), 0, counts)
+        counted.fold_counts(CountsColumns(step, step, phase, len(mine), [layer]))
+    found = finish(counted)
+    assert found.metrics[0].blocks_of == "steps"
+    assert [(f.kind, f.severity) for f in found.findings] == [(FindingKind.ROUTER_COLLAPSE, severity)]
