@@ -72,13 +72,11 @@ def load_balance_points(num_experts: int, top_k: int, thresholds: Thresholds) ->
 def steadiness(steps: LayerSteps) -> tuple[float, float, float, int] | None:
     """Return lowest / median effective experts over the buckets, the two, and how many buckets; None with too few.
 
-    Buckets with fewer than 1,000 tokens are left out. The lowest is that of running medians of three, so that one odd
-    bucket is no fall.
+    Neighbouring buckets are joined until each has 1,000 tokens. The lowest is that of running medians of three, so that
+    one odd bucket is no fall.
     """
-    is_large = steps.num_tokens >= _MIN_BUCKET_TOKENS
-    if np.count_nonzero(is_large) < _MIN_BUCKETS:
-        return None
-    effective = effective_over_steps(steps.counts[is_large])
+    joined = steps.at_least(_MIN_BUCKET_TOKENS)
+    effective = effective_over_steps(joined.counts)
     effective = effective[np.isfinite(effective)]
     if len(effective) < _MIN_BUCKETS:
         return None

@@ -13,7 +13,9 @@ from moe_debugger.reporting.texts import sentence
 __all__ = [
     "Bars",
     "Category",
+    "CauseEntry",
     "EvidenceLine",
+    "ExplanationEntry",
     "Fact",
     "FindingEntry",
     "Fix",
@@ -23,9 +25,11 @@ __all__ = [
     "Line",
     "Lines",
     "Matrix",
+    "MissingEntry",
     "Model",
     "Notice",
     "Picture",
+    "RemedyEntry",
     "Table",
     "Text",
     "known",
@@ -154,8 +158,56 @@ class Category(Model):
         return sum(score is not None for score in self.layer_scores.values())
 
 
+class CauseEntry(Model):
+    """Something observed that goes with a finding: an association. `weight` is 0..1; `rule` gave it."""
+
+    text: str
+    weight: float
+    rule: str
+
+
+class MissingEntry(Model):
+    """Something that was not observed; `change` supplies it, to paste."""
+
+    text: str
+    change: str
+
+
+class RemedyEntry(Model):
+    """A concrete change to paste; `gain` is the share of the bound on step time, where it was predicted."""
+
+    text: str
+    change: str
+    language: str
+    effect: str
+    gain: float | None = None
+    gain_lower: float | None = None
+    gain_upper: float | None = None
+
+
+class ExplanationEntry(Model):
+    """Why a finding is there; docs/explanations.md.
+
+    Attributes:
+        started: when and where it began; spread: (layer, step), the first layer first.
+        status: whether causes were found, and what bears on them and was not observed.
+        causes: the likeliest first; with `unexplained` their weights sum to 1.
+        rows_query, rows_python: where the rows behind it are; "" where there are none.
+    """
+
+    started: str
+    spread: list[tuple[int, int]]
+    status: str
+    causes: list[CauseEntry]
+    unexplained: float
+    missing: list[MissingEntry]
+    remedies: list[RemedyEntry]
+    rows_query: str
+    rows_python: str
+
+
 class FindingEntry(Model):
-    """A finding with its words and evidence; `explanation` is what the analysis says of causes, where it does."""
+    """A finding with its words and evidence; `explanation` is None of findings that were not explained."""
 
     rule_id: str
     kind: str
@@ -167,7 +219,7 @@ class FindingEntry(Model):
     expert_id: int | None = None
     since_step: int | None = None
     evidence: list[EvidenceLine] = []
-    explanation: dict[str, Any] | None = None
+    explanation: ExplanationEntry | None = None
 
 
 class Fix(Model):
@@ -176,7 +228,7 @@ class Fix(Model):
     Attributes:
         gain: predicted, as a share of the bound on step time; None = not predicted. gain_lower, gain_upper: interval.
         places: where it applies, such as "layer 3".
-        change: the change itself in a form to be applied, where there is one.
+        change: the change itself in a form to be applied, where there is one: text to paste, or a placement.
         is_worth_it: False where it was tried and no help was shown: said, so that nobody tries it again unknowingly.
         verdict: what the trial gave, where there was one.
     """
@@ -189,7 +241,7 @@ class Fix(Model):
     gain_upper: float | None = None
     gain_note: Text
     places: list[str] = []
-    change: dict[str, Any] | None = None
+    change: dict[str, Any] | str | None = None
     is_worth_it: bool = True
     verdict: str = ""
 

@@ -1,11 +1,11 @@
 """Findings with their words and evidence, how long before a collapse its warning came, and the stated rate."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from moe_debugger.analysis import Analysis, Finding, FindingKind
 from moe_debugger.messages import render_finding
 from moe_debugger.reporting.content import EvidenceLine, FindingEntry, LeadTime, Text, known, say
+from moe_debugger.reporting.explanation_text import explanation_entry
 
 __all__ = ["false_alarm_text", "finding_entries", "lead_times"]
 
@@ -40,14 +40,8 @@ def _entry(finding: Finding) -> FindingEntry:
             )
             for row in finding.evidence
         ],
-        explanation=_explanation(finding),
+        explanation=None if finding.explanation is None else explanation_entry(finding.explanation),
     )
-
-
-def _explanation(finding: Finding) -> dict[str, Any] | None:
-    """Return what the analysis says of causes, as plain values, where the finding carries it."""
-    explanation = getattr(finding, "explanation", None)
-    return None if explanation is None else explanation.to_dict()
 
 
 def lead_times(findings: Sequence[Finding]) -> list[LeadTime]:

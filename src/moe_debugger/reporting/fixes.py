@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from moe_debugger.errors import InvalidInputError
+from moe_debugger.messages import render
 from moe_debugger.planning import Candidate, PlacementPlan, StepLoads, Verdict, plan_placement
-from moe_debugger.reporting.content import FindingEntry, Fix, known, say, show
+from moe_debugger.reporting.content import FindingEntry, Fix, RemedyEntry, Text, known, say, show
 from moe_debugger.reporting.material import Material
 
 __all__ = ["fixes"]
@@ -26,29 +27,46 @@ def fixes(
 
 
 def _remedies(entries: Sequence[FindingEntry]) -> list[Fix]:
-    """Return one fix for each remedy, with all the places that it is for."""
-    grouped: dict[tuple[str, str], list[FindingEntry]] = {}
+    """Return one fix for each change, or remedy in words where a finding was not explained, with all its places."""
+    grouped: dict[tuple[str, str, str], list[tuple[FindingEntry, RemedyEntry | None]]] = {}
     for entry in entries:
-        grouped.setdefault((entry.kind, entry.remedy), []).append(entry)
-    result = []
-    for (_, remedy), members in grouped.items():
-        places = dict.fromkeys(
-            (f"layer {each.layer_index}" if each.layer_index is not None else "")
-            + (f" expert {each.expert_id}" if each.expert_id is not None else "")
-            for each in members
-        )
-        title = members[0].title if len(members) == 1 else f"{members[0].kind.replace('_', ' ')} ({len(members)})"
-        worst = min((each.severity for each in members), key=_RANK.__getitem__)
-        result.append(
-            Fix(
-                title=title,
-                detail=remedy,
-                severity=worst,
-                gain_note=say("gain.not_predicted"),
-                places=[place for place in places if place],
-            )
-        )
-    return result
+        explained = entry.explanation.remedies if entry.explanation is not None else []
+        for remedy in explained:
+            # A placement is tried for each layer by itself.
+            own = entry.rule_id if remedy.gain is not None else ""
+            grouped.setdefault((remedy.text, remedy.change, own), []).append((entry, remedy))
+        if not explained:
+            grouped.setdefault((entry.remedy, "", ""), []).append((entry, None))
+    return [_fix(text, members) for (text, _, _), members in grouped.items()]
+
+
+def _fix(text: str, members: Sequence[tuple[FindingEntry, RemedyEntry | None]]) -> Fix:
+    entries, remedy = [entry for entry, _ in members], members[0][1]
+    kinds = dict.fromkeys(entry.kind.replace("_", " ") for entry in entries)
+    places = dict.fromkeys(
+        (f"layer {each.layer_index}" if each.layer_index is not None else "")
+        + (f" expert {each.expert_id}" if each.expert_id is not None else "")
+        for each in entries
+    )
+    predicted = remedy is not None and remedy.gain is not None
+    return Fix(
+        title=entries[0].title if len(entries) == 1 else f"{', '.join(kinds)} ({len(entries)})",
+        detail=text,
+        severity=min((each.severity for each in entries), key=_RANK.__getitem__),
+        gain=remedy.gain if remedy is not None else None,
+        gain_lower=remedy.gain_lower if remedy is not None else None,
+        gain_upper=remedy.gain_upper if remedy is not None else None,
+        gain_note=say("gain.effect", effect=remedy.effect)
+        if remedy is not None and predicted
+        else _not_predicted(remedy),
+        places=[place for place in places if place],
+        change=remedy.change or None if remedy is not None else None,
+    )
+
+
+def _not_predicted(remedy: RemedyEntry | None) -> Text:
+    known_effect = "" if remedy is None or remedy.effect == render("effect.not_predicted", {}) else remedy.effect
+    return say("gain.other_effect", effect=known_effect) if known_effect else say("gain.not_predicted")
 
 
 def _placements(material: Material, num_ranks: int, num_redundant: int, loads_of: Mapping[int, StepLoads]) -> list[Fix]:

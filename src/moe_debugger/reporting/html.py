@@ -20,6 +20,7 @@ __all__ = ["diff_html", "report_html"]
 # A page that lists more is read by nobody; JSON has all of them.
 _MAX_CARDS, _MAX_FINDINGS = 20, 500
 _MAX_PLACES = 12
+_MAX_PASTE = 600
 _GOOD, _FAIR = 75.0, 50.0
 
 
@@ -49,6 +50,7 @@ def _page(template: str, **values: Any) -> str:
         max_cards=_MAX_CARDS,
         max_findings=_MAX_FINDINGS,
         max_places=_MAX_PLACES,
+        max_paste=_MAX_PASTE,
         **values,
     )
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, RoutingState, Thresholds, finish, fold_decisions
+from moe_debugger.analysis.explanation import ObservedSettings, PlacementOptions, explain_analysis
 from moe_debugger.errors import InvalidInputError
-from moe_debugger.reporting.step_series import LayerSteps, StepCounter
+from moe_debugger.reporting.step_series import LayerSteps
+from moe_debugger.v1 import routing_pb2 as pb
 
 if TYPE_CHECKING:
     from moe_debugger._session import Session
@@ -19,6 +21,14 @@ __all__ = ["DEFAULT_MAX_ROWS", "Material", "RowSizes", "gather", "layer_range", 
 # Pictures of pairs and tokens read so many rows at most: about 1 GB of columns at k = 8.
 DEFAULT_MAX_ROWS = 4_000_000
 _BATCH_ROWS = 1 << 20
+# The most severe come first; as many are shown in full.
+_MAX_EXPLAINED = 20
+_LEVELS: dict[int, str] = {
+    pb.CAPTURE_LEVEL_COUNTS: "counts",
+    pb.CAPTURE_LEVEL_ROUTES: "routes",
+    pb.CAPTURE_LEVEL_ROUTES_TOKENS: "routes+tokens",
+    pb.CAPTURE_LEVEL_FULL: "full",
+}
 
 
 class RowSizes(TypedDict):
@@ -93,7 +103,8 @@ def gather(
     Args:
         source: a recording, an open session or an analysis.
         baseline: healthy rows of the same model and workload; not with an analysis, which has its own.
-        thresholds: of the rules; None = the defaults, and those of the session.
+        thresholds: of the rules; None = the defaults, and those of the session. With others a session's findings are not
+            explained.
         max_rows: pictures that need rows look at the first ones, so many at most; metrics and findings at all.
 
     Raises:
@@ -113,18 +124,16 @@ def gather(
     if not isinstance(source, Recording | Session):
         raise InvalidInputError(f"got {type(source).__name__}; expected a recording, a session or an analysis")
     before, before_name = _baseline(baseline)
-    limits = thresholds or Thresholds()
     if isinstance(source, Recording):
-        return _of_recording(source, before, before_name, limits, max_rows)
-    return _of_session(source, before, before_name, limits, max_rows)
+        return _of_recording(source, before, before_name, thresholds or Thresholds(), max_rows)
+    return _of_session(source, before, before_name, thresholds, max_rows)
 
 
 def _baseline(baseline: "Recording | RoutingState | None") -> tuple[RoutingState | None, str]:
     if baseline is None or isinstance(baseline, RoutingState):
         return baseline, "" if baseline is None else "a state"
     layers = {info.layer_index: info for info in baseline.layers()}
-    state = _folded(baseline, layers, None)
-    return state, str(baseline.path.name)
+    return _folded(baseline, layers), str(baseline.path.name)
 
 
 def _of_recording(
@@ -132,20 +141,28 @@ def _of_recording(
 ) -> Material:
     manifest = recording.manifest
     layers = {info.layer_index: info for info in recording.layers()}
-    first, last = manifest.first_step or 0, manifest.last_step or 0
-    counter = StepCounter(layers, first, last)
-    state = _folded(recording, layers, counter)
+    state = _folded(recording, layers)
     has_rows = manifest.level != "counts" and state.num_tokens > 0
+    rows = recording.decisions(max_rows=max_rows) if has_rows and max_rows else None
     health = recording.capture_health()
+    ranks = manifest.topology.expert_parallel_size
+    analysis = explain_analysis(
+        finish(state, thresholds=limits, baseline=before, health=health),
+        state=state,
+        settings=ObservedSettings.from_columns(recording.series()),
+        rows=rows,
+        placement=PlacementOptions(num_ranks=ranks) if ranks > 1 else None,
+        max_findings=_MAX_EXPLAINED,
+    )
     return Material(
         source="recording",
         name=manifest.session_name,
-        analysis=finish(state, thresholds=limits, baseline=before, health=health),
+        analysis=analysis,
         thresholds=limits,
         state=state,
         layers=layers,
-        steps=counter.layers(),
-        rows=recording.decisions(max_rows=max_rows) if has_rows and max_rows else None,
+        steps=_steps(state),
+        rows=rows,
         num_rows=manifest.num_rows,
         level=manifest.level,
         health=health,
@@ -164,57 +181,53 @@ def _members(recording: "Recording") -> Sequence["Recording"]:
     return recording.members if isinstance(recording, JoinedRecording) else (recording,)
 
 
-def _folded(recording: "Recording", layers: Mapping[int, "LayerInfo"], counter: StepCounter | None) -> RoutingState:
+def _folded(recording: "Recording", layers: Mapping[int, "LayerInfo"]) -> RoutingState:
     """Return the state of all rows and sums, read part by part."""
     if any(member.manifest.level == "counts" for member in _members(recording)):
-        if counter is not None:
-            for columns in recording.iter_counts():
-                counter.add_counts(columns)
-            for batch in recording.iter_decisions(_BATCH_ROWS):
-                counter.add_rows(batch)
         return recording.state()
-    shapes = [
+    state = RoutingState.empty(
         LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)
         for info in layers.values()
-    ]
-    state, sizes = RoutingState.empty(shapes), row_sizes(layers)
+    )
+    sizes = row_sizes(layers)
     for batch in recording.iter_decisions(_BATCH_ROWS):
         state = state.merge(fold_decisions(batch, **sizes))
-        if counter is not None:
-            counter.add_rows(batch)
     return state
 
 
+def _steps(state: RoutingState) -> dict[int, LayerSteps]:
+    """Return the loads over steps of the layers that have a history of one clock."""
+    series = {index: layer.load_series for index, layer in state.layers.items()}
+    return {
+        index: LayerSteps.of(each)
+        for index, each in series.items()
+        if each is not None and len(each.num_tokens) and each.low_source == each.high_source
+    }
+
+
 def _of_session(
-    session: "Session", before: RoutingState | None, before_name: str, limits: Thresholds, max_rows: int
+    session: "Session", before: RoutingState | None, before_name: str, limits: Thresholds | None, max_rows: int
 ) -> Material:
     layers = {info.layer_index: info for info in session.layers()}
     rows: Mapping[str, Any] | None = session.decisions(max_rows=max_rows) if max_rows else None
-    state, steps, num_rows = None, {}, 0
-    if rows is not None and len(rows["layer_index"]):
-        state = fold_decisions(rows, **row_sizes(layers))
-        num_rows = len(rows["layer_index"])
-        counter = StepCounter(layers, int(rows["step"].min()), int(rows["step"].max()))
-        counter.add_rows(rows)
-        steps = counter.layers()
-    else:
+    if rows is not None and not len(rows["layer_index"]):
         rows = None
-    level = "counts" if rows is None else "full" if rows.get("logits") is not None else "routes"
-    if level == "routes" and rows is not None and rows.get("token_id") is not None:
-        level = "routes+tokens"
+    state = session._snapshot()
     return Material(
         source="session",
         name=session.name,
-        analysis=session.analyze(baseline=before),
-        thresholds=limits,
+        analysis=session.diagnose(baseline=before)
+        if limits is None
+        else finish(state, thresholds=limits, baseline=before, health=session.capture_health()),
+        thresholds=limits or session.options.thresholds or Thresholds(),
         state=state,
         layers=layers,
-        steps=steps,
+        steps=_steps(state),
         rows=rows,
-        num_rows=num_rows,
-        level=level,
+        num_rows=0 if rows is None else len(rows["layer_index"]),
+        level=_LEVELS.get(session.options.level, ""),
         health=session.capture_health(),
-        baseline=None if before is None else finish(before, thresholds=limits),
+        baseline=None if before is None else finish(before),
         baseline_name=before_name,
     )
 

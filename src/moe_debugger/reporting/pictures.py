@@ -44,6 +44,8 @@ _NUM_NAMED = 6
 _MAX_LORENZ_POINTS = 33
 _NUM_PAIRS = 20
 _MIN_PAIR_TOKENS = 20
+# At k = 1 this leaves a perfectly balanced layer at 0.97 E at least.
+_TOKENS_PER_EXPERT = 16
 _NUM_TOKEN_EXPERTS, _NUM_TOKENS = 16, 5
 # A table of every expert of every layer is read by nobody beyond this; JSON has them all.
 _MAX_FULL_CELLS = 512
@@ -113,6 +115,8 @@ def _over_steps(material: Material) -> Picture:
     series = {}
     for index, steps in material.steps.items():
         experts = steps.counts.shape[1]
+        # Few tokens read low, whatever the router does.
+        steps = steps.at_least(_TOKENS_PER_EXPERT * experts)
         if len(steps.first_steps) >= 2 and experts > 1:
             series[index] = (steps, effective_over_steps(steps.counts) / experts)
     if not series:
@@ -138,7 +142,7 @@ def _over_steps(material: Material) -> Picture:
         [
             index,
             int(steps.first_steps[0]),
-            int(steps.first_steps[-1]),
+            steps.last_step,
             len(steps.first_steps),
             int(np.median(steps.num_tokens)),
             float(values[0]),
