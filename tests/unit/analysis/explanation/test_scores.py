@@ -66,7 +66,8 @@ def test_rank_correlation_agrees_with_plain_loops(pairs: list[tuple[int, int]]) 
 def test_weights_sum_to_one_with_what_is_unexplained_and_no_single_cause_is_certain() -> None:
     causes, rest = weighted([Cause("b", {}, 0.05, "r"), Cause("a", {}, 50.0, "r"), Cause("c", {}, math.log(3), "r")])
     # Odds 19 and 2 against 1; a score below 0.1 is none.
-    assert [(one.code, one.weight) for one in causes] == [("a", pytest.approx(19 / 22)), ("c", pytest.approx(2 / 22))]
+    assert [one.code for one in causes] == ["a", "c"]
+    assert [one.weight for one in causes] == pytest.approx([19 / 22, 2 / 22])
     assert rest == pytest.approx(1 / 22)
     assert weighted([]) == ((), 1.0)
     alone, rest = weighted([Cause("a", {}, CAP, "r")])
