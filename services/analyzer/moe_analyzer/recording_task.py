@@ -5,10 +5,12 @@ not taken stays in the stream, so a slow disk costs nothing as long as the strea
 """
 
 import asyncio
+import contextlib
 import time
 
 import nats.errors
 import structlog
+from google.protobuf.message import DecodeError
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,7 +20,7 @@ from moe_analyzer.lifecycle import CLOSE_GRACE_NS
 from moe_analyzer.recording_book import BookStatistics, RecordingBook
 from moe_debugger.catalogue import Catalogue, RecordingRow
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.subjects import EVENT_STREAM, parse_stored_subject, session_filter
+from moe_debugger.wire.subjects import EVENT_STREAM, parse_stored_subject, session_filter, source_filter
 
 __all__ = ["RecordingTask", "row_values", "stream_end"]
 
@@ -30,6 +32,7 @@ _TICK_S = 1.0
 # Messages that go to the disk's thread at once.
 _MAX_TOGETHER = 64
 _MAX_BACKOFF_S = 2.0
+_END_ATTEMPTS = 10
 _TRANSIENT = (nats.errors.Error, OSError, TimeoutError, FeedBrokenError)
 
 
@@ -76,6 +79,7 @@ class RecordingTask:
         self._closed_at_ns = 0
         self._abort_reason = ""
         self._end_reason = ""
+        self._is_over = False
         self._wake = asyncio.Event()
         self._feed: EventFeed | None = None
         # The book takes one call at a time; its calls wait for the disk, so they have a thread.
@@ -100,14 +104,14 @@ class RecordingTask:
 
     async def run(self) -> None:
         """Record until asked to stop, until the session is closed, or until the disk refuses."""
-        heart = asyncio.create_task(self._beat_for_ever())
-        ticks = asyncio.create_task(self._tick_for_ever())
+        heart = asyncio.create_task(self._beat_until_over())
         try:
             await self._consume_to_the_end()
         finally:
-            for task in (heart, ticks):
-                task.cancel()
-            await asyncio.gather(heart, ticks, return_exceptions=True)
+            # Not cancelled: it may be in a transaction, or in the book.
+            self._is_over = True
+            self._wake.set()
+            await heart
         await self._finish()
 
     async def _consume_to_the_end(self) -> None:
@@ -174,40 +178,55 @@ class RecordingTask:
             await self._look_up(unknown)
 
     async def _look_up(self, unknown: list[str]) -> None:
-        """Ask the catalogue for manifests of sources that were there before the recording."""
+        """Look for the manifests of sources that were there before the recording."""
         for source_id in unknown:
-            try:
-                data = await self._catalogue.get_manifest(self.row.tenant, self.row.session_id, source_id)
-            except (SQLAlchemyError, OSError) as error:
-                self._log.warning("recording_has_no_manifest", source_id=source_id, error=str(error))
-                return
-            if data is not None:
-                manifest = pb.SourceManifest.FromString(data)
+            manifest = await self._stored_manifest(source_id) or await self._first_message(source_id)
+            if manifest is not None:
                 async with self._book_lock:
                     await asyncio.to_thread(self._book.add_manifest, source_id, manifest)
 
-    async def _tick_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            async with self._book_lock:
-                await asyncio.to_thread(self._book.tick)
-                unknown = self._book.unknown_sources()
-            if unknown:
-                await self._look_up(unknown)
+    async def _stored_manifest(self, source_id: str) -> pb.SourceManifest | None:
+        try:
+            data = await self._catalogue.get_manifest(self.row.tenant, self.row.session_id, source_id)
+        except (SQLAlchemyError, OSError) as error:
+            self._log.warning("recording_asks_for_a_manifest", source_id=source_id, error=str(error))
+            return None
+        return None if data is None else pb.SourceManifest.FromString(data)
 
-    async def _beat_for_ever(self) -> None:
+    async def _first_message(self, source_id: str) -> pb.SourceManifest | None:
+        """Return the manifest from the stream: the owner of the source's partition may not have come to it."""
+        subject = source_filter(self.row.tenant, self.row.session_id, source_id)
+        try:
+            first = await self._js.get_msg(EVENT_STREAM, seq=1, subject=subject, next=True)
+            message = pb.SourceMessage.FromString(first.data or b"")
+        except (*_TRANSIENT, DecodeError):
+            return None  # asked again; at the end it is said
+        return message.manifest if message.WhichOneof("payload") == "manifest" else None
+
+    async def _beat_until_over(self) -> None:
         """Say that the recording goes on, and hear whether it should; also while NATS is away."""
-        while True:
+        ticked = time.monotonic()
+        while not self._is_over:
             self._wake.clear()
             try:
                 await self._beat()
-            except (SQLAlchemyError, OSError, *_TRANSIENT) as error:
+                if time.monotonic() - ticked >= _TICK_S:
+                    ticked = time.monotonic()
+                    await self._tick()
+            except (SQLAlchemyError, *_TRANSIENT) as error:
                 self._log.warning("recording_cannot_say_that_it_lives", error=str(error))
-            try:
+            if self._is_over:
+                return
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_HEARTBEAT_S):
                     await self._wake.wait()
-            except TimeoutError:
-                continue
+
+    async def _tick(self) -> None:
+        async with self._book_lock:
+            await asyncio.to_thread(self._book.tick)
+            unknown = self._book.unknown_sources()
+        if unknown:
+            await self._look_up(unknown)
 
     async def _beat(self) -> None:
         async with self._book_lock:
@@ -258,9 +277,12 @@ class RecordingTask:
             "not_written": statistics.not_written_json(),
             **row_values(statistics),
         }
-        try:
-            await self._catalogue.recordings.update_running(self.row.recording_id, self.row.owner, **values)
-        except (SQLAlchemyError, OSError) as error:
-            # It is taken for interrupted; its files say that it is whole.
-            self._log.warning("recording_end_not_stored", error=str(error))
+        for attempt in range(_END_ATTEMPTS):
+            try:
+                await self._catalogue.recordings.update_running(self.row.recording_id, self.row.owner, **values)
+                break
+            except (SQLAlchemyError, OSError) as error:
+                # Where it never succeeds it is taken for interrupted; its files say that it is whole.
+                self._log.warning("recording_end_not_stored", attempt=attempt, error=str(error))
+                await asyncio.sleep(_POLL_S)
         self._log.info("recording_ended", state=state, num_rows=statistics.num_rows, size_bytes=statistics.size_bytes)

@@ -26,6 +26,7 @@ __all__ = [
     "partition_transform",
     "redis_prefix",
     "session_filter",
+    "source_filter",
 ]
 
 LAYOUT_VERSION = 1
@@ -66,6 +67,11 @@ def partition_filter(partition: int) -> str:
 def session_filter(tenant: str, session_id: str) -> str:
     """Return the filter subject of one session's messages in the stream, in whatever partitions they are."""
     return f"moe.v1.ev.*.{check_tenant(tenant)}.{check_id(session_id, 'session_id')}.*"
+
+
+def source_filter(tenant: str, session_id: str, source_id: str) -> str:
+    """Return the filter subject of one source's messages in the stream."""
+    return f"{session_filter(tenant, session_id).removesuffix('*')}{check_id(source_id, 'source_id')}"
 
 
 @dataclass(frozen=True, slots=True)
