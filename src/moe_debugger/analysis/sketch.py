@@ -24,9 +24,15 @@ _GOLDEN = 0x9E3779B97F4A7C15
 def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Return `values` through the finaliser of splitmix64: every input bit reaches every output bit."""
     x = values + np.uint64(_GOLDEN)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    shifted = np.empty_like(x)
+    # In place: new arrays for each step would take longer than the arithmetic.
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        np.right_shift(x, np.uint64(shift), out=shifted)
+        np.bitwise_xor(x, shifted, out=x)
+        np.multiply(x, np.uint64(factor), out=x)
+    np.right_shift(x, np.uint64(31), out=shifted)
+    np.bitwise_xor(x, shifted, out=x)
+    return x
 
 
 _CHARACTER_KEYS = mix(np.arange(1, _MAX_CHARACTERS + 1, dtype=np.uint64)) | np.uint64(1)
@@ -45,8 +51,11 @@ def hash_strings(values: list[str]) -> npt.NDArray[np.uint64]:
 
 def combine(hashes: npt.NDArray[np.uint64], columns: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint64]:
     """Return `hashes` with the numbers of each row of `columns` ([n, c] unsigned, c <= 512) mixed in."""
-    keys = _COLUMN_KEYS[: columns.shape[1]]
-    return mix(hashes + (columns.astype(np.uint64) * keys).sum(axis=1, dtype=np.uint64))
+    total = hashes.copy()
+    # Column by column: sums over short rows are slow.
+    for column, key in zip(columns.T, _COLUMN_KEYS[: columns.shape[1]], strict=True):
+        total += column.astype(np.uint64) * key
+    return mix(total)
 
 
 def observe(registers: npt.NDArray[np.uint8], hashes: npt.NDArray[np.uint64]) -> None:
@@ -55,8 +64,12 @@ def observe(registers: npt.NDArray[np.uint8], hashes: npt.NDArray[np.uint64]) ->
         return
     cells = (hashes & np.uint64(NUM_REGISTERS - 1)).astype(np.intp)
     tail = (hashes >> np.uint64(64 - _RANK_BITS)).astype(np.float64)
-    ranks = (_RANK_BITS + 1 - np.frexp(tail)[1]).astype(np.uint8)
-    np.maximum.at(registers, cells, ranks)
+    ranks = (_RANK_BITS + 1 - np.frexp(tail)[1]).astype(np.intp)
+    # One place for each register and rank; the highest rank that was seen is the register's.
+    seen = np.zeros((NUM_REGISTERS, _RANK_BITS + 2), np.bool_)
+    seen[cells, ranks] = True
+    highest = (seen * np.arange(_RANK_BITS + 2, dtype=np.uint8)).max(axis=1)
+    np.maximum(registers, highest, out=registers)
 
 
 def distinct_estimate(registers: npt.NDArray[np.uint8]) -> int:

@@ -34,6 +34,12 @@ class SlotClasses:
     num_skipped: int
     num_unused: int
 
+    @property
+    def num_load(self) -> int:
+        """Slots that are load."""
+        others = self.num_identity + self.num_dropped + self.num_skipped + self.num_unused
+        return self.is_load.size - others
+
     @classmethod
     def of(
         cls, expert_ids: npt.NDArray[np.int32], slot_status: npt.NDArray[np.uint8] | None, num_experts: int
@@ -45,6 +51,10 @@ class SlotClasses:
             slot_status: [n, k] of `SlotStatus`; None = routed wherever there is an id.
             num_experts: E, the routed experts of the layer.
         """
+        low, high = (int(expert_ids.min()), int(expert_ids.max())) if expert_ids.size else (0, -1)
+        if low >= 0 and high < num_experts and (slot_status is None or (slot_status == pb.SLOT_STATUS_ROUTED).all()):
+            # The usual case, every slot a load, needs no look at each.
+            return cls(np.ones(expert_ids.shape, np.bool_), 0, 0, 0, 0)
         if slot_status is None:
             is_load = (expert_ids >= 0) & (expert_ids < num_experts)
             num_identity = int(np.count_nonzero(expert_ids >= num_experts))
