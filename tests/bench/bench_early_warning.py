@@ -1,10 +1,11 @@
 """Measure how often the collapse warning fires on noise: the run lengths of docs/early-warning.md.
 
-    .venv/bin/python tests/bench/bench_early_warning.py --layer-steps 2e8
+    .venv/bin/python tests/bench/bench_early_warning.py --page-steps 2e6
 
 Each series is AR(1) noise around a constant level, seen as points of 1, 2 or 4 steps, or as a live session sees it: one
 step a point up to step 512, then two, then four, with every view judged. Baselines come from the first 100 steps behind
-the warm-up. The effect floor is off, so the statistic alone decides, whatever the scale of the noise.
+the warm-up. The effect floor is off, so the statistic alone decides, whatever the scale of the noise. A page of so many
+layers has the threshold for that many; its steps are the series' steps over the number of layers.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis.collapse_chart import ChartSettings, run_chart
+from moe_debugger.analysis.collapse_chart import ChartSettings, page_threshold, run_chart
 
 _Floats = npt.NDArray[np.float64]
 # The noise of one step's ln effective experts in the trained runs of docs/early-warning.md is 0.02 to 0.05.
@@ -70,43 +71,44 @@ def rate_bound(num_alarms: int, num_steps: float) -> float:
     return num_steps / high
 
 
-def measure(layer_steps: float, *, num_steps: int, threshold: float, seed: int) -> Iterator[dict[str, object]]:
+def measure(page_steps: float, *, num_steps: int, layers: int, seed: int) -> Iterator[dict[str, object]]:
     """Yield one row for each noise and each view."""
-    settings = ChartSettings(threshold=threshold, min_fall=0.0)
+    settings = ChartSettings(threshold=page_threshold(layers), min_fall=0.0)
     watched = num_steps - settings.warm_up_steps - settings.baseline_steps
     for phi in (0.0, 0.5, 0.9):
         alarms: dict[str, int] = dict.fromkeys(("1", "2", "4", "live"), 0)
-        rng, done = np.random.default_rng([seed, int(phi * 10)]), 0
-        while done * watched < layer_steps:
+        rng, done = np.random.default_rng([seed, layers, int(phi * 10)]), 0
+        while done * watched < page_steps * layers:
             values = ar1(rng, phi, num_steps, _SERIES)
             for width in (1, 2, 4):
                 alarms[str(width)] += len(false_alarms(values, width, settings))
             alarms["live"] += len(live_false_alarms(values, settings))
             done += _SERIES
         for view, count in alarms.items():
-            steps = done * watched
+            steps = done * watched / layers
             yield {
+                "layers": layers,
+                "threshold": round(page_threshold(layers), 2),
                 "phi": phi,
                 "steps a point": view,
-                "layer-steps": steps,
+                "page-steps": round(steps),
                 "alarms": count,
-                "run length at least": rate_bound(count, steps),
+                "run length at least": round(rate_bound(count, steps)),
             }
 
 
 def main() -> int:
     """Run the measurement and print one JSON object a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer-steps", type=float, default=1e8, help="steps to watch, summed over series")
+    parser.add_argument("--page-steps", type=float, default=2e6, help="steps of pages to watch")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 64], help="layers of a page")
     parser.add_argument("--num-steps", type=int, default=2150, help="steps of one series")
-    parser.add_argument("--threshold", type=float, default=ChartSettings().threshold)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    for row in measure(
-        arguments.layer_steps, num_steps=arguments.num_steps, threshold=arguments.threshold, seed=arguments.seed
-    ):
-        sys.stdout.write(json.dumps(row) + "\n")
-        sys.stdout.flush()
+    for layers in arguments.layers:
+        for row in measure(arguments.page_steps, num_steps=arguments.num_steps, layers=layers, seed=arguments.seed):
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
     return 0
 
 

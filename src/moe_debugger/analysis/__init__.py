@@ -15,7 +15,7 @@ from moe_debugger.analysis.duplicates import (
     near_duplicate_experts,
 )
 from moe_debugger.analysis.early_warning import (
-    LAYER_RUN_LENGTH,
+    PAGE_RUN_LENGTH,
     LayerSeries,
     LayerWarning,
     WarningReport,
@@ -55,7 +55,7 @@ from moe_debugger.analysis.step_metrics import StepBalance, step_balance
 from moe_debugger.analysis.transitions import Transitions, layer_transitions
 
 __all__ = [
-    "LAYER_RUN_LENGTH",
+    "PAGE_RUN_LENGTH",
     "AlignedLayer",
     "Alignment",
     "Analysis",

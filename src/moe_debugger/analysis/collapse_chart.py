@@ -10,7 +10,7 @@ Glossary:
 What 100 steps can tell is little, and the chart is built around that:
 
 * phi is corrected for its small-sample bias (Kendall 1954: -(1 + 3 phi)/n; -(2 + 4 phi)/n where a trend is removed) and
-  then raised by three standard errors. Too small a phi would leave autocorrelation in z and multiply false alarms; too
+  then raised by 3.5 standard errors. Too small a phi would leave autocorrelation in z and multiply false alarms; too
   large a one costs little, because a collapse is a slide, not a step, and a slide stays visible in differences.
 * The noise is learnt without the window's linear trend: the first window still holds some of the initial learning.
 * The baseline follows a healthy training: every quarter of a window it is learnt anew from the last B points but for
@@ -29,13 +29,24 @@ import numpy.typing as npt
 
 from moe_debugger.errors import InvalidInputError
 
-__all__ = ["Alarm", "ChartResult", "ChartSettings", "Noise", "learn_noise", "run_chart"]
+__all__ = ["Alarm", "ChartResult", "ChartSettings", "Noise", "learn_noise", "page_threshold", "run_chart"]
 
 _Floats = npt.NDArray[np.float64]
 _MAX_PHI = 0.98
 # Scale of the innovations below which a series counts as constant: 0.1 % of the effective experts.
 _MIN_SCALE = 1e-3
 _MIN_WINDOW_POINTS = 25
+# A surprise counts for at most this part of the threshold, so no single point can raise the alarm.
+_MAX_SURPRISE = 0.75
+# h = 5.3 + 0.48 ln(C / 4): measured, with phi = 0.9, where an alarm is likeliest (docs/early-warning.md). One more in h
+# makes false alarms eight times rarer (1 / ln 8 = 0.48), so h grows with the logarithm of the number of series.
+_THRESHOLD_FOR_FOUR = 5.3
+_THRESHOLD_SLOPE = 0.48
+
+
+def page_threshold(num_series: int) -> float:
+    """Return the threshold at which a page of that many series warns falsely once in 100,000 steps at most."""
+    return _THRESHOLD_FOR_FOUR + _THRESHOLD_SLOPE * math.log(max(num_series, 1) / 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,7 @@ class ChartSettings:
         warm_up_steps: steps at the start that are not looked at.
         baseline_steps: steps of a window from which the baseline is learnt (25 points at least).
         reference: k, in innovation scales.
-        threshold: h.
+        threshold: h; None = by the number of series, so that the page's run length is the stated one.
         min_fall: part of the baseline's effective experts that must be lost; 0 = the statistic alone decides.
         phi_errors: standard errors by which phi is raised.
         max_sinking: part by which the level may sink in `baseline_steps`.
@@ -60,9 +71,9 @@ class ChartSettings:
     warm_up_steps: int = 50
     baseline_steps: int = 100
     reference: float = 1.0
-    threshold: float = 10.0
+    threshold: float | None = None
     min_fall: float = 0.1
-    phi_errors: float = 3.0
+    phi_errors: float = 3.5
     max_sinking: float = 0.01
     min_rise: float = 0.02
     rise_errors: float = 4.0
@@ -74,7 +85,7 @@ class ChartSettings:
                 f"warm_up_steps {self.warm_up_steps}, baseline_steps {self.baseline_steps}, lag {self.lag}: expected "
                 "0 or more, 1 or more, 0 or more"
             )
-        if not (self.threshold > 0 and self.reference >= 0 and 0 <= self.min_fall < 1):
+        if not ((self.threshold is None or self.threshold > 0) and self.reference >= 0 and 0 <= self.min_fall < 1):
             raise InvalidInputError(
                 f"threshold {self.threshold}, reference {self.reference}, min_fall {self.min_fall}: expected more than "
                 "0, 0 or more, and 0 to 1"
@@ -123,12 +134,14 @@ class ChartResult:
         is_learning: whether a baseline is being learnt, so that nothing is judged.
         statistic: [C] float64, S now.
         noise: the newest baseline, None before the first.
+        threshold: h.
         alarms: all of them, oldest first.
     """
 
     is_learning: bool
     statistic: _Floats
     noise: Noise | None
+    threshold: float
     alarms: list[Alarm] = field(default_factory=list)
 
     def open_alarm(self, series: int) -> Alarm | None:
@@ -162,7 +175,9 @@ def learn_noise(window: _Floats, is_pair: npt.NDArray[np.bool_], *, phi_errors: 
     return Noise(level, phi, np.maximum(scale, _MIN_SCALE))
 
 
-def run_chart(values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings) -> ChartResult:
+def run_chart(
+    values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings, *, num_series: int | None = None
+) -> ChartResult:
     """Run the chart over C series that share their steps.
 
     Args:
@@ -171,8 +186,10 @@ def run_chart(values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartS
         tokens: [n] float64, what each point was counted over. Points with less than half of the baseline's are not
             judged: small samples make entropy look low. After a whole window of them the baseline is learnt anew.
         settings: see `ChartSettings`.
+        num_series: series on the whole page, where these are only some of them.
     """
-    chart = _Chart(values, steps, tokens, settings)
+    threshold = page_threshold(num_series or values.shape[1]) if settings.threshold is None else settings.threshold
+    chart = _Chart(values, steps, tokens, settings, threshold)
     chart.run()
     return chart.result
 
@@ -180,14 +197,17 @@ def run_chart(values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartS
 class _Chart:
     """The chart's walk over the points."""
 
-    def __init__(self, values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings) -> None:
+    def __init__(
+        self, values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings, threshold: float
+    ) -> None:
+        self._threshold = threshold
         self._values, self._steps, self._tokens, self._settings = values, steps, tokens, settings
         count = values.shape[1]
         self._statistic = np.zeros(count)
         self._since = np.zeros(count, np.int64)
         self._is_open = np.zeros(count, np.bool_)
         self._previous = np.zeros(count)
-        self.result = ChartResult(True, self._statistic, None)
+        self.result = ChartResult(True, self._statistic, None, threshold)
 
     def run(self) -> None:
         """Walk over all points."""
@@ -263,15 +283,14 @@ class _Chart:
         growth = np.sqrt((1 - carried**2) / (1 - noise.phi**2)) if distance > 1 else 1.0
         sample = math.sqrt(max(1.0, usual / self._tokens[i]))
         surprise = (deviation - carried * self._previous) / (noise.scale * growth * sample)
-        # No single point may raise the alarm by itself.
-        self._statistic += np.minimum(-surprise, settings.threshold / 2) - settings.reference
+        self._statistic += np.minimum(-surprise, _MAX_SURPRISE * self._threshold) - settings.reference
         is_zero = self._statistic <= 0
         self._statistic[is_zero] = 0.0
         self._since[is_zero] = i + 1
         self._previous = deviation
         newest = np.median(self._values[[*before, i]], axis=0)
         has_fallen = newest - noise.level <= math.log1p(-settings.min_fall)
-        for series in np.flatnonzero((self._statistic > settings.threshold) & has_fallen & ~self._is_open).tolist():
+        for series in np.flatnonzero((self._statistic > self._threshold) & has_fallen & ~self._is_open).tolist():
             self._is_open[series] = True
             self.result.alarms.append(
                 Alarm(
@@ -305,7 +324,7 @@ class _Chart:
         old, settings = self.result.noise, self._settings
         assert old is not None
         new = self._learn(window)
-        is_calm = ~self._is_open & (self._statistic <= settings.threshold / 2)
+        is_calm = ~self._is_open & (self._statistic <= self._threshold / 2)
         # Standard error of the difference of two window means of an AR(1) series.
         error = np.sqrt(2 / len(window)) * new.scale / (1 - new.phi)
         rises = new.level - old.level > np.maximum(math.log1p(settings.min_rise), settings.rise_errors * error)

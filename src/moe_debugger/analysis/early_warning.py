@@ -5,9 +5,8 @@ The chart of `moe_debugger.analysis.collapse_chart` watches each layer's effecti
 warns while they fall. It is for training, where every step draws from one mix of data: in serving, another kind of text
 moves the load by more than a collapse does in its first steps.
 
-The rate at which it warns of nothing was measured, not assumed (docs/early-warning.md): on autocorrelated noise, with a
-baseline from 100 steps, a layer is warned of falsely less than once in `LAYER_RUN_LENGTH` steps. Pages of many layers
-have proportionally shorter runs, and a report says how long.
+The rate at which it warns of nothing was measured, not assumed (docs/early-warning.md): on autocorrelated noise, with
+baselines from 100 steps, a page warns falsely less than once in `PAGE_RUN_LENGTH` steps, however many layers it has.
 """
 
 import math
@@ -24,7 +23,7 @@ from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Se
 from moe_debugger.errors import InvalidInputError
 
 __all__ = [
-    "LAYER_RUN_LENGTH",
+    "PAGE_RUN_LENGTH",
     "LayerSeries",
     "LayerWarning",
     "WarningReport",
@@ -33,9 +32,9 @@ __all__ = [
     "warning_findings",
 ]
 
-# In-control run length of one layer, in steps: what the measurement of docs/early-warning.md proves at 95 % for every
-# noise tried, by the statistic alone. The effect floor only makes false alarms rarer.
-LAYER_RUN_LENGTH = 1e7
+# In-control run length of a whole page, in steps: what the measurement of docs/early-warning.md proves at 95 % for
+# every noise and every number of layers tried, by the statistic alone. The effect floor only makes false alarms rarer.
+PAGE_RUN_LENGTH = 1e5
 
 _Floats = npt.NDArray[np.float64]
 
@@ -122,7 +121,7 @@ class LayerWarning:
 
     Attributes:
         statistic: the chart's sum: at the alarm where the layer is warned of, else now. NaN while learning.
-        threshold: what `statistic` must pass.
+        threshold: what `statistic` must pass; it grows with the number of layers. NaN while learning.
         baseline: effective experts of the baseline, at the alarm or now; None while learning.
         effective_experts: median of the three points up to the alarm, or the newest point; None without a point.
         since_step: estimate of the first step of the fall; None where not warned.
@@ -136,9 +135,9 @@ class LayerWarning:
     layer_index: int
     status: WarningStatus
     num_experts: int
-    threshold: float
     num_points: int = 0
     statistic: float = float("nan")
+    threshold: float = float("nan")
     baseline: float | None = None
     effective_experts: float | None = None
     since_step: int | None = None
@@ -188,7 +187,7 @@ def collapse_warnings(series: Mapping[int, LayerSeries], *, settings: ChartSetti
     report: dict[int, LayerWarning] = {}
     for index, layer in sorted(series.items()):
         if layer.num_experts == 1:
-            report[index] = LayerWarning(index, WarningStatus.NOT_APPLICABLE, 1, chosen.threshold)
+            report[index] = LayerWarning(index, WarningStatus.NOT_APPLICABLE, 1)
             continue
         kept = np.flatnonzero(np.isfinite(layer.log_effective))
         steps = layer.first_steps[kept].astype(np.float64)
@@ -198,13 +197,12 @@ def collapse_warnings(series: Mapping[int, LayerSeries], *, settings: ChartSetti
     for members in groups.values():
         _, steps, tokens, _ = columns[members[0]]
         values = np.stack([columns[index][0] for index in members], axis=1)
-        result = run_chart(values, steps, tokens, chosen)
+        result = run_chart(values, steps, tokens, chosen, num_series=len(columns))
         for position, index in enumerate(members):
             kept = columns[index][3]
-            report[index] = _layer_warning(index, series[index], kept, result, position, chosen)
-    num_layers = max(len(columns), 1)
+            report[index] = _layer_warning(index, series[index], kept, result, position)
     is_measured = chosen == ChartSettings(min_fall=chosen.min_fall)
-    return WarningReport(dict(sorted(report.items())), LAYER_RUN_LENGTH / num_layers if is_measured else None)
+    return WarningReport(dict(sorted(report.items())), PAGE_RUN_LENGTH if is_measured else None)
 
 
 def _layer_warning(
@@ -213,7 +211,6 @@ def _layer_warning(
     kept: npt.NDArray[np.intp],
     result: ChartResult,
     position: int,
-    settings: ChartSettings,
 ) -> LayerWarning:
     steps = series.first_steps[kept]
     end = series.width - 1
@@ -228,9 +225,9 @@ def _layer_warning(
             index,
             WarningStatus.WARNED,
             series.num_experts,
-            settings.threshold,
             num_points=len(kept),
             statistic=alarm.statistic,
+            threshold=result.threshold,
             baseline=math.exp(alarm.level),
             effective_experts=math.exp(alarm.value),
             since_step=int(steps[alarm.since]),
@@ -246,7 +243,6 @@ def _layer_warning(
             index,
             WarningStatus.LEARNING,
             series.num_experts,
-            settings.threshold,
             num_points=len(kept),
             effective_experts=newest,
             earlier=earlier,
@@ -255,9 +251,9 @@ def _layer_warning(
         index,
         WarningStatus.WATCHING,
         series.num_experts,
-        settings.threshold,
         num_points=len(kept),
         statistic=float(result.statistic[position]),
+        threshold=result.threshold,
         baseline=math.exp(float(noise.level[position])),
         effective_experts=newest,
         autocorrelation=float(noise.phi[position]),
