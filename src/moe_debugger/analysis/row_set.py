@@ -33,7 +33,8 @@ class RowSet:
 
     Attributes:
         shapes: E, k and Z by layer index.
-        bounds: by layer index, the slice of that layer's rows.
+        bounds: by layer index, the slice of that layer's rows; empty where all of them are padding.
+        num_padding: by layer index, padded rows, part of nothing else.
         row: [n] int64, index into the columns that were given.
         expert_ids: [n, K] int32, -1 where a slot reached no expert.
         is_load: [n, K] bool, slots that reached a routed expert.
@@ -46,6 +47,7 @@ class RowSet:
 
     shapes: dict[int, LayerShape]
     bounds: dict[int, slice]
+    num_padding: dict[int, int]
     row: _Ints
     expert_ids: npt.NDArray[np.int32]
     is_load: npt.NDArray[np.bool_]
@@ -89,12 +91,12 @@ class RowSet:
         is_valid = ~np.asarray(columns["is_padding"], np.bool_) if "is_padding" in columns else None
         row = np.arange(len(layer_index)) if is_valid is None else np.flatnonzero(is_valid)
         row = row[np.argsort(layer_index[row], kind="stable")]
-        layer_index = layer_index[row]
-        indices, starts = np.unique(layer_index, return_index=True)
-        ends = np.r_[starts[1:], len(row)][: len(starts)]
-        bounds = {int(i): slice(int(start), int(end)) for i, start, end in zip(indices, starts, ends, strict=True)}
-        sizes = (num_experts, top_k, num_identity_experts)
-        shapes = {i: LayerShape(i, *(_of_layer(size, i) for size in sizes)) for i in bounds}
+        present, num_rows = np.unique(layer_index, return_counts=True)
+        starts, ends = (np.searchsorted(layer_index[row], present, side=side) for side in ("left", "right"))
+        bounds = {int(i): slice(int(a), int(b)) for i, a, b in zip(present, starts, ends, strict=True)}
+        num_padding = {int(i): int(n - (b - a)) for i, n, a, b in zip(present, num_rows, starts, ends, strict=True)}
+        sizes = {"num_experts": num_experts, "top_k": top_k, "num_identity_experts": num_identity_experts}
+        shapes = {i: LayerShape(i, *(_of_layer(size, i, name) for name, size in sizes.items())) for i in bounds}
         ids = np.asarray(columns["expert_ids"])[row].astype(np.int32, copy=False)
         status = np.asarray(columns["slot_status"])[row] if "slot_status" in columns else None
         is_load = np.zeros(ids.shape, np.bool_)
@@ -117,6 +119,7 @@ class RowSet:
         return cls(
             shapes=shapes,
             bounds=bounds,
+            num_padding=num_padding,
             row=row,
             expert_ids=ids,
             is_load=is_load,
@@ -130,6 +133,11 @@ class RowSet:
             workloads=workloads,
             workload=workload,
         )
+
+    @property
+    def layers(self) -> set[int]:
+        """Indices of the layers that have valid rows."""
+        return {index for index, bound in self.bounds.items() if bound.stop > bound.start}
 
     def unit_loads(self, layer_index: int) -> npt.NDArray[np.float64]:
         """Return c[u, e], the load of each expert by unit, [units, E]; rows without a document are left out.
@@ -166,8 +174,8 @@ def comparable_layers(a: RowSet, b: RowSet, layers: Sequence[int] | None = None)
                 f"got {type(rows).__name__}: this needs rows, `RowSet.of(decisions, ...)`; counts and folded states "
                 "do not say which token or request a choice belongs to"
             )
-    wanted = sorted(set(layers)) if layers is not None else sorted(a.shapes.keys() | b.shapes.keys())
-    missing_a, missing_b = [i for i in wanted if i not in a.shapes], [i for i in wanted if i not in b.shapes]
+    wanted = sorted(set(layers)) if layers is not None else sorted(a.layers | b.layers)
+    missing_a, missing_b = [i for i in wanted if i not in a.layers], [i for i in wanted if i not in b.layers]
     if missing_a or missing_b:
         raise InvalidInputError(
             f"not comparable: the first has no rows of layers {missing_a}, the second none of {missing_b}; name the "
@@ -214,24 +222,23 @@ _COLUMNS = (
 )
 
 
-def _of_layer(value: int | Sequence[int], layer_index: int) -> int:
+def _of_layer(value: int | Sequence[int], layer_index: int, name: str) -> int:
     if isinstance(value, int | np.integer):
         return int(value)
     if not 0 <= layer_index < len(value):
-        raise InvalidInputError(f"sizes are given for {len(value)} layers, but the rows have layer {layer_index}")
+        raise InvalidInputError(f"{name} has {len(value)} entries, but the rows have layer {layer_index}")
     return int(value[layer_index])
 
 
 def _check_ids(ids: npt.NDArray[np.int32], shape: LayerShape) -> None:
-    choices = shape.num_experts + shape.num_identity_experts
-    if ids.min(initial=0) < -1 or ids.max(initial=-1) >= choices:
+    where = f"layer {shape.layer_index}: "
+    if ids.min(initial=0) < -1 or ids.max(initial=-1) >= shape.num_ids:
         raise InvalidInputError(
-            f"layer {shape.layer_index}: expert_ids are {ids.min()}..{ids.max()}, expected -1..{choices - 1}"
+            f"{where}expert ids reach from {ids.min()} to {ids.max()}, expected 0 to {shape.num_ids - 1}, or -1 for no "
+            "expert"
         )
     if ids.shape[1] < shape.top_k or (ids[:, shape.top_k :] >= 0).any():
-        raise InvalidInputError(
-            f"layer {shape.layer_index}: expert_ids has {ids.shape[1]} columns, expected top_k = {shape.top_k}"
-        )
+        raise InvalidInputError(f"{where}expert_ids has {ids.shape[1]} columns, expected top_k = {shape.top_k}")
 
 
 def _codes(column: Any, row: _Ints) -> tuple[_Ints, tuple[str, ...]]:

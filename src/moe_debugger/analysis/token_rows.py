@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis.analyze import _ROWS_PER_BLOCK, _checked, _of_layer, _requests
+from moe_debugger.analysis.analyze import _neighbours as neighbour_blocks
 from moe_debugger.analysis.intervals import MIN_BLOCKS, Interval, student_quantile
-from moe_debugger.analysis.state import LayerShape, _blocks, num_blocks
+from moe_debugger.analysis.row_set import RowSet
+from moe_debugger.analysis.state import LayerShape, num_blocks
+from moe_debugger.analysis.state import _blocks as row_blocks
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import RoutingColumns
-from moe_debugger.wire.slots import SlotClasses
 
 __all__ = [
     "DecisionRows",
@@ -98,72 +99,64 @@ class DecisionRows:
         top_k: int | Sequence[int],
         num_identity_experts: int | Sequence[int] = 0,
     ) -> None:
-        self.layer_index, self._columns = _checked(decisions)
+        self._rows = RowSet.of(
+            decisions, num_experts=num_experts, top_k=top_k, num_identity_experts=num_identity_experts
+        )
+        self._decisions = decisions
+        self.layer_index = np.asarray(decisions["layer_index"]).astype(np.int64, copy=False)
         self.num_rows = len(self.layer_index)
         for name in ("rank", "intended_expert_ids"):
             column = decisions.get(name)
             if column is not None and len(column) != self.num_rows:
                 raise InvalidInputError(f"column {name} has {len(column)} rows, layer_index {self.num_rows}")
-            if column is not None:
-                self._columns[name] = column
         infos = getattr(decisions, "layers", None) or {}
         self._stacks = {index: getattr(info, "stack", "") for index, info in dict(infos).items()}
-        sizes = {"num_experts": num_experts, "top_k": top_k, "num_identity_experts": num_identity_experts}
-        self.shapes = {
-            index: LayerShape(index, *(_of_layer(size, index, name) for name, size in sizes.items()))
-            for index in np.unique(self.layer_index).tolist()
-        }
-        self._names, self._request = _requests(self._columns.get("request_id"), self.num_rows)
-        self._ids = self.column("expert_ids")
-        if self.num_rows and (self._ids is None or self._ids.ndim != 2):
-            raise InvalidInputError(f"expert_ids has shape {np.shape(self._columns['expert_ids'])}, expected [n, k]")
-        hashes, known = _blocks(self._routing())
+        self.shapes = self._rows.shapes
+        # Padding belongs to no request here: its rows are in no result.
+        self._request = np.zeros(self.num_rows, np.int64)
+        self._request[self._rows.row] = self._rows.document + 1
+        self._has_requests = self.column("request_id") is not None
+        hashes, known = row_blocks(self._routing())
         self._hashes = np.where(known, hashes >> np.uint64(32), np.uint64(0)).astype(np.int64)
         self._is_known = known
 
     def column(self, name: str) -> npt.NDArray[Any] | None:
         """Return a column, None where it was not given."""
-        return np.asarray(self._columns[name]) if name in self._columns else None
+        column = self._decisions.get(name)
+        return None if column is None else np.asarray(column)
 
     def is_one_stack(self, first: int, second: int) -> bool:
         """Return False where layers are known to route other tokens: an encoder's and a decoder's."""
         return self._stacks.get(first) == self._stacks.get(second)
 
     def layer(self, layer_index: int) -> LayerRows:
-        """Return the valid rows of a layer.
-
-        Raises:
-            InvalidInputError: an expert id is out of range, or `expert_ids` has other columns than k.
-        """
-        shape = self.shapes[layer_index]
-        rows = np.flatnonzero(self.layer_index == layer_index)
-        padding = self.column("is_padding")
-        valid = rows if padding is None else rows[~padding[rows].astype(np.bool_)]
-        assert self._ids is not None
-        ids = self._ids[valid].astype(np.int32)
-        _check_ids(ids, shape)
-        ids = np.ascontiguousarray(ids[:, : shape.top_k])
+        """Return the valid rows of a layer."""
+        shape, bound = self.shapes[layer_index], self._rows.bounds[layer_index]
+        valid = self._rows.row[bound]
         column = self.column("slot_status")
-        status = None if column is None else np.ascontiguousarray(column[valid][:, : shape.top_k].astype(np.uint8))
-        is_load = SlotClasses.of(ids, status, shape.num_experts).is_load
+        is_load = self._rows.is_load[bound][:, : shape.top_k]
+        ids = np.ascontiguousarray(self._rows.expert_ids[bound][:, : shape.top_k])
         experts = _sets(ids, is_load, shape.num_experts)
         blocks = num_blocks(shape.num_experts)
-        if self._names is None:
-            # Without requests a run of neighbours stands for one, as in `analyze`.
-            block = np.searchsorted(rows, valid) // _ROWS_PER_BLOCK % blocks
+        if not self._has_requests:
+            # Without requests neighbours stand for one, as in `analyze`.
+            rows = np.flatnonzero(self.layer_index == layer_index)
+            step = self.column("step")
+            block = neighbour_blocks(len(rows), None if step is None else step[rows])
+            block = block[np.searchsorted(rows, valid)] % blocks
         else:
             block = np.where(self._is_known[valid], self._hashes[valid] % blocks, -1)
         return LayerRows(
             shape=shape,
             row=valid,
             expert_ids=ids,
-            slot_status=status,
+            slot_status=None if column is None else np.ascontiguousarray(column[valid][:, : shape.top_k], np.uint8),
             is_load=is_load,
             experts=experts,
             num_routed=(experts < shape.num_experts).sum(axis=1, dtype=np.int64),
             block=block.astype(np.int64),
             num_blocks=blocks,
-            num_padding=len(rows) - len(valid),
+            num_padding=self._rows.num_padding[layer_index],
         )
 
     def forward_codes(self) -> Ints | None:
@@ -196,20 +189,19 @@ class DecisionRows:
             is_apart = np.zeros(self.num_rows, np.bool_)
             if phase is not None:
                 is_apart |= (phase == pb.PHASE_TRAIN) | (phase == pb.PHASE_EVAL)
-            if self._names is not None and "" in self._names:
-                is_apart |= self._request == self._names.index("")
+            if self._has_requests:
+                is_apart |= self._request == 0
             request = _packed([request, np.where(is_apart, _dense(forward) + 1, 0)])
         return _packed([_dense(request), position], gap=1)
 
     def _request_code(self) -> Ints:
-        if self._names is None:
+        if not self._has_requests:
             raise InvalidInputError(
                 "tokens cannot be told apart without the column request_id; add the id of each row's request"
             )
         rank = self.column("rank")
-        request = self._request.astype(np.int64)
         # Each process numbers its own forwards.
-        return request if rank is None else _packed([request, _dense(rank)])
+        return self._request if rank is None else _packed([self._request, _dense(rank)])
 
     def _position(self) -> Ints:
         position = self.column("position")
@@ -225,22 +217,11 @@ class DecisionRows:
         return RoutingColumns(
             step=values("step", "<u8"),
             forward_index=values("forward_index", "<u8"),
-            request_ids=self._names or [],
-            request_index=self._request,
+            request_ids=["", *self._rows.documents] if self._has_requests else [],
+            request_index=self._request.astype(np.uint32),
             position=np.zeros(self.num_rows, np.uint32),
             phase=values("phase", "u1"),
             is_padding=np.zeros(self.num_rows, np.bool_),
-        )
-
-
-def _check_ids(ids: npt.NDArray[np.int32], shape: LayerShape) -> None:
-    where = f"layer {shape.layer_index}: "
-    if ids.shape[1] < shape.top_k or (ids[:, shape.top_k :] >= 0).any():
-        raise InvalidInputError(f"{where}expert_ids has {ids.shape[1]} columns, expected top_k = {shape.top_k}")
-    if ids.size and not -1 <= int(ids.min()) <= int(ids.max()) < shape.num_ids:
-        raise InvalidInputError(
-            f"{where}expert ids reach from {int(ids.min())} to {int(ids.max())}, expected 0 to {shape.num_ids - 1}, "
-            "or -1 for no expert"
         )
 
 

@@ -159,7 +159,7 @@ def test_row_set_refuses_what_are_no_rows() -> None:
         RowSet.of(RoutingState({}), **SIZES)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="needs rows"):
         align(RoutingState({}), RoutingState({}))  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match=r"expected -1\.\.3"):
+    with pytest.raises(InvalidInputError, match="expected 0 to 3, or -1"):
         RowSet.of({"layer_index": [0], "expert_ids": [[0, 4]]}, **SIZES)
     with pytest.raises(InvalidInputError, match="expected top_k = 2"):
         RowSet.of({"layer_index": [0], "expert_ids": [[0, 1, 2]]}, **SIZES)
@@ -184,3 +184,18 @@ def test_row_set_keeps_training_steps_apart_as_units_but_not_as_documents() -> N
     assert rows.units == ("r", "row 0 @ step 4", "row 0 @ step 5", "row 1 @ step 4")
     assert rows.unit.tolist() == [1, 2, 3, 0]
     assert rows.unit_loads(0).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+
+
+def test_a_layer_that_is_all_padding_has_no_rows_to_compare() -> None:
+    rows = {
+        "layer_index": np.array([0, 0, 1]),
+        "expert_ids": np.array([[0, 1], [2, 3], [1, 2]], np.int32),
+        "is_padding": np.array([False, True, True]),
+        "request_id": ["a", "a", "a"],
+        "position": np.array([0, 1, 0]),
+    }
+    found = RowSet.of(rows, **SIZES)
+    assert found.num_padding == {0: 1, 1: 1}
+    assert found.layers == {0}
+    with pytest.raises(InvalidInputError, match=r"no rows of layers \[1\]"):
+        align(found, found, layers=[1])
