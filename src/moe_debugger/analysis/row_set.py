@@ -32,8 +32,9 @@ class RowSet:
     """Valid rows (no padding), layer after layer, within a layer in the order given; n rows, K = the largest top-k.
 
     Attributes:
-        shapes: E, k and Z by layer index.
-        bounds: by layer index, the slice of that layer's rows; empty where all of them are padding.
+        shapes: E, k and Z by layer index, of the layers that have valid rows.
+        padded_shapes: the same of the layers all of whose rows are padding.
+        bounds: by layer index, the slice of that layer's rows.
         num_padding: by layer index, padded rows, part of nothing else.
         row: [n] int64, index into the columns that were given.
         expert_ids: [n, K] int32, -1 where a slot reached no expert.
@@ -46,6 +47,7 @@ class RowSet:
     """
 
     shapes: dict[int, LayerShape]
+    padded_shapes: dict[int, LayerShape]
     bounds: dict[int, slice]
     num_padding: dict[int, int]
     row: _Ints
@@ -97,6 +99,9 @@ class RowSet:
         num_padding = {int(i): int(n - (b - a)) for i, n, a, b in zip(present, num_rows, starts, ends, strict=True)}
         sizes = {"num_experts": num_experts, "top_k": top_k, "num_identity_experts": num_identity_experts}
         shapes = {i: LayerShape(i, *(_of_layer(size, i, name) for name, size in sizes.items())) for i in bounds}
+        padded = {i: shape for i, shape in shapes.items() if bounds[i].stop == bounds[i].start}
+        for i in padded:
+            del shapes[i], bounds[i]
         ids = np.asarray(columns["expert_ids"])[row].astype(np.int32, copy=False)
         status = np.asarray(columns["slot_status"])[row] if "slot_status" in columns else None
         is_load = np.zeros(ids.shape, np.bool_)
@@ -118,6 +123,7 @@ class RowSet:
 
         return cls(
             shapes=shapes,
+            padded_shapes=padded,
             bounds=bounds,
             num_padding=num_padding,
             row=row,
@@ -133,11 +139,6 @@ class RowSet:
             workloads=workloads,
             workload=workload,
         )
-
-    @property
-    def layers(self) -> set[int]:
-        """Indices of the layers that have valid rows."""
-        return {index for index, bound in self.bounds.items() if bound.stop > bound.start}
 
     def unit_loads(self, layer_index: int) -> npt.NDArray[np.float64]:
         """Return c[u, e], the load of each expert by unit, [units, E]; rows without a document are left out.
@@ -174,8 +175,8 @@ def comparable_layers(a: RowSet, b: RowSet, layers: Sequence[int] | None = None)
                 f"got {type(rows).__name__}: this needs rows, `RowSet.of(decisions, ...)`; counts and folded states "
                 "do not say which token or request a choice belongs to"
             )
-    wanted = sorted(set(layers)) if layers is not None else sorted(a.layers | b.layers)
-    missing_a, missing_b = [i for i in wanted if i not in a.layers], [i for i in wanted if i not in b.layers]
+    wanted = sorted(set(layers)) if layers is not None else sorted(a.shapes.keys() | b.shapes.keys())
+    missing_a, missing_b = [i for i in wanted if i not in a.shapes], [i for i in wanted if i not in b.shapes]
     if missing_a or missing_b:
         raise InvalidInputError(
             f"not comparable: the first has no rows of layers {missing_a}, the second none of {missing_b}; name the "

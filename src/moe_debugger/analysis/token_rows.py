@@ -111,7 +111,7 @@ class DecisionRows:
                 raise InvalidInputError(f"column {name} has {len(column)} rows, layer_index {self.num_rows}")
         infos = getattr(decisions, "layers", None) or {}
         self._stacks = {index: getattr(info, "stack", "") for index, info in dict(infos).items()}
-        self.shapes = self._rows.shapes
+        self.shapes = dict(sorted((self._rows.shapes | self._rows.padded_shapes).items()))
         # Padding belongs to no request here: its rows are in no result.
         self._request = np.zeros(self.num_rows, np.int64)
         self._request[self._rows.row] = self._rows.document + 1
@@ -131,7 +131,7 @@ class DecisionRows:
 
     def layer(self, layer_index: int) -> LayerRows:
         """Return the valid rows of a layer."""
-        shape, bound = self.shapes[layer_index], self._rows.bounds[layer_index]
+        shape, bound = self.shapes[layer_index], self._rows.bounds.get(layer_index, slice(0, 0))
         valid = self._rows.row[bound]
         column = self.column("slot_status")
         is_load = self._rows.is_load[bound][:, : shape.top_k]

@@ -196,6 +196,7 @@ def test_a_layer_that_is_all_padding_has_no_rows_to_compare() -> None:
     }
     found = RowSet.of(rows, **SIZES)
     assert found.num_padding == {0: 1, 1: 1}
-    assert found.layers == {0}
+    assert list(found.shapes) == [0]
+    assert list(found.padded_shapes) == [1]
     with pytest.raises(InvalidInputError, match=r"no rows of layers \[1\]"):
         align(found, found, layers=[1])
