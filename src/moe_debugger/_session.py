@@ -351,10 +351,8 @@ class Session:
         """
         from moe_debugger.analysis.explanation import ObservedSettings, PlacementOptions, explain_analysis
 
+        analysis = self.analyze(baseline=baseline)
         state, owners = self._snapshot(), self._options.expert_owners
-        analysis = finish(
-            state, thresholds=self._options.thresholds, baseline=baseline, health=self._health(is_live=False)
-        )
         rows = self.decisions(max_rows=max_rows)
         ranks = max((max(of_layer) + 1 for of_layer in owners.values() if of_layer), default=0)
         return explain_analysis(

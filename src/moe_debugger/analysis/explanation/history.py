@@ -16,7 +16,14 @@ from moe_debugger.analysis.findings import Finding, FindingKind
 from moe_debugger.analysis.state import LayerState, RoutingState
 from moe_debugger.errors import InvalidInputError
 
-__all__ = ["LayerHistory", "Limit", "histories_from_decisions", "histories_from_state"]
+__all__ = [
+    "COLLAPSES",
+    "LayerHistory",
+    "Limit",
+    "histories_from_decisions",
+    "histories_from_state",
+    "is_of_single_steps",
+]
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,7 +34,8 @@ _RUN = 3
 # A series that falls begins to count once it has risen so far from its lowest to its highest value (warm-up).
 _SETTLED = 0.75
 
-_COLLAPSES = (FindingKind.ROUTER_COLLAPSE, FindingKind.COLLAPSE_WARNING, FindingKind.LOAD_IMBALANCE)
+# Kinds that show in falling effective experts.
+COLLAPSES = (FindingKind.ROUTER_COLLAPSE, FindingKind.COLLAPSE_WARNING, FindingKind.LOAD_IMBALANCE)
 
 
 class LayerHistory:
@@ -131,7 +139,10 @@ class Limit:
     def of(cls, finding: Finding, num_experts: int) -> "Limit | None":
         """Return the limit of `finding`, read from its evidence; None where its rule is not one of loads."""
         kind = finding.kind
-        if kind in _COLLAPSES:
+        if is_of_single_steps(finding):
+            number = _number_in_rule(finding, ("max_over_mean_batch_lower",))
+            return None if number is None else cls("load_ratio", number, True)
+        if kind in COLLAPSES:
             number = _number_in_rule(finding, ("effective_experts", "effective_experts_upper"))
             return None if number is None else cls("effective_experts", number / num_experts, False)
         if kind is FindingKind.HOT_EXPERT:
@@ -163,6 +174,13 @@ class Limit:
             return None
         runs = np.lib.stride_tricks.sliding_window_view(is_beyond[start:], _RUN).all(axis=1)
         return start + int(runs.argmax()) if runs.any() else None
+
+
+def is_of_single_steps(finding: Finding) -> bool:
+    """Return whether an imbalance is one of single steps: the hot expert changes from step to step."""
+    return finding.kind is FindingKind.LOAD_IMBALANCE and any(
+        row.metric == "max_over_mean_batch" for row in finding.evidence
+    )
 
 
 def histories_from_state(state: RoutingState) -> dict[int, LayerHistory]:

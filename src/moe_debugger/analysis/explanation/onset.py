@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.analysis.explanation.change_points import Change, find_change
-from moe_debugger.analysis.explanation.history import LayerHistory, Limit
+from moe_debugger.analysis.explanation.history import COLLAPSES, LayerHistory, Limit, is_of_single_steps
 from moe_debugger.analysis.explanation.model import Onset
 from moe_debugger.analysis.findings import Finding, FindingKind
 
@@ -56,15 +56,20 @@ def course_of(finding: Finding, histories: Mapping[int, LayerHistory]) -> Course
             bucket = limit.first_crossing(history, is_own_layer=index == own_index)
             if bucket is not None:
                 crossings[index] = int(history.steps[bucket])
+    looked_at = {*crossings, *([own_index] if own is not None and own_index is not None else [])}
+    if limit is None and finding.kind in COLLAPSES:
+        # A warning has no limit to cross: layers that fell significantly take its place.
+        looked_at = set(histories)
     changes = {
-        index: _change(finding, histories[index], is_own_layer=index == own_index)
-        for index in sorted({*crossings, *([own_index] if own is not None and own_index is not None else [])})
+        index: _change(finding, histories[index], is_own_layer=index == own_index) for index in sorted(looked_at)
     }
     onsets = {}
     for index, (change, start) in changes.items():
         onset = _onset(finding, histories[index], change, start, crossings.get(index))
         if onset is not None:
             onsets[index] = onset
+    if limit is None and finding.kind in COLLAPSES:
+        crossings = {index: onset.step for index, onset in onsets.items()}
     first = min(onsets.values(), key=lambda one: (one.step, one.layer_index), default=None)
     return Course(
         own=onsets.get(own_index) if own_index is not None else None,
@@ -84,6 +89,8 @@ def _signal(finding: Finding, history: LayerHistory, *, is_own_layer: bool) -> t
             return "load_ratio", ratios[:, expert], 1 if is_hot else -1
         return ("load_ratio", ratios.max(axis=1), 1) if is_hot else ("load_ratio", ratios.min(axis=1), -1)
     if finding.kind in _RISES:
+        return "max_over_mean", history.load_ratio.max(axis=1), 1
+    if is_of_single_steps(finding):
         return "max_over_mean", history.load_ratio.max(axis=1), 1
     # Logarithm: halving counts the same from 60 to 30 as from 6 to 3.
     return "effective_experts", np.log(history.effective_experts), -1

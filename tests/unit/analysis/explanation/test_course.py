@@ -112,3 +112,25 @@ def test_histories_come_from_the_state_and_from_rows_alike() -> None:
     assert set(from_rows) == {0}
     assert from_state.steps.tolist() == from_rows[0].steps.tolist() == list(range(6))
     assert (from_state.counts == from_rows[0].counts).all()
+
+
+def test_a_warning_without_a_limit_spreads_over_the_layers_that_fell() -> None:
+    warning = Finding(FindingKind.COLLAPSE_WARNING, Severity.WARNING, "collapse_warning", 0)
+    found = explain(warning, histories={0: history(0, 90), 1: history(1, 70), 2: history(2, None)})
+    assert [layer for layer, _ in found.spread] == [1, 0]
+    assert found.started_at is not None
+    assert found.started_at.layer_index == 1
+
+
+def test_an_expert_that_is_hot_in_turn_shows_in_the_busiest_expert_of_each_step() -> None:
+    counts = np.full((80, 8), 500.0)
+    for step in range(40, 80):
+        counts[step, step % 8] = 4000
+    finding = Finding(
+        FindingKind.LOAD_IMBALANCE, Severity.WARNING, "load_imbalance_steps", 0,
+        evidence=(EvidenceRow("max_over_mean_batch", 4, ""), EvidenceRow("max_over_mean_batch_lower", 4, "> 1.5")),
+    )  # fmt: skip
+    found = explain(finding, histories={0: LayerHistory(0, np.arange(80), counts)})
+    assert found.started_at is not None
+    assert (found.started_at.step, found.started_at.metric) == (40, "max_over_mean")
+    assert found.spread == ((0, 40),)
