@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from moe_analyzer.blob import pack, unpack
-from moe_debugger.analysis import Analysis, FindingKind, Thresholds, findings_to_proto
+from moe_debugger.analysis import Analysis, FindingKind, Thresholds, WarningStatus, findings_to_proto
 from moe_debugger.catalogue import FindingMarks
 from moe_debugger.v1 import session_pb2 as pb
 
@@ -165,6 +165,11 @@ def _is_judged(finding: pb.Finding, analysis: Analysis, limits: Thresholds) -> b
         return True
     if any(one.code == _INSUFFICIENT and one.layer_index == finding.layer_index for one in analysis.findings):
         return False
-    # No request at all: the session is captured as sums, which have none.
-    has_requests = analysis.num_requests >= limits.min_requests or not analysis.num_requests
-    return metrics.num_tokens >= limits.min_tokens and has_requests
+    if kind is FindingKind.COLLAPSE_WARNING:
+        report = analysis.early_warning
+        layer = None if report is None else report.layers.get(finding.layer_index)
+        return layer is not None and layer.status is WarningStatus.WATCHING
+    # What warns rests on requests, where there are any: a session that is captured as sums has none.
+    needs_requests = finding.severity > pb.SEVERITY_INFO and analysis.num_requests > 0
+    has_enough = analysis.num_requests >= limits.min_requests if needs_requests else metrics.num_blocks > 0
+    return metrics.num_tokens >= limits.min_tokens and has_enough

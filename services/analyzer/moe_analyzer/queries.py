@@ -11,12 +11,14 @@ from moe_analyzer.errors import NotFoundError
 from moe_analyzer.explaining import Explainer
 from moe_analyzer.finding_lives import FindingLives
 from moe_analyzer.lifecycle import CLOSE_GRACE_NS
+from moe_analyzer.live_analysis import LiveAnalysis
 from moe_analyzer.lost import num_lost
+from moe_analyzer.promise import state_promise
 from moe_analyzer.requests import RequestEntry, RowChunk, counts_field, decode_counts, rows_field
 from moe_analyzer.series import INDEX_FIELD, StoredPoint, chunk_fields, read_chunk, series_messages
 from moe_analyzer.session_query import QueryDesk, SessionReader
 from moe_analyzer.store import Store
-from moe_debugger.analysis import CaptureHealth, LayerShape, RoutingState, Thresholds, finish, merge_all
+from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, RoutingState, Thresholds, merge_all
 from moe_debugger.capture_health import HealthCheck, merge_checks
 from moe_debugger.catalogue import Catalogue, SessionRow
 from moe_debugger.errors import InvalidInputError
@@ -73,7 +75,7 @@ class Queries:
         self._thresholds = thresholds
         self._desk = QueryDesk(store, num_partitions)
         self._lives = FindingLives(store, catalogue, thresholds)
-        self._explainer = Explainer(self._settings_series)
+        self._analyses = LiveAnalysis(store, Explainer(self._settings_series), thresholds)
 
     async def list_sessions(self, tenant: str) -> list[pb.Session]:
         """Return the tenant's sessions, newest first."""
@@ -97,7 +99,7 @@ class Queries:
         """
         row = await self._row(tenant, session_id)
         merged = await self._merged(tenant, session_id)
-        findings = await self._findings(tenant, session_id, merged)
+        findings, analysis = await self._findings(tenant, session_id, merged)
         now = time.time_ns()
         descriptions: dict[int, routing.LayerDescription] = {}
         for source in merged.sources:
@@ -129,6 +131,8 @@ class Queries:
             recent_window_s=self._recent_window_s,
             taken_at_unix_ns=now,
         )
+        if analysis is not None:
+            state_promise(snapshot, analysis)
         return snapshot, merged.flushes
 
     async def evaluate(self, tenant: str, session_id: str) -> None:
@@ -264,7 +268,7 @@ class Queries:
         described = {layer.layer_index: layer for one in reversed(manifests) for layer in one.layers}
 
         async def findings() -> list[pb.Finding]:
-            return await self._findings(tenant, session_id, merged)
+            return (await self._findings(tenant, session_id, merged))[0]
 
         async def series(names: list[str]) -> tuple[list[pb.Series], int]:
             return await self.series(tenant, session_id, names, _MAX_SERIES_POINTS)
@@ -362,16 +366,25 @@ class Queries:
                     found.setdefault(start, []).append(RoutingState.from_bytes(values[name]))
         return found
 
-    async def _findings(self, tenant: str, session_id: str, merged: MergedSession) -> list[pb.Finding]:
+    async def _findings(
+        self, tenant: str, session_id: str, merged: MergedSession
+    ) -> tuple[list[pb.Finding], Analysis | None]:
         health = _health(merged.sources)
         # A source whose hooks never fire sends no data, and that is what there is to say about it.
         newest_ns = merged.newest_data_ns or (0 if health.is_healthy else merged.newest_ns)
-        analysis = finish(merged.recent, thresholds=self._thresholds, health=health) if newest_ns else None
-        if analysis is not None:
-            analysis = await self._explainer.explained(
-                tenant, session_id, analysis, totals=merged.totals, sources=merged.sources, newest_ns=newest_ns
+        analysis = None
+        if newest_ns:
+            analysis = await self._analyses.of(
+                tenant,
+                session_id,
+                recent=merged.recent,
+                totals=merged.totals,
+                sources=merged.sources,
+                flushes=merged.flushes,
+                health=health,
+                newest_ns=newest_ns,
             )
-        return await self._lives.look(tenant, session_id, analysis, newest_ns)
+        return await self._lives.look(tenant, session_id, analysis, newest_ns), analysis
 
 
 def _facts(described: routing.LayerDescription | None, shape: LayerShape) -> LayerFacts:

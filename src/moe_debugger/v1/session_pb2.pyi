@@ -120,6 +120,29 @@ FINDING_STATE_OPEN: FindingState.ValueType  # 1
 FINDING_STATE_CLOSED: FindingState.ValueType  # 2
 Global___FindingState: _TypeAlias = FindingState  # noqa: Y015
 
+class _EarlyWarningStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EarlyWarningStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EarlyWarningStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EARLY_WARNING_STATUS_UNSPECIFIED: _EarlyWarningStatus.ValueType  # 0
+    EARLY_WARNING_STATUS_LEARNING: _EarlyWarningStatus.ValueType  # 1
+    """The baseline is being learnt: nothing is said yet."""
+    EARLY_WARNING_STATUS_WATCHING: _EarlyWarningStatus.ValueType  # 2
+    EARLY_WARNING_STATUS_WARNED: _EarlyWarningStatus.ValueType  # 3
+    EARLY_WARNING_STATUS_NOT_APPLICABLE: _EarlyWarningStatus.ValueType  # 4
+
+class EarlyWarningStatus(_EarlyWarningStatus, metaclass=_EarlyWarningStatusEnumTypeWrapper): ...
+
+EARLY_WARNING_STATUS_UNSPECIFIED: EarlyWarningStatus.ValueType  # 0
+EARLY_WARNING_STATUS_LEARNING: EarlyWarningStatus.ValueType  # 1
+"""The baseline is being learnt: nothing is said yet."""
+EARLY_WARNING_STATUS_WATCHING: EarlyWarningStatus.ValueType  # 2
+EARLY_WARNING_STATUS_WARNED: EarlyWarningStatus.ValueType  # 3
+EARLY_WARNING_STATUS_NOT_APPLICABLE: EarlyWarningStatus.ValueType  # 4
+Global___EarlyWarningStatus: _TypeAlias = EarlyWarningStatus  # noqa: Y015
+
 class _RecordingState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1042,6 +1065,10 @@ class SessionSnapshot(_message.Message):
     LAST_STEP_FIELD_NUMBER: _builtins.int
     RECENT_WINDOW_S_FIELD_NUMBER: _builtins.int
     TAKEN_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
+    FALSE_ALARMS_PER_1000_WINDOWS_FIELD_NUMBER: _builtins.int
+    FALSE_ALARM_NOTE_FIELD_NUMBER: _builtins.int
+    EARLY_WARNING_FIELD_NUMBER: _builtins.int
+    EARLY_WARNING_RUN_LENGTH_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Sum of the partitions' flush numbers: grows with every change, survives restarts of every service."""
     first_step: _builtins.int
@@ -1049,6 +1076,13 @@ class SessionSnapshot(_message.Message):
     recent_window_s: _builtins.float
     """The recent window spans this many seconds of broker time."""
     taken_at_unix_ns: _builtins.int
+    false_alarms_per_1000_windows: _builtins.float
+    """Stated for healthy data, looked at window after window, for all layers together; the note says on what it was
+    measured. Absent where nothing was analysed yet.
+    """
+    false_alarm_note: _builtins.str
+    early_warning_run_length: _builtins.float
+    """Steps between false early warnings of all layers together, at least; absent where none is stated."""
     @_builtins.property
     def session(self) -> Global___Session: ...
     @_builtins.property
@@ -1059,6 +1093,10 @@ class SessionSnapshot(_message.Message):
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___Source]: ...
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]: ...
+    @_builtins.property
+    def early_warning(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerEarlyWarning]:
+        """By layer; empty where the steps are none of a training."""
+
     def __init__(
         self,
         *,
@@ -1072,14 +1110,74 @@ class SessionSnapshot(_message.Message):
         last_step: _builtins.int = ...,
         recent_window_s: _builtins.float = ...,
         taken_at_unix_ns: _builtins.int = ...,
+        false_alarms_per_1000_windows: _builtins.float | None = ...,
+        false_alarm_note: _builtins.str = ...,
+        early_warning: _abc.Iterable[Global___LayerEarlyWarning] | None = ...,
+        early_warning_run_length: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "session", b"session"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_early_warning_run_length", b"_early_warning_run_length", "_false_alarms_per_1000_windows", b"_false_alarms_per_1000_windows", "account", b"account", "early_warning_run_length", b"early_warning_run_length", "false_alarms_per_1000_windows", b"false_alarms_per_1000_windows", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "findings", b"findings", "first_step", b"first_step", "last_step", b"last_step", "layers", b"layers", "recent_window_s", b"recent_window_s", "sequence", b"sequence", "session", b"session", "sources", b"sources", "taken_at_unix_ns", b"taken_at_unix_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_early_warning_run_length", b"_early_warning_run_length", "_false_alarms_per_1000_windows", b"_false_alarms_per_1000_windows", "account", b"account", "early_warning", b"early_warning", "early_warning_run_length", b"early_warning_run_length", "false_alarm_note", b"false_alarm_note", "false_alarms_per_1000_windows", b"false_alarms_per_1000_windows", "findings", b"findings", "first_step", b"first_step", "last_step", b"last_step", "layers", b"layers", "recent_window_s", b"recent_window_s", "sequence", b"sequence", "session", b"session", "sources", b"sources", "taken_at_unix_ns", b"taken_at_unix_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__early_warning_run_length: _TypeAlias = _typing.Literal["early_warning_run_length"]  # noqa: Y015
+    _WhichOneofArgType__early_warning_run_length: _TypeAlias = _typing.Literal["_early_warning_run_length", b"_early_warning_run_length"]  # noqa: Y015
+    _WhichOneofReturnType__false_alarms_per_1000_windows: _TypeAlias = _typing.Literal["false_alarms_per_1000_windows"]  # noqa: Y015
+    _WhichOneofArgType__false_alarms_per_1000_windows: _TypeAlias = _typing.Literal["_false_alarms_per_1000_windows", b"_false_alarms_per_1000_windows"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_warning_run_length) -> _WhichOneofReturnType__early_warning_run_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__false_alarms_per_1000_windows) -> _WhichOneofReturnType__false_alarms_per_1000_windows | None: ...
 
 Global___SessionSnapshot: _TypeAlias = SessionSnapshot  # noqa: Y015
+
+@_typing.final
+class LayerEarlyWarning(_message.Message):
+    """Where one layer stands with the early warning of collapse."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_INDEX_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    NUM_POINTS_FIELD_NUMBER: _builtins.int
+    STATISTIC_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    BASELINE_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_EXPERTS_FIELD_NUMBER: _builtins.int
+    layer_index: _builtins.int
+    status: Global___EarlyWarningStatus.ValueType
+    num_points: _builtins.int
+    """Points over steps that have load."""
+    statistic: _builtins.float
+    """NaN while learning."""
+    threshold: _builtins.float
+    baseline: _builtins.float
+    """Effective experts; absent while learning."""
+    effective_experts: _builtins.float
+    def __init__(
+        self,
+        *,
+        layer_index: _builtins.int = ...,
+        status: Global___EarlyWarningStatus.ValueType = ...,
+        num_points: _builtins.int = ...,
+        statistic: _builtins.float = ...,
+        threshold: _builtins.float = ...,
+        baseline: _builtins.float | None = ...,
+        effective_experts: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_baseline", b"_baseline", "_effective_experts", b"_effective_experts", "baseline", b"baseline", "effective_experts", b"effective_experts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_baseline", b"_baseline", "_effective_experts", b"_effective_experts", "baseline", b"baseline", "effective_experts", b"effective_experts", "layer_index", b"layer_index", "num_points", b"num_points", "statistic", b"statistic", "status", b"status", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__baseline: _TypeAlias = _typing.Literal["baseline"]  # noqa: Y015
+    _WhichOneofArgType__baseline: _TypeAlias = _typing.Literal["_baseline", b"_baseline"]  # noqa: Y015
+    _WhichOneofReturnType__effective_experts: _TypeAlias = _typing.Literal["effective_experts"]  # noqa: Y015
+    _WhichOneofArgType__effective_experts: _TypeAlias = _typing.Literal["_effective_experts", b"_effective_experts"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__baseline) -> _WhichOneofReturnType__baseline | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__effective_experts) -> _WhichOneofReturnType__effective_experts | None: ...
+
+Global___LayerEarlyWarning: _TypeAlias = LayerEarlyWarning  # noqa: Y015
 
 @_typing.final
 class RollUp(_message.Message):

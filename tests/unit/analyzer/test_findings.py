@@ -7,6 +7,7 @@ import pytest
 
 from moe_analyzer.findings import QUIET_SECONDS_TO_CLOSE, TrackedFindings, with_marks
 from moe_debugger.analysis import Analysis, Finding, FindingKind, RoutingState, Severity, Thresholds, finish
+from moe_debugger.analysis.early_warning import LayerWarning, WarningReport, WarningStatus
 from moe_debugger.analysis.metrics import LayerMetrics
 from moe_debugger.analysis.state import LayerShape
 from moe_debugger.catalogue import FindingMarks
@@ -21,12 +22,18 @@ def hot(step: int | None = None, *, layer: int = 1, expert: int = 2, severity: S
     return Finding(FindingKind.HOT_EXPERT, severity, "hot_expert", layer, expert, since_step=step)
 
 
-def look(*findings: Finding, num_tokens: int = 5000, num_requests: int = 50) -> Analysis:
+def look(
+    *findings: Finding,
+    num_tokens: int = 5000,
+    num_requests: int = 50,
+    num_blocks: int = 20,
+    early_warning: WarningReport | None = None,
+) -> Analysis:
     """An analysis of layers with so much data, and what was found in it."""
     metrics: dict[int, LayerMetrics] = {
-        index: replace(one, num_tokens=num_tokens) for index, one in _EMPTY.metrics.items()
+        index: replace(one, num_tokens=num_tokens, num_blocks=num_blocks) for index, one in _EMPTY.metrics.items()
     }
-    return Analysis(metrics=metrics, findings=findings, num_requests=num_requests)
+    return Analysis(metrics=metrics, findings=findings, num_requests=num_requests, early_warning=early_warning)
 
 
 class Session:
@@ -103,10 +110,11 @@ def test_looking_often_within_a_second_is_one_quiet_second() -> None:
         look(num_tokens=999),
         look(num_requests=19),
         look(num_tokens=0, num_requests=0),
+        look(num_requests=0, num_blocks=0),
         look(Finding(FindingKind.LOAD_IMBALANCE, Severity.INFO, "insufficient_evidence", 1)),
         replace(look(), metrics={}),
     ],
-    ids=["few tokens", "few requests", "no tokens", "insufficient evidence", "no layer"],
+    ids=["few tokens", "few requests", "no tokens", "no blocks", "insufficient evidence", "no layer"],
 )
 def test_too_little_data_is_no_recovery(thin: Analysis) -> None:
     session = Session()
@@ -114,6 +122,27 @@ def test_too_little_data_is_no_recovery(thin: Analysis) -> None:
     assert session.see(thin, 5 * QUIET_SECONDS_TO_CLOSE).state == pb.FINDING_STATE_OPEN
     # Sums have no requests, and are judged by their tokens.
     assert session.see(look(num_requests=0), QUIET_SECONDS_TO_CLOSE).state == pb.FINDING_STATE_CLOSED
+
+
+def test_what_does_not_warn_is_judged_without_so_many_requests() -> None:
+    session = Session()
+    session.see(look(hot(severity=Severity.INFO)))
+    assert session.see(look(num_requests=3), QUIET_SECONDS_TO_CLOSE).state == pb.FINDING_STATE_CLOSED
+
+
+def test_an_early_warning_closes_when_its_layer_is_watched_again() -> None:
+    def report(status: WarningStatus) -> WarningReport:
+        return WarningReport({1: LayerWarning(1, status, num_experts=8, threshold=5.0)}, 1e6)
+
+    warning = Finding(FindingKind.COLLAPSE_WARNING, Severity.WARNING, "collapse_warning", 1)
+    session = Session()
+    session.see(look(hot(), warning, early_warning=report(WarningStatus.WARNED)))
+    # Nothing is known of a layer that is learnt anew, and nothing without steps of a training.
+    session.see(look(hot(), early_warning=report(WarningStatus.LEARNING)), 2 * QUIET_SECONDS_TO_CLOSE)
+    session.see(look(hot()), 2 * QUIET_SECONDS_TO_CLOSE)
+    assert session.tracked.findings["collapse_warning.l1"].state == pb.FINDING_STATE_OPEN
+    session.see(look(hot(), early_warning=report(WarningStatus.WATCHING)), QUIET_SECONDS_TO_CLOSE)
+    assert session.tracked.findings["collapse_warning.l1"].state == pb.FINDING_STATE_CLOSED
 
 
 def test_what_needs_no_minimum_closes_on_little_data() -> None:
