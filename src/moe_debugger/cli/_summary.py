@@ -133,8 +133,9 @@ def _worst_layer(layers: Sequence[session_pb2.LayerSnapshot]) -> session_pb2.Lay
 
 
 def findings_of(findings: Sequence[session_pb2.Finding]) -> list[tuple[str, str]]:
-    """Return severity and sentence of each finding, the worst first."""
+    """Return severity and sentence of each finding that is open and not silenced, the worst first."""
     return [
         (_SEVERITIES.get(finding.severity, "info"), finding_sentence(finding.code, dict(finding.args)))
         for finding in sorted(findings, key=lambda finding: -finding.severity)
+        if finding.state != session_pb2.FINDING_STATE_CLOSED and not finding.silenced_until_unix_ns
     ]

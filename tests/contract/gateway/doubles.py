@@ -100,7 +100,9 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
             for layer, row in enumerate(self.counts[session_id])
         ]
         sequence = sum(self.flushes[session_id].values())
-        return session_pb2.SessionSnapshot(session=self.sessions[session_id], sequence=sequence, layers=layers)
+        return session_pb2.SessionSnapshot(
+            session=self.sessions[session_id], sequence=sequence, layers=layers, findings=self.findings.values()
+        )
 
     async def _check(self, request: Any, context: Any) -> None:
         self.tenants.add(request.tenant)
