@@ -13,6 +13,7 @@ import { i18n } from "../src/i18n";
 import { recentWindow, wholeSession } from "../src/model/load";
 import { Console } from "../src/panels/Console";
 import { Diagnosis } from "../src/panels/Sidebar";
+import { useQuery } from "../src/query";
 import { App, useApp } from "../src/store";
 import { Generator } from "../src/tokens";
 
@@ -247,6 +248,9 @@ describe("explanation", () => {
     ]);
     fireEvent.click(screen.getByRole("button", { name: "L1" }));
     expect(useApp.getState().row).toBe(1);
+    fireEvent.click(screen.getByRole("button", { name: "Show the rows" }));
+    expect(useApp.getState().panel).toBe("console");
+    expect(useQuery.getState().text).toBe("tokens where layer = 2 and step >= 48020");
   });
 
   it("says so where nothing was observable and where the browser does not copy", async () => {

@@ -13,6 +13,7 @@ import type {
 } from "../gen/moe_debugger/v1/session_pb";
 import { catalogueText, i18n, metricName } from "../i18n";
 import words from "../locales/en.explanation.json";
+import { runQuery } from "../query";
 import { useApp } from "../store";
 import "./explanation.css";
 import { EvidenceTable, showFinding } from "./Findings";
@@ -199,6 +200,9 @@ function Rows({ rows, finding }: { rows: RowsLink; finding: Finding }) {
         <code data-testid="rows-query">{rows.query}</code>
       </pre>
       <span className="copy">
+        <button type="button" className="button primary" data-testid="show-rows" onClick={() => runQuery(rows.query)}>
+          {t("explanation.show")}
+        </button>
         <button type="button" className="button" onClick={() => showFinding(finding)}>
           {t("explanation.select")}
         </button>

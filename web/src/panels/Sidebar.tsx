@@ -127,13 +127,13 @@ export function Diagnosis() {
         </span>
       )}
       <FindingLife finding={finding} />
+      <FindingActions finding={finding} />
       {place && <p className="muted small">{place}</p>}
       <p className="diagnosis-summary">{findingText(finding, "summary")}</p>
       {row >= 0 && <Sparkline row={row} label={t("layer.spark")} />}
       <h4>{t("diagnosis.evidence")}</h4>
       <EvidenceTable rows={finding.evidence} severity={severity} />
       <Advice finding={finding} />
-      <FindingActions finding={finding} />
       {row >= 0 && (
         <p>
           <button type="button" className="button primary" onClick={() => useApp.setState({ row, sidebar: "layer" })}>
