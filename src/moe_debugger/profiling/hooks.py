@@ -4,6 +4,7 @@ A hook notes a mark and a number. It computes nothing, never raises into the mod
 or compiles it does nothing. It refers to its profiler weakly, and a model that is copied or pickled takes none along.
 """
 
+import sys
 import threading
 import time
 import weakref
@@ -28,8 +29,8 @@ class OpenForward:
     """A forward that runs on this thread."""
 
     __slots__ = (
-        "anchors", "codes", "entry", "forward_index", "ids", "lane", "layers", "marks", "own_ns", "rows", "start_ns",
-        "started_ns", "step",
+        "anchors", "began_ns", "codes", "entry", "forward_index", "host_anchor", "ids", "lane", "layers", "marks",
+        "own_ns", "rows", "start_ns", "step",
     )  # fmt: skip
 
     def __init__(self, entry: object, forward_index: int, step: int, lane: int) -> None:
@@ -38,7 +39,9 @@ class OpenForward:
         self.step = step
         self.lane = lane
         self.start_ns = time.time_ns()
-        self.started_ns = 0
+        # When the model went on, by the host's counter, and the mark from which its clock counts.
+        self.began_ns = 0
+        self.host_anchor = 0
         self.codes: list[int] = []
         self.marks: list[Any] = []
         self.rows: list[int] = []
@@ -63,7 +66,7 @@ class Watcher(Protocol):
     def begin(self, entry: object) -> None:
         """A module was called whose call may be a forward."""
 
-    def end(self, entry: object) -> None:
+    def end(self, entry: object, *, raised: bool) -> None:
         """Such a call ends."""
 
     def note(self, text: str) -> None:
@@ -121,7 +124,8 @@ class LeaveHook(EnterHook):
             return
         watcher = self._watcher()
         if watcher is not None:
-            watcher.end(module)
+            # torch calls it with no output where the module raised, while that exception is handled.
+            watcher.end(module, raised=output is None and sys.exc_info()[0] is not None)
 
 
 class _PlaceHook(_Hook):

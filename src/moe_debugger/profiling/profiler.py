@@ -93,6 +93,7 @@ class LayerProfiler:
         self._clocks: dict[str, HostClock | CudaClock] = {}
         self._place_clock: list[HostClock | CudaClock] = []
         self._clock_names: list[str] = []
+        self._host = HostClock()
         self._state = ThreadState()
         self._lanes: dict[int, int] = {}
         self._handles: list[Any] = []
@@ -199,13 +200,14 @@ class LayerProfiler:
             forward.rows.append(0)
             forward.marks.append(self._place_clock[0].mark())
             state.open = forward
-            # Last: a host clock counts from here, and what came before is the profiler's.
-            forward.started_ns = time.perf_counter_ns()
-            forward.own_ns = forward.started_ns - started_ns
+            # Last: the host's clock counts from here, and what came before is the profiler's.
+            forward.host_anchor = self._host.mark()
+            forward.began_ns = time.perf_counter_ns()
+            forward.own_ns = forward.began_ns - started_ns
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
             self.note(f"begin of a forward: {type(error).__name__}: {error}")
 
-    def end(self, entry: object) -> None:
+    def end(self, entry: object, *, raised: bool = False) -> None:
         """Close the forward that `entry` opened."""
         state = self._state
         forward = state.open
@@ -218,7 +220,7 @@ class LayerProfiler:
             forward.codes.append(1)
             forward.rows.append(0)
             num_ends = sum(code & 1 for code in forward.codes)
-            if 2 * num_ends != len(forward.codes):
+            if raised or 2 * num_ends != len(forward.codes):
                 self._give_up("a forward raised")
                 return
             counts = ExpertCounts(forward.ids, [plan.info.num_experts for plan in self.plans])
@@ -239,7 +241,7 @@ class LayerProfiler:
         finally:
             now_ns = time.perf_counter_ns()
             self.own_ns += forward.own_ns + now_ns - started_ns
-            self.forward_ns += now_ns - forward.started_ns
+            self.forward_ns += now_ns - forward.began_ns
 
     def note(self, text: str) -> None:
         """Count something that could not be measured."""
@@ -280,7 +282,7 @@ class LayerProfiler:
                 offsets[at] = clock.since_ns(forward.anchors[name], mark)
                 used.setdefault(name, []).append(mark)
             else:
-                offsets[at] = mark - forward.started_ns
+                offsets[at] = mark - forward.host_anchor
         for name, marks in used.items():
             device_clock = self._clocks[name]
             assert isinstance(device_clock, CudaClock)

@@ -1,0 +1,235 @@
+"""The cost model, the roofline and the bottlenecks: by hand, against plain loops, and on data without a fault."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_debugger.errors import InvalidInputError
+from moe_debugger.profiling import (
+    Peak,
+    Roofline,
+    estimate_experts,
+    find_bottlenecks,
+    fit_cost_model,
+    imbalance_cost,
+    lower_median,
+    roofline_of,
+)
+from moe_debugger.profiling.bottlenecks import LayerTimesInput
+from moe_debugger.profiling.cost_model import expert_call_model, relative_error
+
+# -- the cost model ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(base=st.floats(0, 1e6), per_row=st.floats(1, 1e4), per_expert=st.floats(0, 1e5), seed=st.integers(0, 2**16))
+def test_costs_without_noise_are_found_again(base: float, per_row: float, per_expert: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    active = rng.integers(1, 9, 60).astype(float)
+    rows = active * rng.integers(1, 40, 60)
+    model = fit_cost_model(rows, active, base + per_row * rows + per_expert * active)
+    assert model.is_fitted
+    assert (model.num_fitted, model.num_held_out) == (47, 11)
+    assert model.held_out_error < 1e-6
+    np.testing.assert_allclose(
+        [model.base, model.per_row, model.per_expert], [base, per_row, per_expert], rtol=1e-4, atol=1e-2
+    )
+
+
+def test_the_held_out_error_is_the_median_over_every_fifth_call() -> None:
+    rows = np.array([10.0, 20.0] * 11)
+    times = 100 * rows
+    # Of the 20 calls after the warm-up those at 4, 9, 14 and 19 are held out: they alone take 1.25 times as long.
+    times[2:][4::5] *= 1.25
+    model = fit_cost_model(rows, np.ones(22), times)
+    assert model.num_held_out == 4
+    assert model.held_out_error == pytest.approx(0.2)
+    assert model.held_out_bias == pytest.approx(-0.2)
+
+
+def _loss(design: np.ndarray, times: np.ndarray, fitted: np.ndarray) -> float:
+    return float(((design @ fitted / times - 1) ** 2).sum())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**16))
+def test_no_grid_of_costs_above_zero_fits_better(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, active = rng.integers(1, 50, 40).astype(float), rng.integers(1, 9, 40).astype(float)
+    times = 50 + 3 * rows + 8 * active + rng.normal(0, 15, 40).clip(-40, None)
+    model = fit_cost_model(np.r_[1, 1, rows], np.r_[1, 1, active], np.r_[1, 1, times])
+    held = np.arange(40) % 5 == 4
+    design = np.stack([np.ones(40), rows, active], axis=1)[~held]
+    ours = _loss(design, times[~held], np.array([model.base, model.per_row, model.per_expert]))
+    for grid in itertools.product(np.linspace(0, 120, 9), np.linspace(0, 6, 9), np.linspace(0, 20, 9)):
+        assert ours <= _loss(design, times[~held], np.array(grid)) + 1e-9
+
+
+def test_what_cannot_be_told_apart_is_said() -> None:
+    alike = fit_cost_model(np.full(30, 8.0), np.full(30, 4.0), np.full(30, 2000.0))
+    assert alike.per_expert == pytest.approx(500.0)
+    assert (alike.base, alike.per_row) == (0.0, 0.0)
+    assert "the fixed cost too" in alike.note
+    assert "are needed" in fit_cost_model([1.0] * 5, [1.0] * 5, [1.0] * 5).reason
+    assert fit_cost_model([0.0] * 30, [0.0] * 30, [5.0] * 30).reason == "no expert had any row"
+    assert not fit_cost_model([], [], []).is_fitted
+
+
+def test_an_estimate_is_what_an_expert_adds_to_its_call() -> None:
+    rows, active = np.arange(2.0, 42.0), np.arange(40.0) % 7 + 1
+    model = fit_cost_model(rows, active, 100 + 10 * rows + 5 * active)
+    np.testing.assert_allclose(estimate_experts(model, [[0, 1, 6]]), [[0.0, 15.0, 65.0]], rtol=1e-6)
+    assert relative_error([11, 18, 7], [10, 20, 0]) == pytest.approx(0.1)
+    assert math.isnan(relative_error([1], [0]))
+    assert expert_call_model([1.0] * 5, [1.0] * 5) is None
+
+
+# -- the roofline ------------------------------------------------------------------------------------------------------
+
+
+def test_a_roofline_by_hand() -> None:
+    # 2 experts of 100 bytes and 40 operations a row: 3 rows take 1 µs, then one expert with 1 row takes 2 µs.
+    points = roofline_of(
+        step=[4, 5],
+        forward_index=[0, 1],
+        expert_rows=[[2, 1, 0], [0, 0, 1]],
+        seconds=[1e-6, 2e-6],
+        expert_bytes=100,
+        flops_per_row=40,
+    )
+    assert points.distinct_experts.tolist() == [2, 1]
+    assert points.active_bytes.tolist() == [200, 100]
+    assert points.flops.tolist() == [120, 40]
+    np.testing.assert_allclose(points.intensity, [0.6, 0.4])
+    np.testing.assert_allclose(points.gbps, [0.2, 0.05])
+    np.testing.assert_allclose(points.gflops, [0.12, 0.02])
+    peak = Peak(gflops=10, gbps=1)
+    roofline = Roofline(0, points, peak)
+    assert peak.ridge == 10
+    assert roofline.bound == "memory"
+    # Attainable: 0.6 and 0.4 GFLOP/s.
+    assert roofline.attained_share == pytest.approx((0.12 / 0.6 + 0.02 / 0.4) / 2)
+    assert Roofline(0, points, Peak(0.1, 1)).bound == "compute"
+    assert Roofline(0, points).bound == ""
+    assert math.isnan(Roofline(0, points).attained_share)
+
+
+@pytest.mark.parametrize(("gflops", "gbps"), [(0, 1), (1, -1), (math.nan, 1)])
+def test_a_peak_is_above_zero(gflops: float, gbps: float) -> None:
+    with pytest.raises(InvalidInputError, match="above 0"):
+        Peak(gflops, gbps)
+
+
+# -- the rules ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_lower_bound_holds_with_the_stated_confidence() -> None:
+    rng = np.random.default_rng(3)
+    # Log-normal: the true median is 1. Neighbours hang together within the 20 blocks of 10.
+    missed = 0
+    for _ in range(400):
+        level = np.repeat(rng.normal(0, 0.3, 20), 10)
+        _, low = lower_median(np.exp(level + rng.normal(0, 0.3, 200)), 0.05)
+        missed += low > 1
+    # Binomial(400, 0.05): more than 33 has a probability below 0.001.
+    assert missed <= 33
+
+
+def test_a_bound_by_hand() -> None:
+    middle, low = lower_median(np.arange(1.0, 21.0), 0.05)
+    assert middle == 10.5
+    # P(fewer than 6 of 20 below the median) = 0.0207, fewer than 7: 0.0577.
+    assert low == 6.0
+    assert lower_median([1.0, 2.0], 0.05)[1] == -math.inf
+    assert math.isnan(lower_median([])[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 100), min_size=3, max_size=3), min_size=1, max_size=8))
+def test_the_cost_of_imbalance_agrees_with_a_loop(times: list[list[float]]) -> None:
+    mean = sum(sum(row) / 3 for row in times)
+    slowest = sum(max(row) for row in times)
+    if slowest == 0:
+        assert math.isnan(imbalance_cost(times))
+    else:
+        assert imbalance_cost(times) == pytest.approx(1 - mean / slowest, abs=1e-9)
+
+
+def test_the_maxima_are_taken_before_the_sum() -> None:
+    # Each rank is the slowest one once: over both calls they did the same, and still half of the time was waited.
+    assert imbalance_cost([[2.0, 0.0], [0.0, 2.0]]) == 0.5
+
+
+def _layer(rng: np.random.Generator, scale: float = 1.0, router: float = 0.1, **fields: object) -> LayerTimesInput:
+    block = scale * 1e6 * np.exp(rng.normal(0, 0.2, 100))
+    nan = np.full(100, np.nan)
+    given_fields = {"num_experts": 0, "first_step": 7} | fields
+    return LayerTimesInput(np.arange(100), block, router * block, 0.2 * block, nan, **given_fields)  # type: ignore[arg-type]
+
+
+def test_a_slow_layer_is_found_at_its_place_with_its_evidence() -> None:
+    rng = np.random.default_rng(0)
+    found = find_bottlenecks({n: _layer(rng, 3.0 if n == 2 else 1.0) for n in range(5)})
+    assert [(each.kind, each.layer_index, each.since_step) for each in found] == [("slow_layer", 2, 7)]
+    assert found[0].statistic == pytest.approx(3.0, rel=0.15)
+    assert 2 < found[0].lower_bound < found[0].statistic
+    assert found[0].code == "profile_slow_layer"
+    assert [row.metric for row in found[0].evidence] == ["profile_slow_layer", "profile_slow_layer_low"]
+    assert found[0].evidence[0].sample_size == 100
+
+
+def test_layers_alike_and_a_layer_inside_of_the_floor_are_nothing() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert find_bottlenecks({n: _layer(rng, 1.6 if n == 1 else 1.0) for n in range(6)}) == ()
+
+
+def test_few_calls_are_no_evidence() -> None:
+    nan = np.full(10, np.nan)
+    slow = LayerTimesInput(np.arange(10), np.full(10, 1e7), nan, nan, nan, 0)
+    fast = LayerTimesInput(np.arange(10), np.full(10, 1e6), nan, nan, nan, 0)
+    assert find_bottlenecks({0: slow, 1: fast, 2: fast}) == ()
+
+
+def test_a_router_that_takes_half_of_its_block() -> None:
+    rng = np.random.default_rng(1)
+    found = find_bottlenecks({0: _layer(rng, router=0.5), 1: _layer(rng)})
+    assert [(each.kind, each.layer_index) for each in found] == [("router_share", 0)]
+    assert found[0].args["value"] == "50%"
+
+
+def test_a_slow_expert_is_judged_by_what_the_others_take() -> None:
+    rng = np.random.default_rng(2)
+    rows = rng.integers(0, 30, (100, 4))
+    times = np.where(rows > 0, 5000 + 100.0 * rows, 0) * np.exp(rng.normal(0, 0.1, (100, 4)))
+    # Three times as slow, but with few rows: by its time alone it would not stand out.
+    rows[:, 3] = np.minimum(rows[:, 3], 2)
+    times[:, 3] = np.where(rows[:, 3] > 0, 3 * (5000 + 100 * rows[:, 3]), 0)
+    found = find_bottlenecks({0: _layer(rng, expert_times=times, expert_rows=rows, num_experts=4)})
+    assert [(each.kind, each.layer_index, each.expert_id) for each in found] == [("slow_expert", 0, 3)]
+    assert found[0].statistic == pytest.approx(3.0, rel=0.1)
+
+
+def test_ranks_that_wait_for_the_slowest_one() -> None:
+    rng = np.random.default_rng(4)
+    ranks = np.stack([np.full(100, 3e5), np.full(100, 1e5)], axis=1)
+    found = find_bottlenecks({0: _layer(rng, rank_times=ranks, is_estimated=True)})
+    assert [(each.kind, each.is_estimated) for each in found] == [("expert_imbalance", True)]
+    assert found[0].statistic == pytest.approx(1 / 3)
+
+
+def test_experts_that_are_bound_by_reading_weights() -> None:
+    rows = np.tile([[1, 1, 0, 0]], (30, 1))
+    points = roofline_of(
+        step=np.arange(30), forward_index=np.arange(30), expert_rows=rows, seconds=np.full(30, 1e-5),
+        expert_bytes=400.0, flops_per_row=200.0,
+    )  # fmt: skip
+    found = find_bottlenecks({}, [Roofline(-1, points, Peak(100, 10))])
+    assert [(each.kind, each.severity, each.layer_index) for each in found] == [("memory_bound", "info", None)]
+    assert found[0].statistic == 0.5
+    assert find_bottlenecks({}, [Roofline(-1, points, Peak(1, 10))]) == ()
+    assert find_bottlenecks({}, [Roofline(-1, points)]) == ()
