@@ -10,6 +10,7 @@ import numpy.typing as npt
 from moe_debugger.analysis.early_warning import WarningReport
 from moe_debugger.analysis.findings import Finding, Severity, Thresholds
 from moe_debugger.analysis.metrics import LayerMetrics
+from moe_debugger.analysis.plugins import detector_view, installed_findings
 from moe_debugger.analysis.rules import CaptureHealth, all_findings, look_at, watch_steps
 from moe_debugger.analysis.sketch import hash_strings
 from moe_debugger.analysis.state import NUM_WORKLOAD_CLASSES, LayerShape, RoutingState
@@ -48,7 +49,8 @@ class Analysis:
         false_alarm_rate: stated rate of any finding above `info` in one call on healthy data.
         false_alarms_per_1000_windows: stated number of windows of a healthy live session that open a finding above
             `info`, under repeated looks, for all layers together.
-        false_alarm_note: on what they were measured.
+        false_alarm_note: on what they were measured, and which plug-ins' findings they leave out.
+        problems: what was wrong with detectors of others (docs/detectors.md), one sentence each.
     """
 
     metrics: dict[int, LayerMetrics]
@@ -58,6 +60,7 @@ class Analysis:
     false_alarm_rate: float = FALSE_ALARM_RATE
     false_alarms_per_1000_windows: float = FALSE_ALARMS_PER_1000_WINDOWS
     false_alarm_note: str = _RATE_NOTE
+    problems: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Severity | None:
@@ -89,6 +92,7 @@ class Analysis:
             "false_alarm_rate": self.false_alarm_rate,
             "false_alarms_per_1000_windows": self.false_alarms_per_1000_windows,
             "false_alarm_note": self.false_alarm_note,
+            "problems": list(self.problems),
         }
 
 
@@ -126,8 +130,25 @@ def finish(
         expert_ranks=_ranks(state, expert_ranks or {}),
     )
     warnings = watch_steps(look)
-    findings = tuple(all_findings(look, warnings))
-    return Analysis(metrics=look.metrics, findings=findings, num_requests=state.num_requests, early_warning=warnings)
+    plugins = installed_findings(
+        lambda: detector_view(
+            state,
+            look.metrics,
+            thresholds=look.thresholds,
+            baseline=look.baseline,
+            num_workloads=look.num_workloads,
+            health=health,
+        )
+    )
+    findings = sorted((*all_findings(look, warnings), *plugins.findings), key=lambda finding: -finding.severity.rank)
+    return Analysis(
+        metrics=look.metrics,
+        findings=tuple(findings),
+        num_requests=state.num_requests,
+        early_warning=warnings,
+        false_alarm_note="; ".join(note for note in (_RATE_NOTE, plugins.note) if note),
+        problems=plugins.problems,
+    )
 
 
 def _check_baseline(state: RoutingState, baseline: RoutingState) -> None:

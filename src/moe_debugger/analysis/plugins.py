@@ -12,7 +12,7 @@ not there) ends in `DetectorOutcome.problems`; its good findings are kept, and s
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -36,6 +36,7 @@ __all__ = [
     "StepSeries",
     "detector_view",
     "installed_detectors",
+    "installed_findings",
     "run_detectors",
 ]
 
@@ -262,6 +263,12 @@ def run_detectors(view: DetectorView, detectors: Iterable[Detector] | None = Non
         if taken > _SLOW_S:
             problems.append(f"{where} took {taken:.1f} s; every analysis waits for it")
     return DetectorOutcome(tuple(findings), tuple(dict.fromkeys(problems)), tuple(ran))
+
+
+def installed_findings(view: Callable[[], DetectorView]) -> DetectorOutcome:
+    """Return what the installed detectors find; `view` is asked for only where there is one."""
+    detectors, problems = installed_detectors()
+    return run_detectors(view()) if detectors else DetectorOutcome(problems=problems)
 
 
 def _finding_problem(finding: Any, view: DetectorView) -> str:
