@@ -15,6 +15,8 @@ from moe_debugger.cli.diff import diff
 from moe_debugger.cli.doctor import doctor
 from moe_debugger.cli.profile import profile
 from moe_debugger.cli.query import query
+from moe_debugger.cli.record import record
+from moe_debugger.cli.replay import replay
 from moe_debugger.cli.report import report
 from moe_debugger.cli.trace import trace
 from moe_debugger.cli.up import DEFAULT_DATA_DIR, run_up, service_env, up
@@ -37,6 +39,8 @@ app = typer.Typer(
 app.command()(up)
 app.command()(demo)
 app.command()(trace)
+app.command()(record)
+app.command()(replay)
 app.command()(profile)
 app.command()(doctor)
 app.command()(check_adapter)

@@ -1,5 +1,6 @@
 """`moe-debugger --model … --interactive`: a prompt loop over one model."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from moe_debugger._debugger import MoEDebugger
     from moe_debugger._session import Session
     from moe_debugger.models import LoadedModel
+    from moe_debugger.recording import Recorder
 
 __all__ = ["run_interactive"]
 
@@ -24,6 +26,7 @@ Type a prompt to generate from it. Counts add up over prompts. Commands:
   /experts     load of every expert so far
   /performance what ran, and what watching it cost
   /findings    what the analysis says so far
+  /record DIR  record what comes from now on to a new folder; /record alone stops
   /reset       forget everything so far
   /help        this text
   /quit        leave (or Ctrl-D)"""
@@ -38,6 +41,7 @@ class _Loop:
         self._debugger = debugger
         self._layer: int | None = None
         self._max_new_tokens = 32
+        self._recorder: Recorder | None = None
 
     def run(self) -> None:
         self._console.print(Text(_HELP, "dim"))
@@ -81,6 +85,8 @@ class _Loop:
             self._console.print(Text(str(session.get_performance_metrics())), soft_wrap=True)
         elif command == "/findings":
             print_findings(self._console, session.diagnose(), session.get_routing_stats().num_tokens)
+        elif command == "/record":
+            self._record(session, argument)
         elif command == "/reset":
             session.close()
             self._debugger.start_session()
@@ -88,6 +94,17 @@ class _Loop:
             self._console.print(Text(_HELP, "dim"))
         else:
             raise InvalidInputError(f"there is no command {command!r}; /help lists them")
+
+    def _record(self, session: "Session", folder: str) -> None:
+        if folder:
+            self._recorder = session.record(Path(folder).expanduser())
+            self._console.print(Text(f"recording to {self._recorder.path}", "dim"))
+        elif self._recorder is None:
+            raise InvalidInputError("nothing is recorded; /record DIR begins")
+        else:
+            recorder, self._recorder = self._recorder, None
+            manifest = recorder.stop()
+            self._console.print(Text(f"{manifest.num_rows:,} rows in {recorder.path}: {manifest.status}", "dim"))
 
     def _prompt(self, prompt: str) -> None:
         from moe_debugger.cli._trace_view import token_lines

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +46,10 @@ def trace(
     layer: Annotated[int | None, typer.Option(min=0, help="Show this MoE layer only.")] = None,
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="Print without colours.")] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="DIR", help="Record it to this new folder."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file, see docs/configuration.md.")] = None,
 ) -> None:
     """Run one prompt and show the routing: load per layer, unused and hot experts, confidence, each token's experts.
@@ -56,13 +60,17 @@ def trace(
       moe-debugger trace --prompt "def add(a, b):"
       moe-debugger trace --model ./my-mixtral --prompt "Hello" --layer 2
       moe-debugger trace --prompt "1 + 1 =" --json | jq .layers
+      moe-debugger trace --prompt "Once upon a time" --record runs/story
     """
     settings = load_config(config) if config is not None else Config()
     with debug_model(settings, model) as (loaded, debugger):
         num_layers = len(debugger.layers())
         if layer is not None and layer >= num_layers:
             raise InvalidInputError(f"--layer {layer}: the model has MoE layers 0 to {num_layers - 1}")
-        result = run_prompt(loaded, prompt, max_new_tokens)
+        session = debugger.session
+        assert session is not None
+        with nullcontext() if record is None else session.record(record):
+            result = run_prompt(loaded, prompt, max_new_tokens)
         if is_json:
             sys.stdout.write(json.dumps(_as_json(loaded, debugger, result, layer), allow_nan=False) + "\n")
         else:

@@ -202,6 +202,11 @@ class Publisher:
         """Send points of training series with the next statuses, as far as they fit."""
         self._points.put(points)
 
+    @property
+    def num_series_points_waiting(self) -> int:
+        """Points of training series that no status has carried away yet."""
+        return len(self._points)
+
     def statistics(self) -> PublisherStatistics:
         """Return the account."""
         return self._buffer.statistics(

@@ -22,6 +22,9 @@ class SeriesQueue:
         self._size_bytes = 0
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._points)
+
     @property
     def is_empty(self) -> bool:
         """True where no point waits."""

@@ -11,6 +11,7 @@ from moe_debugger.recording.joined import JoinedDecisions, JoinedRecording, join
 from moe_debugger.recording.manifest import GroupManifest, Manifest, ModelIdentity, PartEntry
 from moe_debugger.recording.reader import Recording, ReplayBatch, Verification, open_recording
 from moe_debugger.recording.recorder import Recorder, RecorderStatistics
+from moe_debugger.recording.republish import ReplayProgress, replay_to_fleet
 
 __all__ = [
     "GroupManifest",
@@ -23,7 +24,9 @@ __all__ = [
     "RecorderStatistics",
     "Recording",
     "ReplayBatch",
+    "ReplayProgress",
     "Verification",
     "join_recordings",
     "open_recording",
+    "replay_to_fleet",
 ]

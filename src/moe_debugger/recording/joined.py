@@ -122,6 +122,13 @@ class JoinedRecording(Recording):
         lost = {} if self.group is None else self.group.num_rows_not_written
         return is_ended and not self._own_problems and not lost and all(each.is_whole for each in self.members)
 
+    def expert_owners(self) -> dict[int, tuple[int, ...]]:
+        """Return the expert-parallel rank of each expert by layer index, of all members."""
+        owners: dict[int, tuple[int, ...]] = {}
+        for member in self.members:
+            owners |= member.expert_owners()
+        return owners
+
     def decisions(self, *, max_rows: int | None = None) -> JoinedDecisions:
         """Return all rows, domain after domain and within one by step; see `Recording.decisions`."""
         rows = super().decisions(max_rows=max_rows)

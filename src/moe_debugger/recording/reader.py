@@ -108,6 +108,21 @@ class Recording:
         """Return what was known of each MoE layer when the last part was written."""
         return Layers(self._layers)
 
+    def expert_owners(self) -> dict[int, tuple[int, ...]]:
+        """Return the expert-parallel rank of each expert by layer index; only of layers whose experts are spread.
+
+        Raises:
+            RecordingError: the part is damaged.
+        """
+        owners: dict[int, tuple[int, ...]] = {}
+        for entry in self._entries("layers"):
+            for number, batch in self._batches(entry):
+                with self._parsing(entry, number):
+                    columns = batch.select(["layer_index", "expert_parallel_ranks"]).to_pydict()
+                    pairs = zip(columns["layer_index"], columns["expert_parallel_ranks"], strict=True)
+                    owners |= {index: tuple(ranks) for index, ranks in pairs if ranks}
+        return owners
+
     def decisions(self, *, max_rows: int | None = None) -> Decisions:
         """Return all rows in the columns of `Session.decisions`; at level "counts" there are none.
 

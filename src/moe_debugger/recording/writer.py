@@ -338,6 +338,11 @@ class RecordingWriter:
         return self._pending_bytes
 
     @property
+    def num_not_written(self) -> dict[str, int]:
+        """Rows that are in no part, by reason, until now."""
+        return dict(self._not_written)
+
+    @property
     def num_rows(self) -> int:
         """Rows, or sums, that were taken and are in a part, or on their way there."""
         whole = sum(each.num_rows for each in self._parts if each.kind in ("rows", "counts"))
