@@ -160,9 +160,9 @@ class Groups:
             plain[name] = _Plain.of_values([group[number] for group in groups], plan.columns[name])
         for number, spec in enumerate(plan.aggregates):
             plain[spec.label] = _Plain.of_values([self._groups[group][number].value() for group in groups], None)
-        keys = [(plain[key.label], key.is_descending) for key in plan.order] or [
-            (plain[name], False) for name in plan.by
-        ]
+        keys = [(plain[key.label], key.is_descending) for key in plan.order]
+        # Groups that are equal so far stand by what makes them, in whatever order their rows were read.
+        keys += [(plain[name], False) for name in plan.by]
         order = (_sorted(keys, len(groups)) if keys else np.arange(len(groups)))[: plan.limit]
         columns = [self._result(label, plain[label].take(order)) for label in plan.shown]
         return Gathered(columns, len(groups))
@@ -314,7 +314,8 @@ def _sorted(keys: Sequence[tuple[_Plain, bool]], num_rows: int) -> Array:
     columns: list[Array] = []
     for plain, is_descending in keys:
         _, codes = np.unique(plain.values, return_inverse=True)
-        ranks = -codes if is_descending else codes
+        # What stands in place of a missing value says nothing.
+        ranks = np.where(plain.missing, 0, -codes if is_descending else codes)
         columns += [plain.missing, ranks]
     # The last key is the first for lexsort, and of a pair the missing flag decides first.
     pairs = [columns[at : at + 2] for at in range(0, len(columns), 2)]

@@ -15,7 +15,7 @@ from moe_debugger.v1 import routing_pb2 as pb
 __all__ = ["RAW_BYTES", "LayerFacts", "RowBatch", "RowColumns", "raw_columns", "row_bytes"]
 
 Array = npt.NDArray[Any]
-_PHASE_LABELS = Labels(PHASES, is_ordered=True)
+_PHASE_LABELS = Labels(PHASES)
 
 # Captured columns (names of `Decisions`) that a column of the language needs.
 _RAW: dict[str, tuple[str, ...]] = {
