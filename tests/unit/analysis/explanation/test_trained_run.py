@@ -1,15 +1,16 @@
 """A really trained router whose balancing term changes its sign, watched as a user would watch it."""
 
-from functools import cache
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_moe
 import torch
 
-from moe_debugger import Analysis, Finding, MoEDebugger
-from moe_debugger.analysis import FindingKind
-from moe_debugger.analysis.explanation import explain_recording, explanation_text, histories_from_decisions
+from moe_debugger import Analysis, Finding, MoEDebugger, open_recording
+from moe_debugger.analysis import FindingKind, Severity
+from moe_debugger.analysis.explanation import explain, explain_recording, explanation_text, histories_from_decisions
 from moe_debugger.demo.training import switch_balance_loss
 
 FAULT_STEP = 20
@@ -21,17 +22,26 @@ def balancing_loss(router_logits: Any) -> Any:
     return torch.stack([switch_balance_loss(logits.unsqueeze(0), TOP_K).mean() for logits in router_logits]).sum()
 
 
-@cache
-def trained() -> tuple[Analysis, Any]:
-    """Train 90 steps of 8 rows, healthy for 20, then with the sign of the balancing term turned.
+@dataclass
+class Run:
+    """A session's diagnosis, its rows and the folder of its recording."""
 
-    Returns:
-        The session's diagnosis and its rows.
-    """
+    analysis: Analysis
+    rows: Any
+    path: Path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Train 90 steps of 8 rows, healthy for 20, then with the sign of the balancing term turned."""
     torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("run") / "recording"
     model = tiny_moe.build("mixtral", seed=1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with MoEDebugger(model, step_domain="global", kind="training", gradients=True) as debugger:
+        session = debugger.session
+        assert session is not None
+        recorder = session.record(path)
         for n in range(NUM_STEPS):
             coefficient = 0.05 if n < FAULT_STEP else -0.3
             ids = torch.randint(3, tiny_moe.VOCABULARY, (8, 32))
@@ -42,9 +52,8 @@ def trained() -> tuple[Analysis, Any]:
                 step.record(loss=task, balance_loss=balance, balance_coef=coefficient, lr=1e-2)
                 optimizer.step()
                 optimizer.zero_grad()
-        session = debugger.session
-        assert session is not None
-        return session.diagnose(), session.decisions()
+        recorder.stop()
+        return Run(session.diagnose(), session.decisions(), path)
 
 
 def skew_of(analysis: Analysis) -> Finding:
@@ -54,8 +63,8 @@ def skew_of(analysis: Analysis) -> Finding:
     return found[0]
 
 
-def test_the_turned_sign_ranks_first_with_the_step_at_which_it_turned() -> None:
-    explanation = skew_of(trained()[0]).explanation
+def test_the_turned_sign_ranks_first_with_the_step_at_which_it_turned(run: Run) -> None:
+    explanation = skew_of(run.analysis).explanation
     assert explanation is not None
     assert explanation.status == "ranked"
     cause = explanation.causes[0]
@@ -73,10 +82,10 @@ def test_the_turned_sign_ranks_first_with_the_step_at_which_it_turned() -> None:
     assert any("turned from 0.05 to -0.3 at step 20" in line for line in explanation_text(explanation))
 
 
-def test_without_series_the_cause_is_not_observable_and_no_setting_is_blamed() -> None:
-    analysis, rows = trained()
+def test_without_series_the_cause_is_not_observable_and_no_setting_is_blamed(run: Run) -> None:
+    analysis = run.analysis
     explanation = analysis.explain(
-        skew_of(analysis), histories=histories_from_decisions(rows, [(layer, 8) for layer in range(3)])
+        skew_of(analysis), histories=histories_from_decisions(run.rows, [(layer, 8) for layer in range(3)])
     )
     assert explanation.status == "not_observable"
     assert explanation.causes == ()
@@ -88,26 +97,42 @@ def test_without_series_the_cause_is_not_observable_and_no_setting_is_blamed() -
     assert explanation.started_at is not None
 
 
-def test_every_finding_is_explained_and_as_plain_values_holds_no_nan() -> None:
-    analysis, _ = trained()
+def test_every_finding_is_explained_and_as_plain_values_holds_no_nan(run: Run) -> None:
+    analysis = run.analysis
     assert all(one.explanation is not None for one in analysis.findings)
     text = repr([one.explanation.to_dict() for one in analysis.findings if one.explanation is not None])
     assert "nan" not in text
     assert "explanation" in analysis.findings[0].to_dict()
 
 
-def test_a_recording_is_explained_like_the_session(tmp_path: Any) -> None:
-    model = tiny_moe.build("mixtral", seed=1).train()
-    with MoEDebugger(model, step_domain="global", kind="training") as debugger:
+def test_a_recording_is_explained_like_the_session(run: Run) -> None:
+    found = explain_recording(open_recording(run.path))
+    expected = {one.rule_id: one.explanation for one in run.analysis.findings}
+    assert expected
+    assert {one.rule_id: one.explanation for one in found.findings} == expected
+
+
+def test_the_queries_of_explanations_run_and_find_the_rows() -> None:
+    model = tiny_moe.build("mixtral", seed=1)
+    with MoEDebugger(model, level="routes+tokens") as debugger:
+        model(input_ids=torch.arange(3, 43).reshape(2, 20), use_cache=False)
         session = debugger.session
         assert session is not None
-        recorder = session.record(tmp_path / "rec")
-        for n in range(4):
-            with debugger.step(n, balance_coef=0.0):
-                model(input_ids=torch.randint(3, tiny_moe.VOCABULARY, (8, 48)), use_cache=False)
-        recorder.stop()
-        expected = [(one.rule_id, one.explanation) for one in session.diagnose().findings]
-    from moe_debugger import open_recording
-
-    found = explain_recording(open_recording(tmp_path / "rec"))
-    assert [(one.rule_id, one.explanation) for one in found.findings] == expected
+        rows = session.decisions()
+        busiest = int(rows.expert_ids[rows.layer_index == 1].ravel()[0])
+        finding = Finding(FindingKind.HOT_EXPERT, Severity.WARNING, "hot_expert", 1, busiest)
+        link = explain(finding, rows=rows, is_training=False).rows
+        assert link is not None
+        selected = ((rows.layer_index == 1) & (rows.expert_ids == busiest).any(axis=1)).sum()
+        assert link.to_python() == f"(rows.layer_index == 1) & (rows.expert_ids == {busiest}).any(axis=1)"
+        assert len(session.query(link.query)) == selected > 0
+        for kind in (FindingKind.DEAD_EXPERT, FindingKind.ROUTER_COLLAPSE):
+            place = explain(Finding(kind, Severity.WARNING, kind.value, 1, since_step=1)).rows
+            assert place is not None
+            session.query(place.query)
+        for text in (
+            "tokens where step >= 1 by token_id show count() order by count() desc limit 20",
+            "tokens where layer = 1 and token_id = 7",
+            'tokens where layer = 1 and request = "r1"',
+        ):
+            session.query(text)
