@@ -103,7 +103,7 @@ def gather(
     Args:
         source: a recording, an open session or an analysis.
         baseline: healthy rows of the same model and workload; not with an analysis, which has its own.
-        thresholds: of the rules; None = the defaults, and those of the session. With others a session's findings are not
+        thresholds: of the rules; None = the defaults, or a session's own. With others a session's findings are not
             explained.
         max_rows: pictures that need rows look at the first ones, so many at most; metrics and findings at all.
 
