@@ -12,6 +12,7 @@ import {
   type Finding,
   FindingKind,
   FindingState,
+  type LayerEarlyWarning,
   type RequestRoutes,
   RequestRoutesSchema,
   type SessionSnapshot,
@@ -122,6 +123,7 @@ export class FakeGateway {
       | "silencedBy"
     >
   > = {};
+  earlyWarning: Pick<LayerEarlyWarning, "layerIndex" | "status" | "numPoints" | "baseline" | "effectiveExperts">[] = [];
   /** Why the one finding, where that was looked for. */
   explanation: Finding["explanation"];
   /** What the RPCs about findings answer instead, where it is not empty. */
@@ -270,6 +272,10 @@ export class FakeGateway {
       lastStep: this.sequence,
       recentWindowS: 10,
       takenAtUnixNs: BigInt(Date.now()) * 1_000_000n,
+      falseAlarmsPer1000Windows: 10,
+      falseAlarmNote: "measured on a fake",
+      earlyWarning: this.earlyWarning,
+      earlyWarningRunLength: 625_000,
     });
   }
 

@@ -8,7 +8,13 @@ import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
 import { ServicesContext } from "../src/context";
 import { countFindings, sortFindings } from "../src/findings";
 import { DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
-import { ExplanationSchema, FindingSchema, FindingState, Severity } from "../src/gen/moe_debugger/v1/session_pb";
+import {
+  EarlyWarningStatus,
+  ExplanationSchema,
+  FindingSchema,
+  FindingState,
+  Severity,
+} from "../src/gen/moe_debugger/v1/session_pb";
 import { i18n } from "../src/i18n";
 import { recentWindow, wholeSession } from "../src/model/load";
 import { Console } from "../src/panels/Console";
@@ -270,5 +276,39 @@ describe("explanation", () => {
     Object.defineProperty(navigator, "clipboard", { configurable: true, value: undefined });
     fireEvent.click(screen.getByTestId("copy"));
     expect(await screen.findByText(/select the text/)).toBeTruthy();
+  });
+});
+
+describe("assurance", () => {
+  it("states the rate of false alarms, also where nothing was found", async () => {
+    show(new FakeGateway(), <Diagnosis />);
+    expect(screen.getByText("No finding")).toBeTruthy();
+    expect((await screen.findByTestId("false-alarms")).textContent).toBe(
+      "False alarms on healthy data: at most 10 of 1,000 windows (stated)",
+    );
+    expect(screen.getByTestId("assurance").textContent).toContain("measured on a fake");
+    // No training: no early warning.
+    expect(screen.queryByTestId("early-warning")).toBeNull();
+  });
+
+  it("says which layers learn, which are watched and which fall", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.earlyWarning = [
+      { layerIndex: 0, status: EarlyWarningStatus.LEARNING, numPoints: 60 },
+      { layerIndex: 1, status: EarlyWarningStatus.WATCHING, numPoints: 300, baseline: 7.8, effectiveExperts: 7.75 },
+      { layerIndex: 2, status: EarlyWarningStatus.WARNED, numPoints: 300, baseline: 7.8, effectiveExperts: 5.5 },
+    ];
+    show(fake, <Diagnosis />);
+    expect((await screen.findByTestId("early-warning")).textContent).toBe(
+      "Early warning of collapse: 1 layer is falling, learning the baseline of 1 layer (60 steps so far), watching 1 layer",
+    );
+    expect(
+      screen.getAllByTestId("early-layer").map(({ dataset, textContent }) => [dataset.status, textContent]),
+    ).toEqual([
+      ["learning", "L0 learning baseline"],
+      ["watching", "L1 watching 7.75 effective experts, baseline 7.8"],
+      ["warned", "L2 falling 5.5 effective experts, baseline 7.8"],
+    ]);
+    expect(screen.getByTestId("assurance").textContent).toContain("at most once in 625K steps");
   });
 });

@@ -16,6 +16,7 @@ import { Sparkline } from "./History";
 // Details are loaded with the first look at them.
 const LazyCapture = lazy(() => import("./Capture"));
 const LazyLayer = lazy(() => import("./LayerDetails"));
+const LazyAssurance = lazy(() => import("./Assurance"));
 
 export function Details({ of }: { of: "layer" | "capture" }) {
   const { t } = useTranslation();
@@ -57,7 +58,19 @@ export function Sidebar() {
   );
 }
 
+/** The finding that is selected, or the worst; and how sure findings are. */
 export function Diagnosis() {
+  return (
+    <>
+      <SelectedFinding />
+      <Suspense fallback={null}>
+        <LazyAssurance />
+      </Suspense>
+    </>
+  );
+}
+
+function SelectedFinding() {
   const { t } = useTranslation();
   const findings = useFindings();
   const selected = useApp((state) => state.findingKey);
