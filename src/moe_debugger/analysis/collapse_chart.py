@@ -38,9 +38,9 @@ _MIN_SCALE = 1e-3
 _MIN_WINDOW_POINTS = 25
 # A surprise counts for at most this part of the threshold, so no single point can raise the alarm.
 _MAX_SURPRISE = 0.75
-# h = 5.3 + 0.48 ln(C / 4): measured, with phi = 0.9, where an alarm is likeliest (docs/early-warning.md). One more in h
+# h = 5.7 + 0.48 ln(C / 4): measured, with phi = 0.9, where an alarm is likeliest (docs/early-warning.md). One more in h
 # makes false alarms eight times rarer (1 / ln 8 = 0.48), so h grows with the logarithm of the number of series.
-_THRESHOLD_FOR_FOUR = 5.3
+_THRESHOLD_FOR_FOUR = 5.7
 _THRESHOLD_SLOPE = 0.48
 
 
@@ -206,6 +206,8 @@ class _Chart:
         self._statistic = np.zeros(count)
         self._since = np.zeros(count, np.int64)
         self._is_open = np.zeros(count, np.bool_)
+        # A fall that is over must not teach its noise: learning goes on with points from here on.
+        self._learns_from = np.zeros(count, np.int64)
         self._previous = np.zeros(count)
         self.result = ChartResult(True, self._statistic, None, threshold)
 
@@ -318,13 +320,14 @@ class _Chart:
                 self._is_open[alarm.series] = False
                 self._statistic[alarm.series] = 0.0
                 self._since[alarm.series] = i + 1
+                self._learns_from[alarm.series] = i + 1
 
     def _follow(self, window: npt.NDArray[np.int64], num_points: int) -> None:
         """Learn the baseline anew, but not for series that look as if they were falling."""
         old, settings = self.result.noise, self._settings
         assert old is not None
         new = self._learn(window)
-        is_calm = ~self._is_open & (self._statistic <= self._threshold / 2)
+        is_calm = ~self._is_open & (self._statistic <= self._threshold / 2) & (self._learns_from <= window[0])
         # Standard error of the difference of two window means of an AR(1) series.
         error = np.sqrt(2 / len(window)) * new.scale / (1 - new.phi)
         rises = new.level - old.level > np.maximum(math.log1p(settings.min_rise), settings.rise_errors * error)
