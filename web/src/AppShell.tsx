@@ -11,6 +11,7 @@ import { Loading, NoSession } from "./panels/Empty";
 import { useFindings } from "./panels/Findings";
 import { Heatmap } from "./panels/Heatmap";
 import { HistoryStrip } from "./panels/History";
+import { RecordButton, RecordingsButton } from "./panels/Recordings";
 import { Details, Diagnosis, Sidebar, useRequestList } from "./panels/Sidebar";
 import { StatusBar } from "./panels/StatusBar";
 import { TokensPanel } from "./panels/Tokens";
@@ -23,6 +24,7 @@ import {
   SessionPicker,
   ThemeButton,
 } from "./panels/Toolbar";
+import { useRecordingsPolling } from "./recordings";
 import { PANELS, type Panel, useApp } from "./store";
 import { useSeriesPolling, useTraining } from "./training";
 import { ErrorBoundary } from "./ui/ErrorBoundary";
@@ -54,6 +56,7 @@ export function AppShell() {
   useShortcuts();
   useHistoryPolling();
   useSeriesPolling();
+  useRecordingsPolling();
   useRequestList();
   return (
     <div className={`app ${isPhone ? "phone" : "desktop"}`} data-panel={panel}>
@@ -135,6 +138,8 @@ function DesktopBars() {
       </header>
       <div className="toolbar" role="toolbar" aria-label={t("toolbar.session")}>
         <PauseButton />
+        <RecordButton />
+        <RecordingsButton />
         <span className="rule" />
         <SessionPicker />
         <LiveBadge />
@@ -152,6 +157,8 @@ function PhoneBar() {
       <h1 className="visually-hidden">{t("app.name")}</h1>
       <SessionPicker />
       <LiveBadge />
+      <RecordButton />
+      <RecordingsButton />
       <PauseButton />
       <ThemeButton />
     </header>
