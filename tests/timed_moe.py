@@ -114,5 +114,5 @@ class ListModel(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.embed(input_ids)
         for layer in self.layers:
-            hidden = hidden + layer["mlp"](hidden)
+            hidden = hidden + layer["mlp"](hidden)  # type: ignore[index]
         return hidden

@@ -1,12 +1,12 @@
-"""What profiling costs: time of forwards with it over time without it, interleaved, beside the same without and without.
+"""What profiling costs: time of forwards with it over time without it, interleaved, beside bare over bare.
 
     python tests/bench/bench_profile.py [--pairs 30] [--threads 1] [--workloads prefill decode_1 decode_8]
 
 The last line is JSON. Model and workloads are those of bench_capture.py. Each pair runs both ways in a random order; a
 ratio is the median over the pairs of (with / without), with an interval by bootstrap. `aa` is the bare model against
 itself, which shows how far the machine alone moves a ratio; `profile` is the profiler without a capture; `capture` and
-`capture_profile` are sessions at level "counts" without and with profiling. `by_its_own_clock` is what the profiler says
-of itself: what torch spends on calling hooks is not in it. The profile's error on held-out calls is of its cost model.
+`capture_profile` are sessions at level "counts" without and with profiling. `by_its_own_clock` is what the profiler
+says of itself: what torch spends on calling hooks is not in it. `held_out_error` is that of the cost model.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_capture import Decode, Prefill, build_model
+from bench_capture import Decode, Prefill, build_model  # type: ignore[import-not-found]  # beside this script
 
 from moe_debugger import MoEDebugger
 from moe_debugger.capture.discovery import find_sites

@@ -68,9 +68,9 @@ def fit_cost_model(rows: npt.ArrayLike, active: npt.ArrayLike, times: npt.ArrayL
         times: [n] measured nanoseconds.
 
     Returns:
-        The model with the smallest sum of squared relative errors whose coefficients are not negative; one that says
-        why not where there are fewer than 20 calls. Where all calls had the same rows and active experts there is c
-        alone, which then holds the fixed cost too, and `note` says so.
+        The model with the smallest sum of squared relative errors whose coefficients are not negative, over the median
+        times of calls alike; one that says why not where there are fewer than 20 calls. Where all calls had the same
+        rows and active experts there is c alone, which then holds the fixed cost too, and `note` says so.
     """
     x, z, y = (np.asarray(each, np.float64)[_WARM_UP:] for each in (rows, active, times))
     is_usable = np.isfinite(y) & (y > 0)
@@ -88,7 +88,7 @@ def fit_cost_model(rows: npt.ArrayLike, active: npt.ArrayLike, times: npt.ArrayL
     elif np.ptp(z) == 0:
         # Constant: it is part of the fixed cost.
         design[:, 2] = 0.0
-    fitted = _non_negative(design[~is_held], y[~is_held])
+    fitted = _non_negative(*_typical(design[~is_held], y[~is_held]))
     error = design[is_held] @ fitted / y[is_held] - 1
     return CostModel(
         base=float(fitted[0]),
@@ -102,17 +102,36 @@ def fit_cost_model(rows: npt.ArrayLike, active: npt.ArrayLike, times: npt.ArrayL
     )
 
 
-def _non_negative(design: Floats, times: Floats) -> Floats:
-    """Return the coefficients of least relative error, none below 0: the best of all subsets of columns."""
-    weighted = design / times[:, None]
+def _typical(design: Floats, times: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return distinct rows of the design, the median time of each, and how many calls it stands for.
+
+    What disturbs a call (another process, a collection of garbage) only ever makes it longer, and by a lot: a mean over
+    calls that ought to be alike would be the disturbance's.
+    """
+    kinds, kind, numbers = np.unique(design, axis=0, return_inverse=True, return_counts=True)
+    kind = kind.reshape(-1)
+    medians = np.array([np.median(times[kind == each]) for each in range(len(kinds))])
+    return kinds, medians, numbers.astype(np.float64)
+
+
+def _non_negative(design: Floats, times: Floats, numbers: Floats) -> Floats:
+    """Return the coefficients of least squared relative error, none below 0: the best of all subsets of columns.
+
+    Args:
+        design: [n, p].
+        times: [n].
+        numbers: [n] calls that each stands for.
+    """
+    share = np.sqrt(numbers)
+    weighted = design / times[:, None] * share[:, None]
     # Columns of like size, for the solver's sake.
     scale = np.sqrt((weighted**2).sum(axis=0))
     columns = [int(column) for column in np.flatnonzero(scale)]
     best, best_loss = np.zeros(design.shape[1]), np.inf
     for size in range(len(columns), 0, -1):
         for chosen in (list(each) for each in combinations(columns, size)):
-            found = np.linalg.lstsq(weighted[:, chosen] / scale[chosen], np.ones(len(times)), rcond=None)[0]
-            loss = float(((weighted[:, chosen] / scale[chosen] @ found - 1) ** 2).sum())
+            found = np.linalg.lstsq(weighted[:, chosen] / scale[chosen], share, rcond=None)[0]
+            loss = float(((weighted[:, chosen] / scale[chosen] @ found - share) ** 2).sum())
             # A tie goes to the model with more terms, which came first.
             if (found >= 0).all() and loss < best_loss * (1 - 1e-12):
                 best, best_loss = np.zeros(design.shape[1]), loss
@@ -155,5 +174,5 @@ def expert_call_model(rows: npt.ArrayLike, times: npt.ArrayLike) -> tuple[float,
         return None
     # Thousands of calls say no more than an even sample of them.
     step = max(1, len(y) // _MAX_FITTED)
-    fitted = _non_negative(np.stack([np.ones(len(y)), x], axis=1)[::step], y[::step])
+    fitted = _non_negative(*_typical(np.stack([np.ones(len(y)), x], axis=1)[::step], y[::step]))
     return float(fitted[0]), float(fitted[1])

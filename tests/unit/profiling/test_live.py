@@ -62,7 +62,7 @@ def test_points_come_every_few_seconds_and_a_bottleneck_that_is_gone_is_taken_ba
     seconds.now += 5
     assert live.points() == [], "nothing ran"
 
-    for expert in model.layers[1]["mlp"].experts:  # type: ignore[index, union-attr]
+    for expert in model.layers[1]["mlp"].experts:  # type: ignore[index]
         expert.call_ns, expert.row_ns = 500, 10
     run(300)
     seconds.now += 5

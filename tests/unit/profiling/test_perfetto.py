@@ -21,8 +21,8 @@ _METADATA = {"process_name", "process_labels", "process_sort_index", "thread_nam
 def problems_of(document: Any) -> list[str]:
     """Return what the Trace Event Format does not allow, or viewers drop.
 
-    Source: "Trace Event Format", docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU:
-    object form with traceEvents; ph X needs ts and dur; events of one thread nest; C has numbers as args; M names processes and threads.
+    Source: "Trace Event Format", docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU: an object
+    with traceEvents; ph X needs ts and dur; events of one thread nest; C has numbers as args; M names things.
     """
     if not isinstance(document, dict) or not isinstance(document.get("traceEvents"), list):
         return ["no object with a list traceEvents"]

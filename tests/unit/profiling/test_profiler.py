@@ -313,7 +313,7 @@ def test_a_profiler_that_was_lost_takes_its_hooks_along() -> None:
 
 def test_a_compiled_model_is_refused_with_words() -> None:
     model = tiny_moe.build("olmoe")
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     with pytest.raises(ModelNotSupportedError, match="is compiled"):
         MoEDebugger(compiled, profiling=True)
     model.model.layers[1].mlp.compile(backend="eager")
@@ -330,7 +330,7 @@ def test_code_that_is_compiled_later_runs_without_a_break_and_is_not_measured(at
     gate = model.layers[0]["mlp"].gate  # type: ignore[index]
     with torch.no_grad():
         expected = model(ids)
-        compiled = torch.compile(gate, backend="eager", fullgraph=True)
+        compiled: Any = torch.compile(gate, backend="eager", fullgraph=True)
         compiled(torch.randn(3, 16))
         assert torch.equal(model(ids), expected)
     assert not profiler.notes
