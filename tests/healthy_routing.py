@@ -10,14 +10,25 @@ largest are the experts: k draws without replacement from the softmax of the pre
     demo        whole requests drawn again and again from a pool that went through the shipped model.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Healthy", "demo_pool", "documents", "healthy_conditions", "iid", "resampled", "skewed", "sticky"]
+__all__ = [
+    "Healthy",
+    "demo_pool",
+    "documents",
+    "healthy_conditions",
+    "iid",
+    "in_steps",
+    "resampled",
+    "skewed",
+    "sticky",
+]
 
 Columns = dict[str, Any]
 _Floats = npt.NDArray[np.float64]
@@ -31,7 +42,7 @@ class Healthy:
     name: str
     num_experts: int
     top_k: int
-    draw: Any
+    draw: Callable[[np.random.Generator], Columns]
 
     def __call__(self, seed: int) -> Columns:
         return self.draw(np.random.default_rng(seed))
@@ -57,13 +68,13 @@ def iid(rng: np.random.Generator, *, num_experts: int, top_k: int, num_tokens: i
 
 
 @cache
-def topic_strength(num_experts: int, top_k: int, length: int, design_effect: float, skew: float) -> float:
+def topic_strength(num_experts: int, top_k: int, length: int, design_effect: float) -> float:
     """Return the standard deviation of documents' preferences that gives a design effect, by bisection."""
     low, high = 0.0, 4.0
     for _ in range(12):
         middle = (low + high) / 2
         rng = np.random.default_rng(0)
-        rows = documents(rng, num_experts, top_k, 400, length, strength=middle, skew=skew, num_layers=1)
+        rows = documents(rng, num_experts, top_k, 400, length, strength=middle, num_layers=1)
         counts = np.zeros((400, num_experts))
         np.add.at(counts, (np.repeat(np.arange(400), length * top_k), rows["expert_ids"].ravel()), 1)
         share = counts.sum(0) / counts.sum()
@@ -82,42 +93,62 @@ def documents(
     length: int,
     *,
     strength: float,
-    skew: float = 0.0,
+    is_skewed: bool = False,
     num_layers: int = NUM_LAYERS,
 ) -> Columns:
     """Return documents with a topic each, over a preference that all share."""
     request = np.repeat(np.arange(num_documents), length)
     layers = []
     for layer in range(num_layers):
-        fixed = inside_the_floors(num_experts, top_k, skew, layer) if skew else np.zeros(num_experts)
+        fixed = inside_the_floors(num_experts, top_k, layer, strength) if is_skewed else np.zeros(num_experts)
         topics = rng.normal(0, strength, (num_documents, num_experts)) if strength else np.zeros((1, num_experts))
         preference = fixed + topics[request if strength else np.zeros_like(request)]
         layers.append(_top_k(preference + rng.gumbel(size=preference.shape), top_k))
     return _decisions(layers, request)
 
 
+# The long-run shares of a skewed preference, in multiples of the fair share: inside 0.2..3, and near its ends.
+HOTTEST, COLDEST = 2.85, 0.22
+
+
 @cache
-def _inside(num_experts: int, top_k: int, skew: float, seed: int) -> tuple[float, ...]:
-    """Return a log-normal preference whose long-run shares lie in 0.25..2.6 of the fair share, by redrawing."""
-    rng = np.random.default_rng(1000 + seed)
-    for _ in range(200):
-        preference = rng.normal(0, skew, num_experts)
-        ids = _top_k(preference + rng.gumbel(size=(40_000, num_experts)), top_k)
-        ratio = np.bincount(ids.ravel(), minlength=num_experts) * num_experts / ids.size
-        if ratio.min() > 0.25 and ratio.max() < 2.6:
-            return tuple(preference.tolist())
-        skew *= 0.97
-    raise AssertionError("no preference inside the floors was found")
+def _inside(num_experts: int, top_k: int, seed: int, strength: float) -> tuple[float, ...]:
+    """Return a log-normal preference, cut where experts would be cold, whose hottest expert is near the floor."""
+    normal = np.random.default_rng(1000 + seed).normal(0, 1, num_experts)
+    rng = np.random.default_rng(7)
+    noise = rng.gumbel(size=(12_000, num_experts)) + rng.normal(0, strength, (12_000, num_experts))
+
+    def ratios(preference: _Floats) -> _Floats:
+        ids = _top_k(preference + noise, top_k)
+        return np.bincount(ids.ravel(), minlength=num_experts) * num_experts / ids.size
+
+    low, high, preference = 0.0, 3.0 + 2 * strength, normal
+    for _ in range(9):
+        scale = (low + high) / 2
+        preference = scale * normal
+        for _ in range(10):
+            too_cold = ratios(preference) < COLDEST
+            if not too_cold.any():
+                break
+            preference = preference + np.where(too_cold, 0.1 * scale, 0.0)
+        low, high = (scale, high) if ratios(preference).max() < HOTTEST else (low, scale)
+    return tuple(preference.tolist())
 
 
-def inside_the_floors(num_experts: int, top_k: int, skew: float, seed: int) -> _Floats:
-    """Return a fixed log-normal preference, [E], that is skewed but neither hot nor cold."""
-    return np.array(_inside(num_experts, top_k, skew, seed))
+def inside_the_floors(num_experts: int, top_k: int, seed: int, strength: float) -> _Floats:
+    """Return a fixed log-normal preference, [E], that is skewed but neither hot nor cold, with topics of a strength."""
+    return np.array(_inside(num_experts, top_k, seed, strength))
 
 
-def skewed(rng: np.random.Generator, *, num_experts: int, top_k: int, num_tokens: int, skew: float = 0.6) -> Columns:
+def skewed(rng: np.random.Generator, *, num_experts: int, top_k: int, num_tokens: int) -> Columns:
     """Return independent tokens of a router with natural skew."""
-    return documents(rng, num_experts, top_k, max(1, num_tokens // 64), 64, strength=0.0, skew=skew)
+    return documents(rng, num_experts, top_k, max(1, num_tokens // 64), 64, strength=0.0, is_skewed=True)
+
+
+def in_steps(rows: Columns, per_step: int) -> Columns:
+    """Return the rows with `per_step` requests in each step."""
+    _, request = np.unique(rows["request_id"], return_inverse=True)
+    return {**rows, "step": request // per_step}
 
 
 def sticky(
@@ -153,7 +184,9 @@ def demo_pool(num_requests: int = 48, length: int = 96) -> dict[str, npt.NDArray
         texts = torch.tensor([list(corpus.window(kind, length, rng)) for _ in range(num_requests)])
         with MoEDebugger(model, level="routes") as debugger, torch.no_grad():
             model(input_ids=texts)
-            rows = debugger.session.decisions()
+            session = debugger.session
+            assert session is not None
+            rows = session.decisions()
         num_layers = int(rows.layer_index.max()) + 1
         # A forward's rows stand layer by layer, and in a layer as the tokens stand in the batch.
         ids = rows.expert_ids.reshape(num_layers, num_requests, length, -1)
@@ -172,52 +205,41 @@ def resampled(rng: np.random.Generator, *, num_requests: int, kind: str | None =
     return _decisions(layers, np.repeat(np.arange(num_requests), length))
 
 
+def _iid_conditions() -> Iterator[Healthy]:
+    for e, k in ((8, 2), (64, 8), (256, 8)):
+        for n in (16, 256, 4096):
+            yield Healthy(f"iid {e}/{k}, {n} tokens", e, k, partial(iid, num_experts=e, top_k=k, num_tokens=n))
+
+
+def _document_conditions(e: int, k: int) -> Iterator[Healthy]:
+    for effect in (4.0, 10.0, 25.0):
+        for is_skewed in (False, True):
+
+            def draw(rng: np.random.Generator, effect: float = effect, is_skewed: bool = is_skewed) -> Columns:
+                strength = topic_strength(e, k, 64, effect)
+                # Few documents and many layers: where a wrong variance shows.
+                return documents(rng, e, k, 20, 64, strength=strength, is_skewed=is_skewed, num_layers=8)
+
+            name = f"documents {e}/{k}, design effect {effect:.0f}" + (", skewed to the floors" if is_skewed else "")
+            yield Healthy(name, e, k, draw)
+
+
 def healthy_conditions() -> list[Healthy]:
     """Return all conditions of the stated rate."""
-    conditions = []
-    for experts, top_k in ((8, 2), (64, 8), (256, 8)):
-        for num_tokens in (16, 256, 4096):
-            conditions.append(
-                Healthy(
-                    f"iid {experts}/{top_k}, {num_tokens} tokens",
-                    experts,
-                    top_k,
-                    lambda rng, e=experts, k=top_k, n=num_tokens: iid(rng, num_experts=e, top_k=k, num_tokens=n),
-                )
-            )
-    for experts, top_k in ((8, 2), (64, 8)):
-        for effect in (4.0, 10.0):
-            for skew in (0.0, 0.6):
+    conditions = list(_iid_conditions())
+    for e, k in ((8, 2), (64, 8)):
+        conditions += _document_conditions(e, k)
+        draw = partial(sticky, num_experts=e, top_k=k, num_requests=32, length=128, stay=0.9)
+        conditions.append(Healthy(f"sticky {e}/{k}, stays with 0.9", e, k, draw))
+        draw = partial(skewed, num_experts=e, top_k=k, num_tokens=4096)
+        conditions.append(Healthy(f"independent {e}/{k}, skewed to the floors", e, k, draw))
 
-                def draw(
-                    rng: np.random.Generator, e: int = experts, k: int = top_k, d: float = effect, s: float = skew
-                ) -> Columns:
-                    strength = topic_strength(e, k, 64, d, s)
-                    return documents(rng, e, k, 40, 64, strength=strength, skew=s)
+    def stepwise(rng: np.random.Generator) -> Columns:
+        strength = topic_strength(8, 2, 16, 4.0)
+        return in_steps(documents(rng, 8, 2, 800, 16, strength=strength, num_layers=1), 4)
 
-                name = f"documents {experts}/{top_k}, design effect {effect:.0f}" + (", skewed" if skew else "")
-                conditions.append(Healthy(name, experts, top_k, draw))
-        conditions.append(
-            Healthy(
-                f"sticky {experts}/{top_k}, 0.9",
-                experts,
-                top_k,
-                lambda rng, e=experts, k=top_k: sticky(
-                    rng, num_experts=e, top_k=k, num_requests=32, length=128, stay=0.9
-                ),
-            )
-        )
-        conditions.append(
-            Healthy(
-                f"log-normal skew {experts}/{top_k}",
-                experts,
-                top_k,
-                lambda rng, e=experts, k=top_k: skewed(rng, num_experts=e, top_k=k, num_tokens=4096),
-            )
-        )
-    conditions.append(Healthy("demo model, mixed", 8, 2, lambda rng: resampled(rng, num_requests=40)))
+    conditions.append(Healthy("documents 8/2, design effect 4, 200 steps of four", 8, 2, stepwise))
+    conditions.append(Healthy("demo model, mixed", 8, 2, partial(resampled, num_requests=40)))
     for kind in ("code", "prose", "numbers", "structured"):
-        conditions.append(
-            Healthy(f"demo model, {kind}", 8, 2, lambda rng, of=kind: resampled(rng, num_requests=40, kind=of))
-        )
+        conditions.append(Healthy(f"demo model, {kind}", 8, 2, partial(resampled, num_requests=40, kind=kind)))
     return conditions
