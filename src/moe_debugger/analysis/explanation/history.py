@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis.explanation.change_points import Change, find_change
 from moe_debugger.analysis.findings import Finding, FindingKind
 from moe_debugger.analysis.state import LayerState, RoutingState
 from moe_debugger.errors import InvalidInputError
@@ -101,6 +102,15 @@ class LayerHistory:
         """[n, E] float64, each expert's share over the fair share 1/E."""
         ratio: Floats = self.counts * self.num_experts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
         return ratio
+
+    @cached_property
+    def fall(self) -> tuple[Change | None, int]:
+        """The best fall of ln(effective experts), in buckets after the second value, the first that was looked at.
+
+        Kept, because the findings of all layers ask for it.
+        """
+        start = self.settled_from()
+        return find_change(np.log(self.effective_experts[start:]), direction=-1), start
 
     def bucket_end(self, bucket: int) -> int:
         """Return the last step of a bucket."""

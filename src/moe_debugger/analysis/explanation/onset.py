@@ -99,8 +99,7 @@ def _signal(finding: Finding, history: LayerHistory, *, is_own_layer: bool) -> t
 def _change(finding: Finding, history: LayerHistory, *, is_own_layer: bool) -> tuple[Change | None, int]:
     """Return the best change of a layer's signal, and the first bucket that was looked at."""
     metric, values, direction = _signal(finding, history, is_own_layer=is_own_layer)
-    start = history.settled_from() if metric == "effective_experts" else 0
-    return find_change(values[start:], direction=direction), start
+    return history.fall if metric == "effective_experts" else (find_change(values, direction=direction), 0)
 
 
 def _onset(

@@ -90,12 +90,16 @@ class Setting:
         A warm-up or a schedule grows by less from one value to the next.
         """
         steps, values = self.finite()
-        found = []
-        for at in range(_MIN_BEFORE, len(values)):
-            window = values[max(0, at - _LEVEL_VALUES) : at]
-            if window.max() > 0 and values[at] >= factor * window.max():
-                found.append(Jump(int(steps[at]), float(np.median(window)), float(values[at])))
-        return found
+        if len(values) <= _MIN_BEFORE:
+            return []
+        padded = np.r_[np.full(_LEVEL_VALUES, -np.inf), values[:-1]]
+        largest = np.lib.stride_tricks.sliding_window_view(padded, _LEVEL_VALUES).max(axis=1)
+        is_spike = (largest > 0) & (values >= factor * largest)
+        is_spike[:_MIN_BEFORE] = False
+        return [
+            Jump(int(steps[at]), float(np.median(values[max(0, at - _LEVEL_VALUES) : at])), float(values[at]))
+            for at in np.flatnonzero(is_spike).tolist()
+        ]
 
 
 class ObservedSettings:
