@@ -20,7 +20,7 @@ _MIN_RECENT_POINTS = 10
 # Draws of each step's loads that give the maximum expected of chance.
 _NUM_DRAWS = 20
 # Steps are uneven by themselves, not by the requests in them, where they differ this much more than requests do.
-_MIN_STEP_EFFECT = 2.0
+_MIN_STEP_EFFECT = 1.5
 
 _Floats = npt.NDArray[np.float64]
 
@@ -72,7 +72,7 @@ def step_imbalance(look: Look, layer_index: int) -> list[Finding]:
                 ),
                 EvidenceRow("max_over_mean", long_run, sample_size=layer.num_tokens),
                 EvidenceRow(
-                    "design_effect_steps", of_steps, f"> {_MIN_STEP_EFFECT:.0f} x requests'", of_requests, len(table)
+                    "design_effect_steps", of_steps, f"> {_MIN_STEP_EFFECT:g} x requests'", of_requests, len(table)
                 ),
             ),
             statistic=lower,
