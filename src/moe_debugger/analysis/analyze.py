@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis._row_runs import RowsOf, rows_of_each
 from moe_debugger.analysis.early_warning import WarningReport
 from moe_debugger.analysis.findings import Finding, Severity, Thresholds
 from moe_debugger.analysis.metrics import LayerMetrics
@@ -220,8 +221,8 @@ def fold_decisions(
     layer_index, columns = _checked(decisions)
     n = len(layer_index)
     ids = np.asarray(columns.pop("expert_ids"))
-    ids = ids.reshape(n, -1).astype(np.int32) if n else np.empty((0, 1), np.int32)
-    present = np.unique(layer_index).tolist()
+    ids = ids.reshape(n, -1).astype(np.int32, copy=False) if n else np.empty((0, 1), np.int32)
+    rows_of_layer = rows_of_each(layer_index)
     shapes = [
         LayerShape(
             i,
@@ -229,20 +230,20 @@ def fold_decisions(
             _of_layer(top_k, i, "top_k"),
             _of_layer(num_identity_experts, i, "num_identity_experts"),
         )
-        for i in present
+        for i in rows_of_layer
     ]
     state = RoutingState.empty(shapes)
     requests, request_index = _requests(columns.pop("request_id", None), n)
     workloads = _workload_classes(columns.pop("workload", None), n)
     phase_tokens, token_classes = state.phase_tokens, state.token_classes
     for shape in shapes:
-        rows = np.flatnonzero(layer_index == shape.layer_index)
+        rows = rows_of_layer[shape.layer_index]
         part = _layer_columns(shape, rows, ids, columns, requests, request_index)
         # A row here is one token at one layer, so every layer repeats its tokens: they count once.
         state.phase_tokens, state.token_classes = np.zeros_like(phase_tokens), np.zeros_like(token_classes)
         state.fold(part)
         if workloads is not None:
-            mine = workloads[rows][~part.is_padding]
+            mine = rows.of(workloads)[~part.is_padding]
             tokens = np.bincount(mine, minlength=NUM_WORKLOAD_CLASSES).astype(np.uint64)
             state.workload_tokens = np.maximum(state.workload_tokens, tokens)
         phase_tokens = np.maximum(phase_tokens, state.phase_tokens)
@@ -255,7 +256,7 @@ def _checked(decisions: Mapping[str, Any]) -> tuple[npt.NDArray[np.int64], dict[
     missing = [name for name in ("layer_index", "expert_ids") if name not in decisions]
     if missing:
         raise InvalidInputError(f"decisions has no column {missing}; it has {sorted(decisions)}")
-    layer_index = np.asarray(decisions["layer_index"]).astype(np.int64)
+    layer_index = np.asarray(decisions["layer_index"]).astype(np.int64, copy=False)
     columns = {name: column for name, column in decisions.items() if column is not None and name in _USED}
     wrong = {name: len(column) for name, column in columns.items() if len(column) != len(layer_index)}
     if wrong:
@@ -322,26 +323,30 @@ def _requests(request_id: Any, num_rows: int) -> tuple[list[str] | None, npt.NDA
 
 def _layer_columns(
     shape: LayerShape,
-    rows: npt.NDArray[np.intp],
+    rows: RowsOf,
     ids: npt.NDArray[np.int32],
     columns: Mapping[str, Any],
     requests: list[str] | None,
     request_index: npt.NDArray[np.uint32],
 ) -> RoutingColumns:
     n, k = len(rows), shape.top_k
-    ids = ids[rows]
+    ids = rows.of(ids)
     if ids.shape[1] < k or (ids[:, k:] >= 0).any():
         raise InvalidInputError(
             f"layer {shape.layer_index}: expert_ids has {ids.shape[1]} columns, expected top_k = {k}"
         )
     if requests is None:
-        steps = np.asarray(columns["step"])[rows] if "step" in columns else None
+        steps = rows.of(np.asarray(columns["step"])) if "step" in columns else None
         blocks = _neighbours(n, steps)
         names, index = [f"rows {block}" for block in range(int(blocks.max(initial=-1)) + 1)], blocks.astype(np.uint32)
     else:
-        names, index = requests, request_index[rows]
+        names, index = requests, rows.of(request_index)
+
+    def column_of(name: str) -> npt.NDArray[Any]:
+        return rows.of(np.asarray(columns[name]))
+
     row_values: dict[str, Any] = {
-        name: np.asarray(columns[name])[rows].astype(dtype) if name in columns else np.full(n, default, dtype)
+        name: column_of(name).astype(dtype, copy=False) if name in columns else np.full(n, default, dtype)
         for name, (dtype, default) in _ROW_COLUMNS.items()
     }
     layer = LayerColumns(
@@ -352,15 +357,15 @@ def _layer_columns(
     )
     for name, dtype in _LAYER_COLUMNS.items():
         if name in columns:
-            values = np.asarray(columns[name])[rows].astype(dtype)
+            values = column_of(name).astype(dtype, copy=False)
             setattr(layer, name, np.ascontiguousarray(values[:, :k]) if values.ndim == 2 else values)
-    position = np.asarray(columns["position"])[rows] if "position" in columns else _running_index(index)
-    token_id = np.asarray(columns["token_id"])[rows].astype(np.uint32) if "token_id" in columns else None
+    position = column_of("position") if "position" in columns else _running_index(index)
+    token_id = column_of("token_id").astype(np.uint32, copy=False) if "token_id" in columns else None
     return RoutingColumns(
         **row_values,
         request_ids=names,
         request_index=index,
-        position=position.astype(np.uint32),
+        position=position.astype(np.uint32, copy=False),
         token_id=token_id,
         layers=[layer],
     )

@@ -32,6 +32,7 @@ from typing import Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis._row_runs import distinct, load_of_runs, run_starts, sums_by_group
 from moe_debugger.analysis.sketch import NUM_REGISTERS, combine, distinct_estimate, hash_strings, mix, observe
 from moe_debugger.analysis.step_loads import LoadSeries, StepSample
 from moe_debugger.analysis.token_sample import TokenSample
@@ -372,7 +373,7 @@ class RoutingState:
             self._check(layer, columns.num_tokens)
         hashes, known = _blocks(columns)
         valid = ~columns.is_padding
-        observe(self.request_registers, np.unique(hashes[valid & known]))
+        observe(self.request_registers, distinct(hashes[valid & known]))
         phases = np.minimum(columns.phase[valid], NUM_PHASES - 1)
         self.phase_tokens += np.bincount(phases, minlength=NUM_PHASES).astype(np.uint64)
         if columns.token_id is not None:
@@ -545,7 +546,7 @@ class _Batch:
     Attributes:
         blocks: [n] uint64, hash of what the row's block is made of: its request.
         known: [n] bool, whether that is known.
-        stretches: [n] uint64, hash of the row's request and stretch of positions.
+        stretches: [n] uint64, number of the row's stretch of positions within its request.
         keys: [n] uint64, hash of the token itself.
     """
 
@@ -559,7 +560,7 @@ class _Batch:
     @classmethod
     def of(cls, columns: RoutingColumns, hashes: _U64, known: npt.NDArray[np.bool_], step_source: int) -> "_Batch":
         position = columns.position.astype(np.uint64)
-        stretches = mix(hashes + position // np.uint64(POSITIONS_PER_BLOCK))
+        stretches = position // np.uint64(POSITIONS_PER_BLOCK)
         return cls(columns, hashes, known, stretches, mix(hashes ^ mix(position)), step_source)
 
 
@@ -582,15 +583,9 @@ def _fold_layer(state: LayerState, layer: LayerColumns, batch: _Batch) -> None:
     state.num_skipped_slots += slots.num_skipped
     state.num_identity_slots += slots.num_identity
     state.num_unused_slots += slots.num_unused
-    known = batch.known[rows][valid]
-    counts = _fold_blocks(state.block_counts, ids, slots.is_load, batch.blocks[rows][valid], known, state.block_tokens)
-    state.counts += counts
-    if state.position_counts is not None:
-        _fold_blocks(state.position_counts, ids, slots.is_load, batch.stretches[rows][valid], known)
-    if state.load_series is not None:
-        state.load_series.fold(steps, ids, slots.is_load, batch.step_source)
-    if state.step_sample is not None:
-        state.step_sample.fold(steps, ids, slots.is_load, batch.step_source)
+    is_load = None if slots.num_load == slots.is_load.size else slots.is_load
+    known, blocks = batch.known[rows][valid], batch.blocks[rows][valid]
+    _fold_load(state, ids, is_load, steps, blocks, batch.stretches[rows][valid], known, batch.step_source)
     if state.token_sample is not None:
         state.token_sample.fold(batch.keys[rows][valid], ids, slots.is_load)
     for name, total in (
@@ -608,25 +603,78 @@ def _fold_layer(state: LayerState, layer: LayerColumns, batch: _Batch) -> None:
     _fold_content(state, layer, ids, valid, columns, rows)
 
 
-def _fold_blocks(
-    table: _U64,
+def _fold_load(
+    state: LayerState,
     ids: npt.NDArray[np.int32],
-    is_load: npt.NDArray[np.bool_],
-    hashes: _U64,
+    is_load: npt.NDArray[np.bool_] | None,
+    steps: _U64,
+    blocks: _U64,
+    stretches: _U64,
     known: npt.NDArray[np.bool_],
-    num_tokens: _U64 | None = None,
-) -> _U64:
-    """Add the rows of each block to `table` ([B, E]), and their number to `num_tokens`; return all rows' counts [E]."""
-    num, experts = table.shape
-    # Rows of unknown requests go to one more block, which is dropped after counting.
-    block = np.where(known, (hashes >> np.uint64(32)) % np.uint64(num), np.uint64(num)).astype(np.intp)
-    cells = (block[:, None] * experts + ids)[is_load]
-    sums = np.bincount(cells, minlength=(num + 1) * experts).astype(np.uint64).reshape(num + 1, experts)
-    table += sums[:num]
-    if num_tokens is not None:
-        num_tokens += np.bincount(block, minlength=num + 1)[:num].astype(np.uint64)
-    total: _U64 = sums.sum(axis=0)
-    return total
+    step_source: int,
+) -> None:
+    """Add the load of valid rows to every table of the layer; `is_load` None = all slots."""
+    starts = run_starts(blocks, stretches, steps, known)
+    if len(starts) * state.shape.num_experts > 2 * ids.size:
+        _fold_load_by_row(state, ids, is_load, steps, blocks, stretches, known, step_source)
+        return
+    # Long runs, as texts that are read in one go have them: each slot is looked at once for all tables.
+    table = load_of_runs(ids, is_load, starts, state.shape.num_experts)
+    tokens = np.diff(starts, append=len(ids)).astype(np.uint64)
+    steps, blocks, stretches, known = steps[starts], blocks[starts], stretches[starts], known[starts]
+    if state.position_counts is not None:
+        num = len(state.position_counts)
+        block = _block_numbers(mix(blocks + stretches), known, num)
+        state.position_counts += sums_by_group(table, block, num + 1)[:num]
+    # What is left does not ask for positions, so whole requests are runs.
+    starts = run_starts(blocks, steps, known)
+    table, tokens = np.add.reduceat(table, starts, axis=0), np.add.reduceat(tokens, starts)
+    num, block = len(state.block_tokens), _block_numbers(blocks[starts], known[starts], len(state.block_tokens))
+    state.counts += table.sum(axis=0)
+    state.block_counts += sums_by_group(table, block, num + 1)[:num]
+    state.block_tokens += sums_by_group(tokens, block, num + 1)[:num]
+    if state.load_series is not None:
+        state.load_series.fold_runs(steps[starts], table, tokens, step_source)
+    if state.step_sample is not None:
+        state.step_sample.fold_runs(steps[starts], table, tokens, step_source)
+
+
+def _fold_load_by_row(
+    state: LayerState,
+    ids: npt.NDArray[np.int32],
+    is_load: npt.NDArray[np.bool_] | None,
+    steps: _U64,
+    blocks: _U64,
+    stretches: _U64,
+    known: npt.NDArray[np.bool_],
+    step_source: int,
+) -> None:
+    """The same for rows of which no two neighbours agree, as in decoding."""
+    experts = state.shape.num_experts
+    every = np.ones(ids.shape, np.bool_) if is_load is None else is_load
+
+    def sums(block: npt.NDArray[np.intp], num: int) -> _U64:
+        cells = block[:, None] * experts + ids
+        flat = cells.ravel() if is_load is None else cells[is_load]
+        return np.bincount(flat, minlength=(num + 1) * experts).astype(np.uint64).reshape(num + 1, experts)
+
+    num, block = len(state.block_tokens), _block_numbers(blocks, known, len(state.block_tokens))
+    table = sums(block, num)
+    state.counts += table.sum(axis=0)
+    state.block_counts += table[:num]
+    state.block_tokens += np.bincount(block, minlength=num + 1)[:num].astype(np.uint64)
+    if state.position_counts is not None:
+        num = len(state.position_counts)
+        state.position_counts += sums(_block_numbers(mix(blocks + stretches), known, num), num)[:num]
+    if state.load_series is not None:
+        state.load_series.fold(steps, ids, every, step_source)
+    if state.step_sample is not None:
+        state.step_sample.fold(steps, ids, every, step_source)
+
+
+def _block_numbers(hashes: _U64, known: npt.NDArray[np.bool_], num: int) -> npt.NDArray[np.intp]:
+    """Return each row's block; rows of unknown requests go to one more, which is dropped after counting."""
+    return np.where(known, (hashes >> np.uint64(32)) % np.uint64(num), np.uint64(num)).astype(np.intp)
 
 
 def _fold_content(

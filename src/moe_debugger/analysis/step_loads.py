@@ -20,6 +20,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis._row_runs import distinct, sums_by_group
 from moe_debugger.analysis.sketch import mix
 
 __all__ = ["LoadSeries", "StepSample", "sample_capacity", "series_capacity"]
@@ -128,6 +129,25 @@ class LoadSeries:
         table = np.bincount(cells, minlength=num * experts).astype(np.uint64).reshape(num, experts)
         self._add(np.arange(low, low + num, dtype=np.uint64)[tokens > 0], table[tokens > 0], tokens[tokens > 0])
 
+    def fold_runs(self, steps: _U64, counts: _U64, num_tokens: _U64, source: int = 0) -> None:
+        """Add sums of rows, in place.
+
+        Args:
+            steps: [s], step of each sum, in any order, also several times.
+            counts: [s, E], load.
+            num_tokens: [s], valid rows behind each, at least 1.
+            source: key of the clock that counted the steps; 0 = the global one.
+        """
+        if not len(steps):
+            return
+        first, last = int(steps.min()), int(steps.max())
+        self._widen(first, last, source)
+        low, num = first >> self.shift, (last >> self.shift) - (first >> self.shift) + 1
+        at = ((steps >> np.uint64(self.shift)) - np.uint64(low)).astype(np.intp)
+        tokens = sums_by_group(num_tokens, at, num)
+        used = tokens > 0
+        self._add(np.arange(low, low + num, dtype=np.uint64)[used], sums_by_group(counts, at, num)[used], tokens[used])
+
     def add_sums(self, step: int, counts: _U64, num_tokens: int, source: int = 0) -> None:
         """Add sums of tokens that ended at `step`, in place."""
         if num_tokens:
@@ -215,15 +235,10 @@ class StepSample:
         """Add rows, in place; see `LoadSeries.fold`."""
         if not len(steps):
             return
-        capacity, experts = sample_capacity(self.counts.shape[1]), self.counts.shape[1]
-        seen = steps[:1] if (steps == steps[0]).all() else np.unique(steps)
-        hashes = _step_hashes(seen, source)
-        order = np.argsort(hashes)[:capacity]
-        if len(self.hashes) >= capacity:
-            order = order[hashes[order] <= self.hashes[-1]]
-        if not len(order):
+        experts = self.counts.shape[1]
+        chosen = self._chosen(distinct(steps), source)
+        if not len(chosen):
             return
-        chosen = np.sort(seen[order])
         at = np.minimum(np.searchsorted(chosen, steps), len(chosen) - 1)
         rows = chosen[at] == steps
         if not rows.all():
@@ -232,6 +247,29 @@ class StepSample:
         table = np.bincount(cells, minlength=len(chosen) * experts).astype(np.uint64).reshape(-1, experts)
         tokens = np.bincount(at, minlength=len(chosen)).astype(np.uint64)
         self._add(_step_hashes(chosen, source), chosen, table, tokens)
+
+    def fold_runs(self, steps: _U64, counts: _U64, num_tokens: _U64, source: int = 0) -> None:
+        """Add sums of rows, in place; see `LoadSeries.fold_runs`."""
+        if not len(steps):
+            return
+        chosen = self._chosen(distinct(steps), source)
+        if not len(chosen):
+            return
+        at = np.minimum(np.searchsorted(chosen, steps), len(chosen) - 1)
+        is_mine = chosen[at] == steps
+        if not is_mine.all():
+            at, counts, num_tokens = at[is_mine], counts[is_mine], num_tokens[is_mine]
+        table, tokens = sums_by_group(counts, at, len(chosen)), sums_by_group(num_tokens, at, len(chosen))
+        self._add(_step_hashes(chosen, source), chosen, table, tokens)
+
+    def _chosen(self, seen: _U64, source: int) -> _U64:
+        """Return which of the different steps `seen` may be in the sample, ascending."""
+        capacity = sample_capacity(self.counts.shape[1])
+        hashes = _step_hashes(seen, source)
+        order = np.argsort(hashes)[:capacity]
+        if len(self.hashes) >= capacity:
+            order = order[hashes[order] <= self.hashes[-1]]
+        return np.sort(seen[order])
 
     def add_sums(self, step: int, counts: _U64, num_tokens: int, source: int = 0) -> None:
         """Add sums of tokens of the one step `step`, in place."""
