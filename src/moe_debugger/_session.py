@@ -559,7 +559,7 @@ class Session:
         self._report_lost()
         self._series.poll()
         if self._profiling is not None:
-            self._send_series(self._profiling.points())
+            self._send_points(self._profiling.points())
         health = self._health(is_live=True)
         return Health(
             last_step=self._last_step,
@@ -577,6 +577,10 @@ class Session:
             self._recorder.offer_series(points)
         if self.publisher is not None:
             self.publisher.set_series({p.name: float(p.values[0]) for p in points if p.layer_index == NO_INDEX})
+            self._send_points(points)
+
+    def _send_points(self, points: Sequence[SeriesPoint]) -> None:
+        if self.publisher is not None:
             self.publisher.add_series_points([point.to_message() for point in points])
 
     def _process(self, raws: Sequence[RawForward]) -> None:

@@ -28,12 +28,21 @@ import { useRecordingsPolling } from "./recordings";
 import { PANELS, type Panel, useApp } from "./store";
 import { useSeriesPolling, useTraining } from "./training";
 import { ErrorBoundary } from "./ui/ErrorBoundary";
-import { ConsoleIcon, ExpertsIcon, LogoIcon, SeverityGlyph, TokensIcon, TrainingIcon } from "./ui/icons";
+import {
+  ConsoleIcon,
+  ExpertsIcon,
+  LogoIcon,
+  PerformanceIcon,
+  SeverityGlyph,
+  TokensIcon,
+  TrainingIcon,
+} from "./ui/icons";
 import { Tabs } from "./ui/Tabs";
 import { useLocationSync } from "./url";
 
 // Most sessions have no series: what draws them is loaded with the first look at the panel.
 const TrainingPanel = lazy(() => import("./panels/Training"));
+const PerformancePanel = lazy(() => import("./panels/Performance"));
 
 const PHONE = "(max-width: 720px)";
 
@@ -95,11 +104,13 @@ function FindingBadges() {
   );
 }
 
-/** Training is there where the session has series, and where a link points to it. */
+/** Training and Performance are there where the session has such series, and where a link points to them. */
 function usePanels(): Panel[] {
   const panel = useApp((state) => state.panel);
   const hasSeries = useTraining((state) => state.hasSeries);
-  return PANELS.filter((id) => id !== "training" || hasSeries || panel === "training");
+  const hasProfile = useTraining((state) => state.hasProfile);
+  const isThere = { training: hasSeries, performance: hasProfile };
+  return PANELS.filter((id) => !(id in isThere) || isThere[id as keyof typeof isThere] || panel === id);
 }
 
 const selectPanel = (panel: Panel) => useApp.setState({ panel });
@@ -165,7 +176,13 @@ function PhoneBar() {
   );
 }
 
-const PANEL_ICON = { experts: ExpertsIcon, training: TrainingIcon, console: ConsoleIcon, tokens: TokensIcon };
+const PANEL_ICON = {
+  experts: ExpertsIcon,
+  training: TrainingIcon,
+  performance: PerformanceIcon,
+  console: ConsoleIcon,
+  tokens: TokensIcon,
+};
 
 function PhoneTabs() {
   const { t } = useTranslation();
@@ -219,6 +236,15 @@ function Main({ isPhone }: { isPhone: boolean }) {
       <ErrorBoundary name="training">
         <Suspense fallback={<Loading isFailing={false} />}>
           <TrainingPanel />
+        </Suspense>
+      </ErrorBoundary>
+    );
+  }
+  if (panel === "performance" && sessionId) {
+    return (
+      <ErrorBoundary name="performance">
+        <Suspense fallback={<Loading isFailing={false} />}>
+          <PerformancePanel />
         </Suspense>
       </ErrorBoundary>
     );

@@ -12,12 +12,12 @@ import { type Finding, type Session, SessionState } from "./gen/moe_debugger/v1/
 import { LiveModel, type Pace, type Picture, throttle } from "./live";
 import { type Connection, WatchConnection } from "./rpc/watch";
 
-export type Panel = "experts" | "training" | "console" | "tokens";
+export type Panel = "experts" | "training" | "performance" | "console" | "tokens";
 export type Mode = "whole" | "recent";
 export type ThemeChoice = "system" | "dark" | "light";
 export type SidebarTab = "diagnosis" | "layer" | "capture";
 
-export const PANELS: Panel[] = ["experts", "training", "console", "tokens"];
+export const PANELS: Panel[] = ["experts", "training", "performance", "console", "tokens"];
 const REACT_INTERVAL_MS = 200;
 const MAX_COMPONENT_EVENTS = 50;
 

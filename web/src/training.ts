@@ -4,6 +4,7 @@ import { useEffect } from "react";
 import { create } from "zustand";
 import { useServices } from "./context";
 import { SessionState } from "./gen/moe_debugger/v1/session_pb";
+import { PROFILE_PREFIX } from "./model/performance";
 import { decodeSeries, type SeriesLine } from "./model/series";
 import { type App, useApp } from "./store";
 
@@ -16,8 +17,10 @@ interface TrainingState {
   maxPoints: number;
   numNotKept: number;
   error: string | null;
-  /** Whether the session has any series; null = not known yet. */
+  /** Whether the session has any series of a training; null = not known yet. */
   hasSeries: boolean | null;
+  /** Whether it sends times of its layers, which have a panel of their own. */
+  hasProfile: boolean;
   /** Lines with a value for each expert; asked for only while they are shown. */
   expertLines: SeriesLine[] | null;
   expertError: string | null;
@@ -36,6 +39,7 @@ const FRESH = {
   numNotKept: 0,
   error: null,
   hasSeries: null,
+  hasProfile: false,
   expertLines: null,
   expertError: null,
   cursor: null,
@@ -96,15 +100,17 @@ function every(isOnce: boolean, ms: number, action: () => Promise<void>): Return
 
 /** Looks whether there are series, so that the panel can be offered. */
 async function probe(app: App, signal: AbortSignal): Promise<void> {
-  const { sessionId, hasSeries } = useTraining.getState();
-  if (hasSeries) return;
+  const { sessionId, hasSeries, hasProfile } = useTraining.getState();
+  if (hasSeries && hasProfile) return;
   try {
     const { series } = await app.client.getSeries({ sessionId, maxPoints: 1 }, { signal });
-    useTraining.setState({ hasSeries: series.length > 0 });
+    useTraining.setState({ hasSeries: series.some(isOfTraining), hasProfile: !series.every(isOfTraining) });
   } catch {
     // The panel says what is wrong once it is open.
   }
 }
+
+const isOfTraining = ({ name }: { name: string }): boolean => !name.startsWith(PROFILE_PREFIX);
 
 async function load(app: App, signal: AbortSignal): Promise<void> {
   const { sessionId, lines } = useTraining.getState();
@@ -117,10 +123,11 @@ async function load(app: App, signal: AbortSignal): Promise<void> {
       answer = await app.client.getSeries({ sessionId, maxPoints }, { signal });
     }
     useTraining.setState({
-      lines: decodeSeries(answer.series),
+      lines: decodeSeries(answer.series.filter(isOfTraining)),
       maxPoints,
       numNotKept: Number(answer.numPointsNotKept),
-      hasSeries: answer.series.length > 0,
+      hasSeries: answer.series.some(isOfTraining),
+      hasProfile: !answer.series.every(isOfTraining),
       error: null,
     });
   } catch (cause) {

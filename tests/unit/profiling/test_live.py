@@ -80,7 +80,7 @@ def test_a_session_sends_its_profile_with_its_status(monkeypatch: pytest.MonkeyP
         session = debugger.session
         assert session is not None
         sent: list[SeriesPoint] = []
-        monkeypatch.setattr(session, "_send_series", sent.extend)
+        monkeypatch.setattr(session, "_send_points", sent.extend)
         for _ in range(32):
             model(torch.arange(8)[None])
         session.health()

@@ -100,6 +100,11 @@ export const TokensIcon = () => (
   </Icon>
 );
 
+export const PerformanceIcon = () => (
+  <Icon>
+    <path d="M2.5 12.5a5.8 5.8 0 1 1 11 0M8 10.5l3-4" />
+  </Icon>
+);
 export const TrainingIcon = () => (
   <Icon size={20}>
     <path d="M2 2v12h12" />
