@@ -204,12 +204,12 @@ def histories_from_state(state: RoutingState) -> dict[int, LayerHistory]:
 
 
 def _history_of(layer: LayerState) -> LayerHistory | None:
-    series = getattr(layer, "load_series", None)
+    series = layer.load_series
     # Equal step numbers of independent sources mean nothing.
-    if series is None or not len(series.first_steps) or not getattr(series, "has_one_clock", True):
+    if series is None or not len(series.first_steps) or not series.has_one_clock:
         return None
     index = layer.shape.layer_index
-    return LayerHistory(index, series.first_steps, series.counts, series.num_tokens, width=int(series.width))
+    return LayerHistory(index, series.first_steps, series.counts, series.num_tokens, width=series.width)
 
 
 def histories_from_decisions(

@@ -68,7 +68,7 @@ def explain_analysis(
         "is_training": 2 * int(tokens[pb.PHASE_TRAIN]) > int(tokens.sum()) if is_training is None else is_training,
         "top_k": {shape.layer_index: shape.top_k for shape in state.shapes},
         "rows": rows,
-        "step_loads": _step_loads(state),
+        "step_loads": _step_loads(state, rows),
         "placement": placement,
     }
     findings = [
@@ -108,11 +108,42 @@ def _histories_from_rows(rows: Mapping[str, Any], shapes: list[tuple[int, int]])
     return {}
 
 
-def _step_loads(state: RoutingState) -> dict[int, Floats]:
-    """Return the loads of the single steps that each layer kept, in order; of steps that all layers kept."""
+def _step_loads(state: RoutingState, rows: Mapping[str, Any] | None) -> dict[int, Floats]:
+    """Return the loads of single steps of each layer, in order, from where most of them are.
+
+    Rows have every forward; a history of buckets of one step has every step; else there is the sample that the state
+    keeps, of which those count that all layers kept.
+    """
+    found = _sampled_steps(state)
+    for index, layer in state.layers.items():
+        series = layer.load_series
+        has_more = series is not None and len(series.first_steps) > len(found.get(index, ()))
+        if series is not None and series.width == 1 and series.has_one_clock and has_more:
+            found[index] = series.counts.astype(np.float64)
+    if rows is not None and rows.get("forward_index") is not None:
+        shapes = [(one.layer_index, one.num_experts) for one in state.shapes]
+        for index, history in histories_from_decisions(_main_phase(rows), shapes, step_column="forward_index").items():
+            if len(history.raw_counts) > len(found.get(index, ())):
+                found[index] = history.raw_counts
+    return found
+
+
+def _main_phase(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that loads need, of the phase with most forwards: prefill and decode are planned apart."""
+    names = ("layer_index", "expert_ids", "forward_index", "is_padding", "slot_status")
+    columns = {name: np.asarray(rows[name]) for name in names if rows.get(name) is not None}
+    if rows.get("phase") is None:
+        return columns
+    phase = np.asarray(rows["phase"])
+    forwards = {one: len(np.unique(columns["forward_index"][phase == one])) for one in np.unique(phase).tolist()}
+    chosen = phase == max(forwards, key=forwards.__getitem__, default=0)
+    return {name: column[chosen] for name, column in columns.items()}
+
+
+def _sampled_steps(state: RoutingState) -> dict[int, Floats]:
     samples = {}
     for index, layer in state.layers.items():
-        sample = getattr(layer, "step_sample", None)
+        sample = layer.step_sample
         if sample is not None and len(sample.steps):
             samples[index] = sample
     if not samples:
