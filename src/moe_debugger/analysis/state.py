@@ -615,7 +615,8 @@ def _fold_load(
 ) -> None:
     """Add the load of valid rows to every table of the layer; `is_load` None = all slots."""
     starts = run_starts(blocks, stretches, steps, known)
-    if len(starts) * state.shape.num_experts > 2 * ids.size:
+    # A table of runs pays where it is not larger than the slots, and runs are no single rows.
+    if len(starts) * state.shape.num_experts > 2 * ids.size or 4 * len(starts) > len(ids):
         _fold_load_by_row(state, ids, is_load, steps, blocks, stretches, known, step_source)
         return
     # Long runs, as texts that are read in one go have them: each slot is looked at once for all tables.

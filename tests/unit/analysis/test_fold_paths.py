@@ -38,7 +38,12 @@ def rows(num_experts: int, *, num_layers: int = 3) -> dict[str, Any]:
 def test_rows_in_runs_and_shuffled_rows_have_the_same_state(num_experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     row_by_row = []
     slow = state._fold_load_by_row
-    monkeypatch.setattr(state, "_fold_load_by_row", lambda *args: (row_by_row.append(1), slow(*args))[1])
+
+    def watched(*args: Any) -> None:
+        row_by_row.append(1)
+        slow(*args)
+
+    monkeypatch.setattr(state, "_fold_load_by_row", watched)
     columns = rows(num_experts)
     in_runs = fold_decisions(columns, num_experts=num_experts, top_k=2)
     assert not row_by_row
