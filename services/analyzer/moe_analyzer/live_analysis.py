@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from moe_analyzer.aggregate import SourceState
 from moe_analyzer.explaining import Explainer
@@ -22,6 +23,8 @@ from moe_debugger.analysis.token_sample import TokenSample
 from moe_debugger.errors import WireFormatError
 
 __all__ = ["LiveAnalysis"]
+
+_log = structlog.get_logger()
 
 History = dict[int, tuple[LoadSeries, StepSample, TokenSample]]
 
@@ -120,9 +123,10 @@ class LiveAnalysis:
             state |= await self._store.read_state(partition, tenant, session_id, chunk_fields(state[INDEX_FIELD]))
             try:
                 return read_history(state), sum(map(len, state.values()))
-            except WireFormatError:
+            except WireFormatError as error:
                 if attempt == _NUM_READS - 1:
-                    raise
+                    # The window can be judged without it: better that than no picture of the session.
+                    _log.warning("history_unreadable", session_id=session_id, partition=partition, error=str(error))
         return {}, 0
 
 

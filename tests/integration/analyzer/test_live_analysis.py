@@ -120,3 +120,15 @@ async def test_the_same_data_are_analysed_once(training: Training, monkeypatch: 
     monkeypatch.setattr(training._store, "read_state", counted)
     await training._queries.snapshot("default", training._session_id)
     assert all("steps:index" not in fields for *_, fields in calls)
+
+
+async def test_a_session_whose_history_is_damaged_is_shown_without_it(training: Training) -> None:
+    await training.run(30)
+    redis = training._store._redis
+    (key,) = [key for key in await redis.keys("*:state") if await redis.hexists(key, "steps:index")]
+    await redis.hdel(key, "steps:samples")
+    training._queries._analyses._known.clear()
+    snapshot, _ = await training._queries.snapshot("default", training._session_id)
+    assert [layer.num_tokens for layer in snapshot.layers] == [30 * TOKENS] * 2
+    assert not snapshot.early_warning
+    assert snapshot.false_alarms_per_1000_windows > 0
