@@ -25,7 +25,7 @@ import "./performance.css";
 i18n.addResourceBundle("en", "page", words, true, true);
 
 const RATIOS = new Set(["slow_layer", "slow_expert"]);
-const PLOT = { width: 460, height: 260, left: 46, right: 12, top: 10, bottom: 30 };
+const PLOT = { width: 460, height: 260, left: 46, right: 12, top: 10, bottom: 36 };
 const MAX_EXPERT_BARS = 64;
 
 export default function PerformancePanel() {
@@ -309,7 +309,7 @@ function Roofline({ profile }: { profile: Performance }) {
         <circle className="whole" cx={toX(profile.intensity)} cy={toY(profile.gflops)} r={8}>
           <title>{spoken(t("performance.wholeStep"), profile)}</title>
         </circle>
-        <text x={(left + width - right) / 2} y={height - 2} textAnchor="middle">
+        <text x={(left + width - right) / 2} y={height - 5} textAnchor="middle">
           {t("performance.intensity")}
         </text>
         <text x={-(height - bottom) / 2} y={11} transform="rotate(-90)" textAnchor="middle">
