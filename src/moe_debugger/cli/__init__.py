@@ -13,6 +13,7 @@ from moe_debugger.cli.check_adapter import check_adapter
 from moe_debugger.cli.demo import demo
 from moe_debugger.cli.diff import diff
 from moe_debugger.cli.doctor import doctor
+from moe_debugger.cli.plan import plan
 from moe_debugger.cli.profile import profile
 from moe_debugger.cli.query import query
 from moe_debugger.cli.record import record
@@ -47,6 +48,7 @@ app.command()(check_adapter)
 app.command()(query)
 app.command()(report)
 app.command()(diff)
+app.command()(plan)
 
 
 def _print_version(is_asked: bool) -> None:
