@@ -42,20 +42,20 @@ def in_points(values: _Floats, width: int) -> _Floats:
     return points
 
 
-def false_alarms(values: _Floats, width: int, settings: ChartSettings) -> set[int]:
+def false_alarms(values: _Floats, width: int, settings: ChartSettings, layers: int) -> set[int]:
     """Return the series that are warned of."""
     points = in_points(values, width)
     steps = np.arange(len(points), dtype=np.float64) * width
-    result = run_chart(points, steps, np.ones(len(points)), settings)
+    result = run_chart(points, steps, np.ones(len(points)), settings, num_series=layers)
     return {alarm.series for alarm in result.alarms}
 
 
-def live_false_alarms(values: _Floats, settings: ChartSettings) -> set[int]:
+def live_false_alarms(values: _Floats, settings: ChartSettings, layers: int) -> set[int]:
     """Return the series that a live session would have been warned of, in buckets that widen as steps come."""
     found: set[int] = set()
     width = 1
     while True:
-        found |= false_alarms(values[: 512 * width], width, settings)
+        found |= false_alarms(values[: 512 * width], width, settings, layers)
         if 512 * width >= len(values):
             return found
         width *= 2
@@ -73,7 +73,7 @@ def rate_bound(num_alarms: int, num_steps: float) -> float:
 
 def measure(page_steps: float, *, num_steps: int, layers: int, seed: int) -> Iterator[dict[str, object]]:
     """Yield one row for each noise and each view."""
-    settings = ChartSettings(threshold=page_threshold(layers), min_fall=0.0)
+    settings = ChartSettings(min_fall=0.0)
     watched = num_steps - settings.warm_up_steps - settings.baseline_steps
     for phi in (0.0, 0.5, 0.9):
         alarms: dict[str, int] = dict.fromkeys(("1", "2", "4", "live"), 0)
@@ -81,8 +81,8 @@ def measure(page_steps: float, *, num_steps: int, layers: int, seed: int) -> Ite
         while done * watched < page_steps * layers:
             values = ar1(rng, phi, num_steps, _SERIES)
             for width in (1, 2, 4):
-                alarms[str(width)] += len(false_alarms(values, width, settings))
-            alarms["live"] += len(live_false_alarms(values, settings))
+                alarms[str(width)] += len(false_alarms(values, width, settings, layers))
+            alarms["live"] += len(live_false_alarms(values, settings, layers))
             done += _SERIES
         for view, count in alarms.items():
             steps = done * watched / layers

@@ -42,11 +42,19 @@ _MAX_SURPRISE = 0.75
 # makes false alarms eight times rarer (1 / ln 8 = 0.48), so h grows with the logarithm of the number of series.
 _THRESHOLD_FOR_FOUR = 5.7
 _THRESHOLD_SLOPE = 0.48
+# A window of fewer points than this knows less: that is paid for with a higher threshold.
+_FULL_WINDOW = 100
+_FEWER_POINTS = 0.3
 
 
-def page_threshold(num_series: int) -> float:
-    """Return the threshold at which a page of that many series warns falsely once in 100,000 steps at most."""
-    return _THRESHOLD_FOR_FOUR + _THRESHOLD_SLOPE * math.log(max(num_series, 1) / 4)
+def page_threshold(num_series: int, num_points: int = 100) -> float:
+    """Return the threshold at which a page of that many series warns falsely once in 100,000 steps at most.
+
+    Args:
+        num_points: points of the window from which the baseline was learnt.
+    """
+    fewer = _FEWER_POINTS if num_points < _FULL_WINDOW else 0.0
+    return _THRESHOLD_FOR_FOUR + _THRESHOLD_SLOPE * math.log(max(num_series, 1) / 4) + fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +196,7 @@ def run_chart(
         settings: see `ChartSettings`.
         num_series: series on the whole page, where these are only some of them.
     """
-    threshold = page_threshold(num_series or values.shape[1]) if settings.threshold is None else settings.threshold
-    chart = _Chart(values, steps, tokens, settings, threshold)
+    chart = _Chart(values, steps, tokens, settings, num_series or values.shape[1])
     chart.run()
     return chart.result
 
@@ -198,9 +205,10 @@ class _Chart:
     """The chart's walk over the points."""
 
     def __init__(
-        self, values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings, threshold: float
+        self, values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings, num_series: int
     ) -> None:
-        self._threshold = threshold
+        self._num_series = num_series
+        self._threshold = page_threshold(num_series) if settings.threshold is None else settings.threshold
         self._values, self._steps, self._tokens, self._settings = values, steps, tokens, settings
         count = values.shape[1]
         self._statistic = np.zeros(count)
@@ -209,7 +217,7 @@ class _Chart:
         # A fall that is over must not teach its noise: learning goes on with points from here on.
         self._learns_from = np.zeros(count, np.int64)
         self._previous = np.zeros(count)
-        self.result = ChartResult(True, self._statistic, None, threshold)
+        self.result = ChartResult(True, self._statistic, None, self._threshold)
 
     def run(self) -> None:
         """Walk over all points."""
@@ -241,6 +249,8 @@ class _Chart:
             follower += 1
         if len(kept) < points:
             return None
+        if self._settings.threshold is None:
+            self._threshold = self.result.threshold = page_threshold(self._num_series, points)
         noise = self._learn(np.array(kept))
         self.result.noise = noise
         self.result.is_learning = False

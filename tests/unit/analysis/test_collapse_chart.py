@@ -77,6 +77,8 @@ def test_threshold_grows_by_the_logarithm_of_the_layers() -> None:
     assert page_threshold(4) == pytest.approx(5.7)
     assert page_threshold(32) - page_threshold(4) == pytest.approx(0.48 * math.log(8))
     assert chart(noise(0, 200, num_series=32)).threshold == page_threshold(32)
+    # Points of two steps: 50 of them in a window of 100 steps.
+    assert chart(noise(0, 200, num_series=32), width=2).threshold == pytest.approx(page_threshold(32) + 0.3)
 
 
 # --- an independent reference ----------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ def _reference_noise(
 
 
 def reference(
-    values: list[float], steps: list[float], tokens: list[float], s: ChartSettings, h: float
+    values: list[float], steps: list[float], tokens: list[float], s: ChartSettings
 ) -> tuple[list[tuple[int, int, int | None]], float]:
     """Return the alarms (index, since, recovered) and the statistic of one series, one point after the other."""
     start = next(i for i, step in enumerate(steps) if step >= steps[0] + s.warm_up_steps)
@@ -110,6 +112,7 @@ def reference(
             statistics.median(b - a for a, b in zip(steps[start:], steps[start + 1 : start + 25], strict=False)), 1
         )
         points = max(25, math.ceil(s.baseline_steps / spacing))
+        h = 5.7 + 0.48 * math.log(1 / 4) + (0.3 if points < 100 else 0.0)
         if start + points > len(values):
             return alarms, statistic
         usual = statistics.median(tokens[start : start + points])
@@ -201,9 +204,7 @@ def test_chart_agrees_with_the_reference(
     if seed % 3 == 0:
         tokens[len(tokens) // 2 :] = 200.0
     result = run_chart(points[kept], steps, tokens, ChartSettings())
-    alarms, statistic = reference(
-        points[kept][:, 0].tolist(), steps.tolist(), tokens.tolist(), ChartSettings(), page_threshold(1)
-    )
+    alarms, statistic = reference(points[kept][:, 0].tolist(), steps.tolist(), tokens.tolist(), ChartSettings())
     assert [(alarm.index, alarm.since, alarm.recovered) for alarm in result.alarms] == alarms
     assert result.statistic[0] == pytest.approx(statistic, abs=1e-6)
 
