@@ -66,6 +66,16 @@ def derived(subject: str, layers: Sequence[LayerFacts], columns: frozenset[str],
             return _Requests(layers, max_groups)
 
 
+def _whole_or(rows: Array, batch: RowBatch) -> Any:
+    """Return an index of `rows` that copies nothing where they are all rows of the batch."""
+    return slice(None) if len(rows) == len(batch) else rows
+
+
+def _flat(values: Array, is_load: Array) -> Array:
+    """Return the values of the slots that are load, [m]."""
+    return values.reshape(-1) if is_load.all() else values[is_load]
+
+
 class _Shapes:
     """E of each layer by its index, and where its experts stand among all of them."""
 
@@ -76,8 +86,9 @@ class _Shapes:
             self.num_experts[layer.layer_index] = layer.num_experts
         self.first = np.concatenate([[0], np.cumsum(self.num_experts)])
 
-    def load(self, batch: RowBatch, rows: Array) -> tuple[Array, Array, Array]:
+    def load(self, batch: RowBatch, some: Array) -> tuple[Array, Array, Array]:
         """Return the layers [n], the expert ids [n, k] and which slots are load [n, k], of some rows."""
+        rows = _whole_or(some, batch)
         layer = batch.raw["layer_index"][rows]
         ids = batch.raw["expert_ids"][rows]
         is_load = (ids >= 0) & (ids < self.num_experts[layer][:, None])
@@ -99,10 +110,10 @@ class _Experts:
 
     def add(self, batch: RowBatch, rows: Array) -> None:
         layer, ids, is_load = self._shapes.load(batch, rows)
-        cells = (self._shapes.first[layer][:, None] + ids)[is_load]
+        cells = _flat(self._shapes.first[layer][:, None] + ids, is_load)
         self._counts += np.bincount(cells, minlength=len(self._counts))
         if self._weights is not None:
-            weights = batch.raw["gate_weights"][rows][is_load].astype(np.float64)
+            weights = _flat(batch.raw["gate_weights"][_whole_or(rows, batch)], is_load)
             self._weights += np.bincount(cells, weights, minlength=len(self._counts))
 
     def table(self) -> Table:
@@ -115,11 +126,23 @@ class _Experts:
         return expert_table(self._layers, counts, weight_sums=weights)
 
 
+# What the metrics of a layer need; requests, positions and steps are for intervals and histories.
+_FOLDED = frozenset(
+    {
+        "layer_index",
+        "is_padding",
+        "expert_ids",
+        "slot_status",
+        "margin",
+        "router_entropy",
+        "router_logsumexp",
+        "top1_probability",
+    }
+)
+
+
 class _Layers:
-    raw = frozenset({
-        "expert_ids", "slot_status", "gate_weights", "request_index", "step", "phase", "position", "token_id", "margin",
-        "router_entropy", "router_logsumexp", "top1_probability",
-    })  # fmt: skip
+    raw = _FOLDED
 
     def __init__(self, layers: Sequence[LayerFacts]) -> None:
         self._layers = layers
@@ -132,11 +155,7 @@ class _Layers:
             self._sizes["num_identity_experts"][layer.layer_index] = layer.num_identity_experts
 
     def add(self, batch: RowBatch, rows: Array) -> None:
-        columns: dict[str, Any] = {
-            name: column[rows] for name, column in batch.raw.items() if name != "request_index" and column is not None
-        }
-        if "request_index" in batch.raw and len(batch.request_ids):
-            columns["request_id"] = np.array(batch.request_ids, dtype=object)[batch.raw["request_index"][rows]]
+        columns = {name: column[rows] for name, column in batch.raw.items() if name in _FOLDED}
         part = fold_decisions(columns, **self._sizes)
         self._state = merge_all([self._state, part]) if self._state.layers else part
 

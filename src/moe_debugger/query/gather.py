@@ -108,14 +108,14 @@ class Groups:
         if not len(rows):
             return
         place = np.zeros(len(rows), np.int64)
-        values: list[list[Any]] = []
+        num_groups = 1
         for key in keys:
-            distinct, at = np.unique(key.codes, return_inverse=True)
+            at, num_distinct = _numbered(key.codes)
             # Numbered anew with each column, so that the product of their sizes never overflows.
-            _, place = np.unique(place * len(distinct) + at, return_inverse=True)
-        order = np.argsort(place, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(place[order]) > 0])
-        firsts = order[starts]
+            place, num_groups = _numbered(place * num_distinct + at)
+        # Written backwards, so that the first row of each group is the one that stays.
+        firsts = np.zeros(num_groups, np.int64)
+        firsts[place[::-1]] = np.arange(len(rows) - 1, -1, -1)
         values = [key.decode(firsts) for key in keys]
         groups = list(zip(*values, strict=True)) if keys else [()]
         held = [self._groups.setdefault(group, []) for group in groups]
@@ -123,15 +123,16 @@ class Groups:
             sums.extend(_Sum(each) for each in self._plan.aggregates[len(sums) :])
         if len(self._groups) > self._max_groups:
             raise TooManyGroupsError("groups", len(self._groups))
+        counts = np.bincount(place, minlength=num_groups).tolist()
         for number, spec in enumerate(self._plan.aggregates):
-            counts = np.diff(np.r_[starts, len(order)])
             if spec.column is None:
-                for sums, count in zip(held, counts.tolist(), strict=True):
+                for sums, count in zip(held, counts, strict=True):
                     sums[number].count += count
                 continue
-            column = columns(spec.column.name).take(rows[order])
-            for sums, start, count in zip(held, starts.tolist(), counts.tolist(), strict=True):
-                sums[number].add(column.take(slice(start, start + count)))  # type: ignore[arg-type]
+            parts = _grouped(spec, columns(spec.column.name).take(rows), place, num_groups)
+            for sums, part in zip(held, zip(*parts, strict=True), strict=True):
+                if part[0]:
+                    sums[number].add(*part)
 
     def _keys(self, columns: Columns, rows: Array) -> tuple[Array, list["_Key"]]:
         multiple = [name for name in self._plan.by if self._plan.columns[name].is_multiple]
@@ -182,6 +183,47 @@ def _kind_of(spec: AggregateSpec) -> tuple[Kind, str]:
     return (Kind.NUMBER if spec.function == "mean" else spec.column.kind), spec.column.unit
 
 
+def _numbered(codes: Array) -> tuple[Array, int]:
+    """Return numbers from 0 on that are equal where `codes` are, and how many there are."""
+    low, high = int(codes.min()), int(codes.max())
+    if high - low > 4 * len(codes) + 1024:
+        distinct, place = np.unique(codes, return_inverse=True)
+        return place, len(distinct)
+    # Far less than sorting.
+    shifted = codes - low
+    is_there = np.zeros(high - low + 1, np.bool_)
+    is_there[shifted] = True
+    numbers = np.cumsum(is_there) - 1
+    return numbers[shifted], int(numbers[-1]) + 1
+
+
+# Sums of whole numbers below this are exact in a double.
+_EXACT = 2**53
+
+
+def _grouped(spec: AggregateSpec, column: Column, place: Array, num_groups: int) -> tuple[list[int], list[Any]]:
+    """Return, for each group, how many values are there, and their sum, the least or the greatest of them."""
+    missing = column.is_missing()
+    values = column.values
+    if missing is not None:
+        values, place = values[~missing], place[~missing]
+    counts = np.bincount(place, minlength=num_groups).tolist()
+    is_whole = spec.column is not None and spec.column.kind is Kind.INTEGER
+    if spec.function in ("sum", "mean"):
+        if is_whole and len(values) and max(abs(int(values.min())), abs(int(values.max()))) * len(values) >= _EXACT:
+            totals = np.zeros(num_groups, dtype=object)
+            np.add.at(totals, place, values.astype(object))
+            return counts, totals.tolist()
+        sums = np.bincount(place, values.astype(np.float64), minlength=num_groups)
+        return counts, [int(each) for each in sums] if is_whole else sums.tolist()
+    extreme = np.minimum if spec.function == "min" else np.maximum
+    found = np.zeros(num_groups, values.dtype)
+    # Each group begins with one of its own values.
+    found[place] = values
+    extreme.at(found, place, values)
+    return counts, found.tolist()
+
+
 class _Sum:
     """One aggregate of one group."""
 
@@ -193,20 +235,15 @@ class _Sum:
         self._low: Any = None
         self._high: Any = None
 
-    def add(self, column: Column) -> None:
-        missing = column.is_missing()
-        values = column.values if missing is None else column.values[~missing]
-        if not len(values):
-            return
-        self.count += len(values)
+    def add(self, count: int, result: int | float) -> None:
+        """Take in `count` values, of which `result` is the sum, the least or the greatest."""
+        self.count += count
         if self._function in ("sum", "mean"):
-            self._total += int(values.sum(dtype=np.int64)) if self._is_whole else float(values.sum(dtype=np.float64))
+            self._total += result
         elif self._function == "min":
-            low = values.min().item()
-            self._low = low if self._low is None else min(self._low, low)
+            self._low = result if self._low is None else min(self._low, result)
         else:
-            high = values.max().item()
-            self._high = high if self._high is None else max(self._high, high)
+            self._high = result if self._high is None else max(self._high, result)
 
     def value(self) -> int | float | None:
         """Return the aggregate; None where no value was there, but 0 of counts and sums."""
