@@ -19,6 +19,8 @@ __all__ = ["RowsOf", "distinct", "load_of_runs", "rows_of_each", "run_starts", "
 _Ints = npt.NDArray[np.intp]
 _U64 = npt.NDArray[np.uint64]
 _ROWS_AT_ONCE = 1 << 14
+# Rows of a run from which copying slices beats picking rows one by one.
+_LONG_RUN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,7 @@ class RowsOf:
         """Return these rows of `column` ([n, ...]); a view where they are neighbours all."""
         if len(self.starts) == 1:
             return column[self.starts[0] : self.ends[0]]
-        if len(self) >= 16 * len(self.starts):
-            # Copying runs is several times faster than picking rows.
+        if len(self) >= _LONG_RUN * len(self.starts):
             parts = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
             return np.concatenate([column[start:end] for start, end in parts])
         return column.take(self.indices, axis=0)
@@ -49,6 +50,7 @@ class RowsOf:
     def indices(self) -> _Ints:
         """[n] the rows."""
         lengths = self.ends - self.starts
+        # What was left out before each run.
         skipped = np.repeat(self.starts - (np.cumsum(lengths) - lengths), lengths)
         rows: _Ints = np.arange(len(self)) + skipped
         return rows

@@ -615,8 +615,7 @@ def _fold_load(
 ) -> None:
     """Add the load of valid rows to every table of the layer; `is_load` None = all slots."""
     starts = run_starts(blocks, stretches, steps, known)
-    # A table of runs pays where it is not larger than the slots, and runs are no single rows.
-    if len(starts) * state.shape.num_experts > 2 * ids.size or 4 * len(starts) > len(ids):
+    if not _pays(starts, ids, state.shape.num_experts):
         _fold_load_by_row(state, ids, is_load, steps, blocks, stretches, known, step_source)
         return
     # Long runs, as texts that are read in one go have them: each slot is looked at once for all tables.
@@ -652,7 +651,6 @@ def _fold_load_by_row(
 ) -> None:
     """The same for rows of which no two neighbours agree, as in decoding."""
     experts = state.shape.num_experts
-    every = np.ones(ids.shape, np.bool_) if is_load is None else is_load
 
     def sums(block: npt.NDArray[np.intp], num: int) -> _U64:
         cells = block[:, None] * experts + ids
@@ -667,10 +665,22 @@ def _fold_load_by_row(
     if state.position_counts is not None:
         num = len(state.position_counts)
         state.position_counts += sums(_block_numbers(mix(blocks + stretches), known, num), num)[:num]
-    if state.load_series is not None:
-        state.load_series.fold(steps, ids, every, step_source)
-    if state.step_sample is not None:
-        state.step_sample.fold(steps, ids, every, step_source)
+    histories = [history for history in (state.load_series, state.step_sample) if history is not None]
+    starts = run_starts(steps)
+    if histories and _pays(starts, ids, experts):
+        table = load_of_runs(ids, is_load, starts, experts)
+        tokens = np.diff(starts, append=len(ids)).astype(np.uint64)
+        for history in histories:
+            history.fold_runs(steps[starts], table, tokens, step_source)
+    else:
+        every = np.ones(ids.shape, np.bool_) if is_load is None else is_load
+        for history in histories:
+            history.fold(steps, ids, every, step_source)
+
+
+def _pays(starts: npt.NDArray[np.intp], ids: npt.NDArray[np.int32], num_experts: int) -> bool:
+    """Return whether a table of runs is worth it: not larger than the slots, and runs are no single rows."""
+    return len(starts) * num_experts <= 2 * ids.size and 4 * len(starts) <= len(ids)
 
 
 def _block_numbers(hashes: _U64, known: npt.NDArray[np.bool_], num: int) -> npt.NDArray[np.intp]:

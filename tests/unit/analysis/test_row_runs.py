@@ -39,9 +39,9 @@ def test_rows_of_each_value_equal_a_loop(values: list[int]) -> None:
 
 def test_long_runs_are_copied_and_short_ones_picked() -> None:
     column = np.arange(1000)
-    long = RowsOf(np.array([0, 500]), np.array([100, 700]))
+    long = RowsOf(np.array([0, 400]), np.array([300, 700]))
     short = RowsOf(np.array([3, 5, 9]), np.array([4, 6, 11]))
-    assert long.of(column).tolist() == [*range(100), *range(500, 700)]
+    assert long.of(column).tolist() == [*range(300), *range(400, 700)]
     assert short.of(column).tolist() == [3, 5, 9, 10]
     one = RowsOf(np.array([20]), np.array([30])).of(column)
     assert one.base is column
