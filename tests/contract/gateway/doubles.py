@@ -21,6 +21,7 @@ from moe_debugger.v1 import analyzer_pb2_grpc, collector_pb2_grpc, control_pb2, 
 from moe_debugger.v1 import collector_pb2 as cpb
 from moe_debugger.v1 import routing_pb2 as rpb
 from moe_debugger.wire.codec import format_version
+from moe_debugger.wire.ids import new_id
 
 NUM_LAYERS, NUM_EXPERTS = 3, 4
 NOT_FOUND_TEXT = "session is unknown: 100 % “ünbekannt”"
@@ -56,6 +57,7 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
         self.counts: dict[str, np.ndarray[Any, np.dtype[np.uint64]]] = {}
         self.flushes: dict[str, dict[int, int]] = {}
         self.tenants: set[str] = set()
+        self.recordings: list[session_pb2.Recording] = []
         self.num_snapshots = 0
         self.is_slow = False
         self.unavailable = ""
@@ -158,6 +160,49 @@ class AnalyzerDouble(analyzer_pb2_grpc.AnalyzerServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             raise
         return apb.AnalyzerServiceQueryResponse(result=result_to_proto(result))
+
+    async def StartRecording(self, request: Any, context: Any) -> apb.AnalyzerServiceStartRecordingResponse:
+        await self._check(request, context)
+        running = [one for one in self.recordings if one.session_id == request.session_id and not one.ended_at_unix_ns]
+        if not running:
+            self.recordings.insert(
+                0,
+                session_pb2.Recording(
+                    recording_id=new_id(),
+                    session_id=request.session_id,
+                    name=request.name,
+                    max_bytes=request.max_bytes,
+                    state=session_pb2.RECORDING_STATE_RECORDING,
+                    started_at_unix_ns=1,
+                ),
+            )
+        recording = running[0] if running else self.recordings[0]
+        return apb.AnalyzerServiceStartRecordingResponse(recording=recording, was_running=bool(running))
+
+    async def StopRecording(self, request: Any, context: Any) -> apb.AnalyzerServiceStopRecordingResponse:
+        self.tenants.add(request.tenant)
+        for one in self.recordings:
+            if request.recording_id == one.recording_id or request.session_id == one.session_id:
+                one.state, one.ended_at_unix_ns = session_pb2.RECORDING_STATE_FINISHED, 2
+                return apb.AnalyzerServiceStopRecordingResponse(recording=one)
+        await context.abort(grpc.StatusCode.NOT_FOUND, NOT_FOUND_TEXT)
+        raise AssertionError
+
+    async def ListRecordings(self, request: Any, context: Any) -> apb.AnalyzerServiceListRecordingsResponse:
+        self.tenants.add(request.tenant)
+        found = [one for one in self.recordings if request.session_id in ("", one.session_id)]
+        return apb.AnalyzerServiceListRecordingsResponse(recordings=found)
+
+    async def DownloadRecording(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[apb.AnalyzerServiceDownloadRecordingResponse]:
+        self.tenants.add(request.tenant)
+        if not [one for one in self.recordings if one.recording_id == request.recording_id]:
+            await context.abort(grpc.StatusCode.NOT_FOUND, NOT_FOUND_TEXT)
+        for place in range(3):
+            yield apb.AnalyzerServiceDownloadRecordingResponse(
+                path="manifest.json", offset=2 * place, data=b"ab", total_bytes=6
+            )
 
     async def CloseSession(self, request: Any, context: Any) -> apb.AnalyzerServiceCloseSessionResponse:
         await self._check(request, context)

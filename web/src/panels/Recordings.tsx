@@ -77,6 +77,7 @@ export function RecordButton() {
       className="record-button"
       data-testid="record"
       data-state="idle"
+      aria-label={t("recordings.record")}
       title={t(canRecord ? "recordings.recordHint" : "recordings.cannot")}
       disabled={isBusy || !canRecord}
       onClick={() => void startRecording(app)}
