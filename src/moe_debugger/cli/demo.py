@@ -93,7 +93,7 @@ def demo(
     if found is not None:
         _print_findings(console, found, "as on the page")
     else:
-        # Sums hold no requests whose variance could prove anything; the analyzer, which has the rows, goes further.
+        # Sums hold no requests, whose differences prove more than those of steps; the analyzer has the rows.
         origin = f"from the sums of the last {_RECENT_STEPS} steps; with a fleet they come from all decisions"
         _print_findings(console, account.explained_findings(), origin)
 

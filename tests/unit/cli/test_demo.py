@@ -18,16 +18,23 @@ def _step(number: int, counts: tuple[tuple[int, ...], ...], *, is_fault_on: bool
     )
 
 
-def test_sums_of_a_collapsed_run_say_so_in_sentences_but_raise_no_alarm() -> None:
+def test_sums_of_a_collapsed_run_warn_in_sentences_and_say_since_when_and_why() -> None:
     account = _Account()
     for number in range(200):
         account.add(_step(number, _HEALTHY if number < 100 else _COLLAPSED, is_fault_on=number >= 100))
     findings = account.findings()
-    assert all("used 2 of 8 experts" in sentence for _, sentence in findings), findings
+    assert all("and now uses 2 (at most 2 with 95 % confidence" in sentence for _, sentence in findings), findings
     assert len(findings) == 4
-    # Sums without requests prove nothing: an alarm from them would be a guess.
-    assert {severity for severity, _ in findings} == {"info"}
+    # Sums of steps differ from step to step, which is evidence, and hold no requests, which it would take for critical.
+    assert {severity for severity, _ in findings} == {"warning"}
     assert all("{{" not in sentence and " " in sentence for _, sentence in findings)
+    for _, _, explanation in account.explained_findings():
+        text = "\n".join(explanation)
+        # 200 steps are joined in pairs.
+        assert "at step 100 (steps 100 to 101)" in text
+        assert "turned from 0.05 to -0.3 at step 100" in text
+        assert "router_aux_loss_coef: 0.05" in text
+        assert "{{" not in text
 
 
 def test_a_healthy_run_has_no_alarm() -> None:
