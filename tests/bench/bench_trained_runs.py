@@ -62,7 +62,7 @@ def main() -> int:
     """Train the runs that `--out` does not hold yet, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="one JSON object a run; runs that it holds are kept")
-    parser.add_argument("--loads", type=Path, help="folder to keep each run's loads in, as [steps, layers, experts] .npy")
+    parser.add_argument("--loads", type=Path, help="folder to keep loads in, [steps, layers, experts] .npy")
     parser.add_argument("--table", action="store_true", help="print the table and train nothing")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []

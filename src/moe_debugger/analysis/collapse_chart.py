@@ -36,8 +36,6 @@ _MAX_PHI = 0.98
 # Scale of the innovations below which a series counts as constant: 0.1 % of the effective experts.
 _MIN_SCALE = 1e-3
 _MIN_WINDOW_POINTS = 25
-# A surprise counts for at most this part of the threshold, so no single point can raise the alarm.
-_MAX_SURPRISE = 0.75
 # h = 5.7 + 0.48 ln(C / 4): measured, with phi = 0.9, where an alarm is likeliest (docs/early-warning.md). One more in h
 # makes false alarms eight times rarer (1 / ln 8 = 0.48), so h grows with the logarithm of the number of series.
 _THRESHOLD_FOR_FOUR = 5.7
@@ -295,7 +293,8 @@ class _Chart:
         growth = np.sqrt((1 - carried**2) / (1 - noise.phi**2)) if distance > 1 else 1.0
         sample = math.sqrt(max(1.0, usual / self._tokens[i]))
         surprise = (deviation - carried * self._previous) / (noise.scale * growth * sample)
-        self._statistic += np.minimum(-surprise, _MAX_SURPRISE * self._threshold) - settings.reference
+        # Less k it is below h: no single point can raise the alarm.
+        self._statistic += np.minimum(-surprise, self._threshold) - settings.reference
         is_zero = self._statistic <= 0
         self._statistic[is_zero] = 0.0
         self._since[is_zero] = i + 1

@@ -145,7 +145,7 @@ def reference(
             carried = phi**distance
             deviation = values[j] - level
             spread = scale * math.sqrt((1 - carried**2) / (1 - phi**2)) * math.sqrt(max(1.0, usual / tokens[j]))
-            statistic += min(-(deviation - carried * previous) / spread, 0.75 * h) - s.reference
+            statistic += min(-(deviation - carried * previous) / spread, h) - s.reference
             if statistic <= 0:
                 statistic, since = 0.0, j + 1
             previous = deviation
