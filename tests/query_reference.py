@@ -193,7 +193,7 @@ def token_rows(source: RowsSource) -> list[Row]:
     c = source.columns
     modules = {layer.layer_index: layer.module for layer in source.layers}
     phases = ("unspecified", "prefill", "decode", "train", "eval")
-    rows = []
+    rows: list[Row] = []
     for at in range(len(c["layer_index"])):
         if c["is_padding"][at]:
             continue

@@ -53,6 +53,8 @@ class RowChunk:
     expert_ids: dict[int, npt.NDArray[np.uint16]]
     gate_weights: dict[int, npt.NDArray[np.float16]]
     stack: str = MAIN_STACK
+    # None of what was stored before steps were.
+    step: npt.NDArray[np.uint64] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -64,7 +66,8 @@ class RowChunk:
         """About what it takes in Redis."""
         columns: list[npt.NDArray[Any]] = [self.position, self.phase]
         columns += [*self.expert_ids.values(), *self.gate_weights.values()]
-        return sum(column.nbytes for column in columns) + (0 if self.token_id is None else self.token_id.nbytes)
+        columns += [column for column in (self.token_id, self.step) if column is not None]
+        return sum(column.nbytes for column in columns)
 
     def fits(self, other: "RowChunk") -> bool:
         """Return whether both have the same columns."""
@@ -73,6 +76,7 @@ class RowChunk:
             and self.expert_ids.keys() == other.expert_ids.keys()
             and self.gate_weights.keys() == other.gate_weights.keys()
             and (self.token_id is None) == (other.token_id is None)
+            and (self.step is None) == (other.step is None)
             and all(ids.shape[1] == other.expert_ids[index].shape[1] for index, ids in self.expert_ids.items())
         )
 
@@ -87,6 +91,7 @@ class RowChunk:
             {index: np.concatenate([ids, other.expert_ids[index]]) for index, ids in self.expert_ids.items()},
             {index: np.concatenate([w, other.gate_weights[index]]) for index, w in self.gate_weights.items()},
             self.stack,
+            None if self.step is None or other.step is None else np.concatenate([self.step, other.step]),
         )
 
     def encode(self) -> bytes:
@@ -96,12 +101,15 @@ class RowChunk:
             "n": self.num_rows,
             "stack": self.stack,
             "token_id": self.token_id is not None,
+            "step": self.step is not None,
             "ids": [[index, ids.shape[1]] for index, ids in self.expert_ids.items()],
             "weights": [[index, weights.shape[1]] for index, weights in self.gate_weights.items()],
         }
         columns = [self.position.astype("<u4").tobytes(), self.phase.astype("u1").tobytes()]
         if self.token_id is not None:
             columns.append(self.token_id.astype("<u4").tobytes())
+        if self.step is not None:
+            columns.append(self.step.astype("<u8").tobytes())
         columns.extend(ids.astype("<u2").tobytes() for ids in self.expert_ids.values())
         columns.extend(weights.astype("<f2").tobytes() for weights in self.gate_weights.values())
         return pack(header, columns)
@@ -112,6 +120,7 @@ class RowChunk:
         header, columns = unpack(data)
         n, rest = header["n"], iter(columns[2:])
         token_id = np.frombuffer(next(rest), "<u4") if header["token_id"] else None
+        step = np.frombuffer(next(rest), "<u8") if header.get("step") else None
         return cls(
             np.frombuffer(columns[0], "<u4"),
             np.frombuffer(columns[1], "u1"),
@@ -119,6 +128,7 @@ class RowChunk:
             {index: np.frombuffer(next(rest), "<u2").reshape(n, k) for index, k in header["ids"]},
             {index: np.frombuffer(next(rest), "<f2").reshape(n, k) for index, k in header["weights"]},
             header.get("stack", MAIN_STACK),  # what was stored before there were stacks
+            step,
         )
 
 
@@ -304,6 +314,7 @@ class RequestBook:
                 {layer: ids[rows] for layer, (ids, _) in layers.items()},
                 {layer: weights[rows] for layer, (_, weights) in layers.items() if weights is not None},
                 stack,
+                columns.step[rows].astype(np.uint64),
             )
             self._append(entry, chunk)
         for name in list(self.entries):

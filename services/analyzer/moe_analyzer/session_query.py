@@ -5,6 +5,7 @@ requests at a time, so that a query ends with its limit or its cap and not with 
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,16 +38,16 @@ _MAX_CONCURRENT = 2
 _READ_TIMEOUT_S = 5.0
 _NOT_KEPT = "the fleet keeps the routes of requests without it; record the session and query the recording"
 
-ABSENT = {
+ABSENT: dict[str, dict[str, str]] = {
     "tokens": dict.fromkeys(
-        ("step", "margin", "dropped_slots", "router_entropy", "router_logsumexp", "top1_probability"), _NOT_KEPT
+        ("margin", "dropped_slots", "router_entropy", "router_logsumexp", "top1_probability"), _NOT_KEPT
     ),
-    "experts": {"step": _NOT_KEPT},
-    "layers": {"step": _NOT_KEPT},
+    "experts": {},
+    "layers": {},
     "steps": dict.fromkeys(
         ("token_id", "token", "position", "request", "phase"), "the fleet keeps sums of steps; record the session"
     ),
-    "requests": dict.fromkeys(("step", "first_step", "last_step"), _NOT_KEPT),
+    "requests": dict.fromkeys(("first_step", "last_step"), _NOT_KEPT),
 }
 
 
@@ -151,7 +152,7 @@ class FleetSource:
         plan, reader = self._plan, self._reader
         match plan.subject.name:
             case "findings":
-                self._table = finding_table(await reader.findings())
+                self._table = finding_table(await reader.findings(), time.time_ns())
             case "series":
                 self._table = await self._series()
             case "steps":
@@ -335,6 +336,8 @@ def _batches(request_id: str, chunk: RowChunk, scope: Scope) -> Iterator[RowBatc
             "expert_ids": experts,
             "gate_weights": np.full(ids.shape, np.nan, np.float32) if weights is None else weights.astype(np.float32),
         }
+        if chunk.step is not None:
+            raw["step"] = chunk.step
         if chunk.token_id is not None:
             raw["token_id"] = chunk.token_id.astype(np.int32)
         yield RowBatch(raw, (request_id,))

@@ -7,7 +7,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["SUBJECTS", "ColumnSpec", "Kind", "Place", "Subject", "markdown_tables"]
+from moe_debugger.v1 import routing_pb2, session_pb2
+
+__all__ = [
+    "KINDS",
+    "PHASES",
+    "SEVERITIES",
+    "STATES",
+    "SUBJECTS",
+    "ColumnSpec",
+    "Kind",
+    "Place",
+    "Subject",
+    "markdown_tables",
+]
 
 
 class Kind(StrEnum):
@@ -93,12 +106,16 @@ _ALIASES = {
     "effective": "effective_experts",
 }
 
-PHASES = ("unspecified", "prefill", "decode", "train", "eval")
-SEVERITIES = ("unspecified", "info", "warning", "critical")
-KINDS = (
-    "unspecified", "dead_expert", "cold_expert", "hot_expert", "load_imbalance", "router_collapse", "collapse_warning",
-    "low_confidence", "capacity_overflow", "rank_straggler", "drift", "duplicate_experts", "capture_unhealthy",
-)  # fmt: skip
+
+def _choices(names: Iterable[str], prefix: str) -> tuple[str, ...]:
+    return tuple(name.removeprefix(prefix).lower() for name in names)
+
+
+# At the places of their numbers on the wire.
+PHASES = _choices(routing_pb2.Phase.keys(), "PHASE_")
+SEVERITIES = _choices(session_pb2.Severity.keys(), "SEVERITY_")
+KINDS = _choices(session_pb2.FindingKind.keys(), "FINDING_KIND_")
+STATES = _choices(session_pb2.FindingState.keys(), "FINDING_STATE_")
 
 _I, _N, _T, _C, _B = Kind.INTEGER, Kind.NUMBER, Kind.TEXT, Kind.CHOICE, Kind.BOOLEAN
 
@@ -248,6 +265,9 @@ _FINDINGS = Subject(
         _column("since_step", _I, "first step of the rows that show it"),
         _column("statistic", _N, "number that the rule judged"),
         _column("summary", _T, "one sentence"),
+        _column("state", _C, "whether it is open", choices=STATES, is_shown=False),
+        _column("is_acknowledged", _B, "whether somebody has seen this episode", is_shown=False),
+        _column("is_silenced", _B, "whether it is silenced now", is_shown=False),
         _column("rule", _T, "identity: code and place", is_shown=False),
         _column("code", _T, "key of its words", is_shown=False),
         _column("occurrences", _I, "seconds in which it held", is_shown=False),

@@ -26,6 +26,7 @@ __all__ = ["RecordingSource", "SessionSource", "token_absences"]
 Array = npt.NDArray[Any]
 _BATCH_ROWS = 131_072
 _NOT_FLEET = "only the fleet keeps it"
+_OF_FLEET = ("state", "is_acknowledged", "is_silenced", "occurrences", "first_seen", "last_seen")
 _UNKNOWN_TEXT = (
     "the tokenizer is not known here; give it (`tokenizer=...`, or `--model PATH` on the command line), or ask for "
     "`token_id`"
@@ -104,7 +105,7 @@ class SessionSource:
             no_rows='at level "counts" no rows are kept',
         )
         absent.setdefault("requests", {}).update(dict.fromkeys(("first_seen", "last_seen"), _NOT_FLEET))
-        absent["findings"] = dict.fromkeys(("occurrences", "first_seen", "last_seen"), _NOT_FLEET)
+        absent["findings"] = dict.fromkeys(_OF_FLEET, _NOT_FLEET)
         absent["series"] = dict.fromkeys(("rank", "source"), _NOT_FLEET)
         self.capabilities = Capabilities("this session", absent, vocabulary)
 
@@ -185,7 +186,7 @@ class RecordingSource:
             no_rows='it was made at level "counts", which has no rows',
         )
         absent.setdefault("requests", {}).update(dict.fromkeys(("first_seen", "last_seen"), _NOT_FLEET))
-        absent["findings"] = dict.fromkeys(("occurrences", "first_seen", "last_seen"), _NOT_FLEET)
+        absent["findings"] = dict.fromkeys(_OF_FLEET, _NOT_FLEET)
         absent["series"] = dict.fromkeys(("rank", "source"), _NOT_FLEET)
         if not self._has_rows:
             absent["experts"] = {**absent["experts"], "mean_gate_weight": 'sums at level "counts" hold no weights'}

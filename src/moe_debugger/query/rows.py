@@ -123,7 +123,7 @@ class RowColumns:
             case "token_id" | "token":
                 ids = raw.get("token_id")
                 if ids is None:
-                    return Column(np.full(len(self._batch), -1, np.int32), np.ones(len(self._batch), np.bool_))
+                    return Column(np.full(len(self._batch), -1, np.int64), np.ones(len(self._batch), np.bool_), None)
                 missing = ids < 0
                 found = missing if missing.any() else None
                 if name == "token_id" or self._token_texts is None:
@@ -139,8 +139,11 @@ class RowColumns:
                 return Column(np.count_nonzero(raw["expert_ids"] >= 0, axis=1))
             case "dropped_slots":
                 return Column(np.count_nonzero(raw["slot_status"] == pb.SLOT_STATUS_DROPPED, axis=1))
-            case _:
+            case _ if name in raw:
                 return Column(raw[name])
+            case _:
+                n = len(self._batch)
+                return Column(np.zeros(n, np.int64), np.ones(n, np.bool_))
 
 
 def raw_columns(names: frozenset[str]) -> frozenset[str]:

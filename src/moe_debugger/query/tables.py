@@ -10,7 +10,7 @@ import numpy.typing as npt
 from moe_debugger.analysis import LayerMetrics, RoutingState, layer_metrics
 from moe_debugger.analysis.metrics import expert_share
 from moe_debugger.messages import render_finding
-from moe_debugger.query.columns import KINDS, SEVERITIES
+from moe_debugger.query.columns import KINDS, SEVERITIES, STATES
 from moe_debugger.query.rows import LayerFacts
 from moe_debugger.query.table import Column, Labels
 from moe_debugger.v1 import session_pb2 as pb
@@ -186,8 +186,12 @@ def request_table(
     )
 
 
-def finding_table(findings: Sequence[pb.Finding]) -> Table:
-    """Return the rows of `findings`; times and occurrences are missing where a finding has none."""
+def finding_table(findings: Sequence[pb.Finding], now_ns: int = 0) -> Table:
+    """Return the rows of `findings`; times and occurrences are missing where a finding has none.
+
+    Args:
+        now_ns: Unix time, for what is silenced.
+    """
 
     def optional(name: str) -> Column:
         values = [int(getattr(each, name)) if each.HasField(name) else None for each in findings]  # type: ignore[arg-type]
@@ -207,6 +211,11 @@ def finding_table(findings: Sequence[pb.Finding]) -> Table:
             "since_step": optional("since_step"),
             "statistic": _numbers([each.statistic for each in findings]),
             "summary": texts([render_finding(each.code, each.args) for each in findings]),
+            "state": Column(
+                np.array([min(each.state, len(STATES) - 1) for each in findings], np.int64), labels=Labels(STATES)
+            ),
+            "is_acknowledged": Column(np.array([each.acknowledged_at_unix_ns > 0 for each in findings], np.bool_)),
+            "is_silenced": Column(np.array([each.silenced_until_unix_ns > now_ns for each in findings], np.bool_)),
             "rule": texts([each.rule_id for each in findings]),
             "code": texts([each.code for each in findings]),
             "occurrences": _integers([each.num_occurrences or None for each in findings]),

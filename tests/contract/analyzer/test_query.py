@@ -1,5 +1,6 @@
 """Queries of an analyzer against the batches that it counted, row by row."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,18 @@ async def test_rows_agree_with_the_counts_by_every_way_to_ask(service: Service) 
     assert some.num_rows_scanned < by_rows.num_rows_scanned
 
 
+async def test_rows_are_chosen_by_their_steps(service: Service) -> None:  # noqa: F811
+    steps = await _ask(service, "tokens by step, layer show count")
+    assert {row[0] for row in steps} == {1, 2, 3}
+    of_sums = await _ask(service, "steps show step, layer, tokens")
+    assert steps.rows == of_sums.rows
+    since = await _ask(service, "experts where layer = 1 and step >= 2 show expert, assignments order by expert")
+    counted = Counter[int]()
+    for row in await _ask(service, "tokens where layer = 1 and step >= 2 show experts limit 10000"):
+        counted.update(row[0])
+    assert dict(since.rows) == {expert: counted[expert] for expert in range(len(since))}
+
+
 async def test_steps_layers_series_and_findings(service: Service) -> None:  # noqa: F811
     steps = await _ask(service, "steps by step show sum(tokens), count")
     assert [row[0] for row in steps] == [1, 2, 3]
@@ -61,7 +74,7 @@ async def test_steps_layers_series_and_findings(service: Service) -> None:  # no
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("tokens where step = 3", "a live session has no `step`"),
+        ("tokens where margin > 3", "a live session has no `margin`"),
         ("experts where lod > 1", "did you mean `load`?"),
         ("tokens limit 100000", "more than the 10,000 rows"),
         ("drop limit 3", "there is no subject `drop`"),

@@ -32,7 +32,7 @@ _BOTH = [
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A session that was recorded from its start, and its recording."""
     folder = tmp_path_factory.mktemp("query") / "rec"
-    model = ALL["mixtral"].make()
+    model: Any = ALL["mixtral"].make()
     ids = torch.randint(3, 80, (3, 12), generator=torch.Generator().manual_seed(5))
     debugger = MoEDebugger(model, level="routes+tokens")
     session = debugger.start_session()
@@ -171,7 +171,7 @@ def test_the_caps_say_what_and_how_to_narrow(recorded: Any) -> None:
 
 
 def test_without_rows_sums_answer_and_the_rest_is_said(tmp_path: Path) -> None:
-    model = ALL["mixtral"].make()
+    model: Any = ALL["mixtral"].make()
     ids = torch.randint(3, 80, (2, 9), generator=torch.Generator().manual_seed(1))
     with MoEDebugger(model, level="counts") as debugger, torch.no_grad():
         session = debugger.session
@@ -191,7 +191,7 @@ def test_without_rows_sums_answer_and_the_rest_is_said(tmp_path: Path) -> None:
 
 
 def test_what_is_not_kept_is_said(tmp_path: Path) -> None:
-    model = ALL["mixtral"].make()
+    model: Any = ALL["mixtral"].make()
     ids = torch.randint(3, 80, (2, 64), generator=torch.Generator().manual_seed(1))
     with MoEDebugger(model, max_rows_bytes=4096, max_disk_bytes=0) as debugger, torch.no_grad():
         for _ in range(6):
