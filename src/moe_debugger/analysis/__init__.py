@@ -12,6 +12,7 @@ from moe_debugger.analysis.duplicates import (
     SimilarPair,
     TogetherPair,
     always_together,
+    duplicate_weights,
     near_duplicate_experts,
 )
 from moe_debugger.analysis.early_warning import (
@@ -115,6 +116,7 @@ __all__ = [
     "capacity_drops",
     "collapse_warnings",
     "domain_specialisation",
+    "duplicate_weights",
     "expert_capacity",
     "expert_coactivation",
     "finding_from_proto",

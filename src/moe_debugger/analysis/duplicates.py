@@ -9,18 +9,23 @@ found. Where all are 0.98 (copies of one dense MLP, before training has told the
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Severity
 from moe_debugger.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from moe_debugger.analysis.expert_similarity import ExpertSimilarity
 
 __all__ = [
     "NearDuplicates",
     "SimilarPair",
     "TogetherPair",
     "always_together",
+    "duplicate_weights",
     "near_duplicate_experts",
 ]
 
@@ -122,6 +127,51 @@ def near_duplicate_experts(
         is_uniformly_alike=is_alike,
         not_applicable=reason,
     )
+
+
+def duplicate_weights(similarity: "ExpertSimilarity", *, threshold: float = 0.9) -> list[Finding]:
+    """Return a finding for each pair of experts with nearly the same weights, `near_duplicate_experts` of them.
+
+    Weights are no statistics of tokens: there is no interval, and nothing of a stated rate of false alarms.
+
+    Args:
+        similarity: as `moe_debugger.expert_similarity` gives it.
+        threshold: of the aligned cosine.
+    """
+    found = near_duplicate_experts(similarity.aligned_cosine, threshold=threshold)
+    findings = []
+    for pair in found.pairs:
+        a, b = similarity.expert_ids[pair.expert_a], similarity.expert_ids[pair.expert_b]
+        outputs = float(similarity.output_cosine[pair.expert_a, pair.expert_b])
+        evidence = [
+            EvidenceRow(
+                "aligned_cosine", pair.similarity, f">= {threshold:g}", found.median, similarity.num_units, "cosine"
+            ),
+            EvidenceRow(
+                "excess", pair.excess, f">= {found.min_excess:g}", None, found.num_pairs, "standard deviations"
+            ),
+        ]
+        if similarity.num_tokens:
+            evidence.append(EvidenceRow("output_cosine", outputs, "", None, similarity.num_tokens, "cosine"))
+        findings.append(
+            Finding(
+                FindingKind.DUPLICATE_EXPERTS,
+                Severity.WARNING,
+                "duplicate_weights",
+                similarity.layer_index if similarity.layer_index >= 0 else None,
+                a if similarity.layer_index >= 0 else None,
+                args={
+                    "layer": str(similarity.layer_index),
+                    "expert": str(a),
+                    "other": str(b),
+                    "cosine": f"{pair.similarity:.3f}",
+                    "median": f"{found.median:.3f}",
+                },
+                evidence=tuple(evidence),
+                statistic=pair.similarity,
+            )
+        )
+    return findings
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_debugger.analysis import expert_coactivation
-from moe_debugger.analysis.duplicates import always_together, near_duplicate_experts
+from moe_debugger.analysis import FindingKind, Severity, aligned_similarity, expert_coactivation
+from moe_debugger.analysis.duplicates import always_together, duplicate_weights, near_duplicate_experts
 from moe_debugger.errors import InvalidInputError
+from moe_debugger.messages import render_finding
 
 
 def table_of(num: int, level: float, pairs: dict[tuple[int, int], float], *, noise: float = 0.0) -> Any:
@@ -122,3 +124,20 @@ def test_counts_that_cannot_be_are_refused() -> None:
         always_together([[0, 5], [5, 0]], [4, 9], num_tokens=10)
     with pytest.raises(InvalidInputError, match="pair_tokens has shape"):
         always_together([[0, 5]], [4, 9], num_tokens=10)
+
+
+def test_experts_with_the_same_weights_are_a_finding_with_its_evidence() -> None:
+    rng = np.random.default_rng(0)
+    experts = rng.normal(size=(6, 24, 60))
+    experts[4] = experts[1][::-1]
+    similarity = aligned_similarity(experts.__getitem__, [0, 1, 2, 3, 5, 4], layer_index=7)
+    (finding,) = duplicate_weights(similarity)
+    assert (finding.kind, finding.severity) == (FindingKind.DUPLICATE_EXPERTS, Severity.WARNING)
+    assert (finding.layer_index, finding.expert_id, finding.args["other"]) == (7, 1, "4")
+    assert finding.statistic == pytest.approx(1)
+    assert [row.metric for row in finding.evidence] == ["aligned_cosine", "excess"]
+    assert finding.evidence[0].sample_size == 24
+    assert "experts 1 and 4 of layer 7 have a cosine of 1.000" in render_finding(finding.code, finding.args)
+    with_outputs = replace(similarity, output_cosine=similarity.aligned_cosine, num_tokens=9)
+    assert [row.metric for row in duplicate_weights(with_outputs)[0].evidence][-1] == "output_cosine"
+    assert duplicate_weights(aligned_similarity(rng.normal(size=(6, 24, 60)).__getitem__, range(6))) == []
