@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis._columns import neighbour_blocks, size_of_layer
 from moe_debugger.analysis._row_runs import RowsOf, rows_of_each
 from moe_debugger.analysis.early_warning import WarningReport
 from moe_debugger.analysis.findings import Finding, Severity, Thresholds
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Analysis", "analyze", "finish", "fold_decisions"]
 
-# Rows without requests are taken in runs of this many: a block of neighbours stands for a request.
-_ROWS_PER_BLOCK = 64
-_MIN_ROWS_PER_BLOCK = 8
 # Measured by tests/slow/test_false_alarms.py, which tests both on every run; docs/metrics.md has the table.
 FALSE_ALARM_RATE = 0.05
 FALSE_ALARMS_PER_1000_WINDOWS = 10.0
@@ -226,9 +224,9 @@ def fold_decisions(
     shapes = [
         LayerShape(
             i,
-            _of_layer(num_experts, i, "num_experts"),
-            _of_layer(top_k, i, "top_k"),
-            _of_layer(num_identity_experts, i, "num_identity_experts"),
+            size_of_layer(num_experts, i, "num_experts"),
+            size_of_layer(top_k, i, "top_k"),
+            size_of_layer(num_identity_experts, i, "num_identity_experts"),
         )
         for i in rows_of_layer
     ]
@@ -281,14 +279,6 @@ _LAYER_COLUMNS = {
 _USED = {"expert_ids", "request_id", "workload", "position", "token_id", *_ROW_COLUMNS, *_LAYER_COLUMNS}
 
 
-def _of_layer(value: int | Sequence[int], layer_index: int, name: str) -> int:
-    if isinstance(value, int | np.integer):
-        return int(value)
-    if not 0 <= layer_index < len(value):
-        raise InvalidInputError(f"{name} has {len(value)} entries, but the rows have layer {layer_index}")
-    return int(value[layer_index])
-
-
 def _workload_classes(workload: Any, num_rows: int) -> npt.NDArray[np.intp] | None:
     """Return the hashed class of each row's label, None where rows have none."""
     if workload is None:
@@ -337,7 +327,7 @@ def _layer_columns(
         )
     if requests is None:
         steps = rows.of(np.asarray(columns["step"])) if "step" in columns else None
-        blocks = _neighbours(n, steps)
+        blocks = neighbour_blocks(n, steps)
         names, index = [f"rows {block}" for block in range(int(blocks.max(initial=-1)) + 1)], blocks.astype(np.uint32)
     else:
         names, index = requests, rows.of(request_index)
@@ -369,19 +359,6 @@ def _layer_columns(
         token_id=token_id,
         layers=[layer],
     )
-
-
-def _neighbours(num_rows: int, steps: npt.NDArray[np.generic] | None) -> npt.NDArray[np.intp]:
-    """Return the block of each row where rows name no requests: neighbours of one step."""
-    if steps is None or not num_rows:
-        return np.arange(num_rows) // _ROWS_PER_BLOCK
-    # Several blocks a step where there is room: else nothing tells what steps share from what requests do.
-    starts = np.flatnonzero(np.r_[True, steps[1:] != steps[:-1]])
-    lengths = np.diff(np.r_[starts, num_rows])
-    size = int(np.clip(np.median(lengths) // 4, _MIN_ROWS_PER_BLOCK, _ROWS_PER_BLOCK))
-    offset = np.arange(num_rows) - np.repeat(starts, lengths)
-    first = np.cumsum(np.r_[0, -(-lengths // size)[:-1]])
-    return np.repeat(first, lengths) + offset // size
 
 
 def _running_index(groups: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:

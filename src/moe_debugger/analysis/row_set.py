@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis._columns import size_of_layer
 from moe_debugger.analysis.state import LayerShape
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
@@ -98,7 +99,7 @@ class RowSet:
         bounds = {int(i): slice(int(a), int(b)) for i, a, b in zip(present, starts, ends, strict=True)}
         num_padding = {int(i): int(n - (b - a)) for i, n, a, b in zip(present, num_rows, starts, ends, strict=True)}
         sizes = {"num_experts": num_experts, "top_k": top_k, "num_identity_experts": num_identity_experts}
-        shapes = {i: LayerShape(i, *(_of_layer(size, i, name) for name, size in sizes.items())) for i in bounds}
+        shapes = {i: LayerShape(i, *(size_of_layer(size, i, name) for name, size in sizes.items())) for i in bounds}
         padded = {i: shape for i, shape in shapes.items() if bounds[i].stop == bounds[i].start}
         for i in padded:
             del shapes[i], bounds[i]
@@ -221,14 +222,6 @@ _COLUMNS = (
     "token_id",
     "workload",
 )
-
-
-def _of_layer(value: int | Sequence[int], layer_index: int, name: str) -> int:
-    if isinstance(value, int | np.integer):
-        return int(value)
-    if not 0 <= layer_index < len(value):
-        raise InvalidInputError(f"{name} has {len(value)} entries, but the rows have layer {layer_index}")
-    return int(value[layer_index])
 
 
 def _check_ids(ids: npt.NDArray[np.int32], shape: LayerShape) -> None:

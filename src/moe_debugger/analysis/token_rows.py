@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis.analyze import _neighbours as neighbour_blocks
+from moe_debugger.analysis._columns import neighbour_blocks
 from moe_debugger.analysis.intervals import MIN_BLOCKS, Interval, student_quantile
 from moe_debugger.analysis.row_set import RowSet
 from moe_debugger.analysis.state import LayerShape, num_blocks
