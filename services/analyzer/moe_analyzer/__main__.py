@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import nats.errors
 import structlog
@@ -126,7 +127,7 @@ async def run(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
             client,
             catalogue,
             replica_id=replica_id,
-            root=settings.recordings_dir,
+            root=Path(settings.recordings_dir),
             max_bytes=settings.recording_max_bytes,
             min_free_bytes=settings.recording_min_free_bytes,
         )

@@ -1,7 +1,6 @@
 """The analyzer's settings, from `MOE_ANALYZER_*` environment variables."""
 
 import ipaddress
-from pathlib import Path
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -52,8 +51,8 @@ class Settings(BaseSettings):
     max_requests: int = Field(
         default=2000, ge=1, description="Requests that are told apart, per session and partition."
     )
-    recordings_dir: Path = Field(
-        default=Path("recordings"), description="Folder of the recordings that this replica writes; private."
+    recordings_dir: str = Field(
+        default="recordings", min_length=1, description="Folder of the recordings that this replica writes; private."
     )
     recording_max_bytes: int = Field(
         default=4 << 30, ge=1 << 20, description="A recording takes no more rows once its files are so large."

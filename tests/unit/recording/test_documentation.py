@@ -8,7 +8,7 @@ import torch
 from zoo.build import ALL
 
 from moe_debugger.recording import tables
-from moe_debugger.recording.manifest import Manifest, ModelIdentity, PartEntry
+from moe_debugger.recording.manifest import GroupManifest, Manifest, ModelIdentity, PartEntry
 
 _PAGE = (Path(__file__).parents[3] / "docs" / "recordings.md").read_text()
 
@@ -37,6 +37,8 @@ def test_every_column_of_counts_and_field_of_the_manifest_is_named() -> None:
     assert set(re.findall(r"`(\w+)`", counts)) == set(tables.schema_of("counts").names)
     named = {name for row in _table("### The manifest") for name in re.findall(r"`(\w+)`", " ".join(row))}
     assert {*Manifest.model_fields, *ModelIdentity.model_fields, "sha256"} <= named
+    group = _PAGE.split("The manifest of a fleet's recording has", 1)[1].split("##", 1)[0]
+    assert set(GroupManifest.model_fields) - {"format_version"} <= set(re.findall(r"`(\w+)`", group))
     of_parts = " ".join(_table("### The manifest")[-2])
     for name in ("path", "kind", "num_rows", "size_bytes", "sha256", "layout"):
         assert f"`{name}`" in of_parts
@@ -45,7 +47,7 @@ def test_every_column_of_counts_and_field_of_the_manifest_is_named() -> None:
 
 def test_the_code_runs_as_written(tmp_path: Path) -> None:
     snippets = re.findall(r"```python\n(.*?)```", _PAGE, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     ids = torch.randint(3, 80, (3, 7), generator=torch.Generator().manual_seed(5))
     names: dict[str, Any] = {
         "model": ALL["mixtral"].make(),
@@ -58,6 +60,7 @@ def test_the_code_runs_as_written(tmp_path: Path) -> None:
             exec(compile(snippet, "docs/recordings.md", "exec"), names)
     assert names["recording"].manifest.is_finished
     assert names["verification"].is_whole
+    assert len(names["joined"].members) == 1
     assert len(names["frame"]) == len(names["rows"]) > 0
     assert names["decoded"].num_rows == (names["rows"].phase == 2).sum() > 0
     assert names["layers"]["num_experts"].tolist() == [info.num_experts for info in names["recording"].layers()]
