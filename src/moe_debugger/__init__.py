@@ -43,6 +43,8 @@ if TYPE_CHECKING:
         InvalidInputError,
         ModelNotSupportedError,
         MoEDebuggerError,
+        QueryCostError,
+        QueryError,
         RecordingError,
         SessionClosedError,
         UnsupportedFormatError,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     )
     from moe_debugger.models import LoadedModel, load_model
     from moe_debugger.parallel import ParallelCoordinates
+    from moe_debugger.query import QueryResult
     from moe_debugger.recording import JoinedRecording, Recorder, Recording, join_recordings, open_recording
     from moe_debugger.reporting import Diff, Report, diff, report
     from moe_debugger.source import PublishedRoutes, Source, SourceAccount, open_source
@@ -86,6 +89,9 @@ __all__ = [
     "PerformanceMetrics",
     "Profile",
     "PublishedRoutes",
+    "QueryCostError",
+    "QueryError",
+    "QueryResult",
     "RankLoad",
     "Recorder",
     "Recording",
@@ -148,6 +154,8 @@ _MODULES = {
         "FleetError",
         "InvalidInputError",
         "MoEDebuggerError",
+        "QueryCostError",
+        "QueryError",
         "RecordingError",
         "ModelNotSupportedError",
         "SessionClosedError",
@@ -156,6 +164,7 @@ _MODULES = {
     ),
     "moe_debugger.models": ("LoadedModel", "load_model"),
     "moe_debugger.parallel": ("ParallelCoordinates",),
+    "moe_debugger.query": ("QueryResult",),
     "moe_debugger.recording": ("JoinedRecording", "Recorder", "Recording", "join_recordings", "open_recording"),
     "moe_debugger.reporting": ("Diff", "Report", "diff", "report"),
     "moe_debugger.source": ("PublishedRoutes", "Source", "SourceAccount", "open_source"),
