@@ -24,7 +24,7 @@ from moe_debugger.reporting.step_series import LayerSteps, effective_over_steps
 __all__ = ["audit", "collapse_limit", "interpolate", "load_balance_points", "overall_score", "steadiness"]
 
 # A warning keeps the overall score below "good", a critical finding below "fair".
-_CAP_WARNING, _CAP_CRITICAL = 74.0, 49.0
+_CAP_WARNING, _CAP_CRITICAL, _CAP_COLLAPSED = 74.0, 49.0, 25.0
 _MIN_BUCKETS, _MIN_BUCKET_TOKENS = 8, 1000
 _MIN_RANK_STEPS = 32
 # Least weight of the categories that have a score, of the 13 there are, for an overall one.
@@ -168,6 +168,19 @@ def _before(material: Material, index: int) -> LayerMetrics | None:
     return None if material.baseline is None else material.baseline.metrics.get(index)
 
 
+def _load_cap(material: Material, index: int) -> float:
+    """Return the most that a layer's findings allow: a rule that looks at single steps sees what sums dilute."""
+    cap = 100.0
+    for finding in material.analysis.findings:
+        if finding.layer_index != index:
+            continue
+        if finding.kind is FindingKind.ROUTER_COLLAPSE:
+            cap = min(cap, _CAP_COLLAPSED)
+        elif finding.kind is FindingKind.LOAD_IMBALANCE and finding.severity is not Severity.INFO:
+            cap = min(cap, _CAP_WARNING)
+    return cap
+
+
 def _load_balance(material: Material) -> _Scored:
     scores: dict[int, float | None] = {}
     lines, reason = [], None
@@ -176,7 +189,9 @@ def _load_balance(material: Material) -> _Scored:
         reason = reason or missing
         points = load_balance_points(metrics.num_experts, metrics.top_k, material.thresholds)
         value, before = metrics.effective_experts, _before(material, index)
-        scores[index] = None if missing or math.isnan(value) else interpolate(value, points)
+        scores[index] = None
+        if not missing and not math.isnan(value):
+            scores[index] = min(interpolate(value, points), _load_cap(material, index))
         interval = metrics.effective_experts_interval
         lines.append(
             EvidenceLine(
@@ -212,7 +227,7 @@ def _expert_use(material: Material) -> _Scored:
     scores: dict[int, float | None] = {}
     lines, reason = [], None
     findings = material.analysis.findings
-    collapsed = {f.layer_index for f in findings if f.kind is FindingKind.ROUTER_COLLAPSE}
+    collapsed = {f.layer_index: _effective(f) for f in findings if f.kind is FindingKind.ROUTER_COLLAPSE}
     for index, metrics in material.analysis.metrics.items():
         missing = _shortage(material, metrics)
         reason = reason or missing
@@ -225,7 +240,8 @@ def _expert_use(material: Material) -> _Scored:
             scores[index] = None
         elif index in collapsed:
             # The rules say nothing of single experts of a collapsed layer.
-            scores[index] = 100 * metrics.effective_experts / experts
+            effective = collapsed[index]
+            scores[index] = 100 * (metrics.effective_experts if effective is None else effective) / experts
         else:
             scores[index] = 100 * (experts - num_marked) / experts
         before = _before(material, index)
@@ -259,6 +275,12 @@ def _expert_use(material: Material) -> _Scored:
                 for kind, rule in zip(_UNUSED_KINDS, rules, strict=True)
             ]
     return scores, reason, lines
+
+
+def _effective(finding: Finding) -> float | None:
+    """Return the effective experts that a finding judged, which may be those of its last steps."""
+    values = [row.value for row in finding.evidence if row.metric == "effective_experts"]
+    return values[0] if values and math.isfinite(values[0]) else None
 
 
 def _router_confidence(material: Material) -> _Scored:

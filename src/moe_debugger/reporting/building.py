@@ -30,6 +30,7 @@ from moe_debugger.reporting.rank_rows import loads_by_width
 
 if TYPE_CHECKING:
     from moe_debugger._session import Session
+    from moe_debugger.analysis.step_loads import LoadSeries
     from moe_debugger.recording import Recording
 
 __all__ = ["FORMAT", "FORMAT_MAJOR", "Report", "check_format", "report"]
@@ -179,11 +180,16 @@ def report(
         score_why=why,
         categories=categories,
         findings=entries,
-        lead_times=lead_times(material.analysis.findings),
+        lead_times=lead_times(material.analysis.findings, _series(material)),
         fixes=fixes(material, entries, num_ranks=ranks, num_redundant=num_redundant, loads_of=loads_of),
         pictures=pictures(material, token_texts),
         baseline_name=material.baseline_name,
     )
+
+
+def _series(material: Material) -> dict[int, "LoadSeries"]:
+    layers = {} if material.state is None else material.state.layers
+    return {index: layer.load_series for index, layer in layers.items() if layer.load_series is not None}
 
 
 def _title(material: Material) -> str:

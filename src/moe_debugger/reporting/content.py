@@ -247,7 +247,12 @@ class Fix(Model):
 
 
 class LeadTime(Model):
-    """How long before a collapse its warning came, in steps; `collapse_step` is None where none followed."""
+    """How long before its layer's fall to half of its effective experts a warning came, in steps.
+
+    Attributes:
+        warning_step: when the chart warned, which is later than the step since when it falls.
+        collapse_step: the first step below half of the level before the fall; None where there is none.
+    """
 
     layer_index: int
     warning_step: int | None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reported import forwards, infos, material, sampled
 
-from moe_debugger.analysis import Finding, FindingKind, Severity, Thresholds
+from moe_debugger.analysis import EvidenceRow, Finding, FindingKind, Severity, Thresholds
 from moe_debugger.capture_health import CaptureHealth, CheckStatus, HealthCheck
 from moe_debugger.planning import StepLoads
 from moe_debugger.reporting.audit import audit, interpolate, load_balance_points, overall_score, steadiness
@@ -126,6 +127,23 @@ def test_a_collapsed_layer_is_scored_by_its_effective_experts() -> None:
     scores = _scores(found)
     assert scores["expert_use"].score == pytest.approx(25, abs=0.1)
     assert scores["load_balance"].score == pytest.approx(0, abs=0.1)
+
+
+def test_findings_of_single_steps_bound_what_sums_dilute() -> None:
+    found = _requests(30, 64, (8, 2))
+    row = EvidenceRow("effective_experts", 2.0)
+    marks = [
+        Finding(FindingKind.ROUTER_COLLAPSE, Severity.CRITICAL, "router_collapse", 0, evidence=(row,)),
+        Finding(FindingKind.LOAD_IMBALANCE, Severity.WARNING, "load_imbalance_steps", 1),
+    ]
+    object.__setattr__(found.analysis, "findings", tuple(marks))
+    scores = _scores(found)
+    assert scores["load_balance"].layer_scores == {0: 25.0, 1: 74.0}
+    assert scores["expert_use"].layer_scores == {0: 25.0, 1: 100.0}
+    object.__setattr__(found.analysis, "findings", (replace(marks[1], severity=Severity.INFO),))
+    score = _scores(found)["load_balance"].layer_scores[1]
+    assert score is not None
+    assert score > 95
 
 
 def test_capacity_is_not_applicable_where_nothing_can_drop_and_scored_where_it_did() -> None:

@@ -68,6 +68,23 @@ def test_permuted_experts_are_named_although_loads_are_alike(first: Recording, t
     assert found.token_rate == other.router_rate
 
 
+def test_a_wobble_of_few_tokens_is_no_difference(first: Recording, tmp_path: Path) -> None:
+    def wobbled(ids: Ids, number: int) -> Ids:
+        changed = ids.copy()
+        # One slot of one token in twelve: an overlap of 0.96.
+        for row in range(number % 12, len(ids), 12):
+            changed[row, 1] = next(e for e in range(8) if e not in ids[row])
+        return changed
+
+    choices = [[wobbled(ids, r) for ids in layers] for r, layers in enumerate(_choices())]
+    found = diff(first, _open(tmp_path / "wobbled", forwards(choices, [8, 8])))
+    assert [layer.is_choice_different for layer in found.layers] == [False, False]
+    assert found.layers[0].overlap == pytest.approx(1 - 1 / 24)
+    assert found.layers[0].router_rate == pytest.approx(1 / 12)
+    assert found.layers[0].slot_rate == pytest.approx(1 / 24)
+    assert "choices" not in found.verdict_text.args.get("what", "")
+
+
 def test_other_loads_are_found_without_a_common_request(first: Recording, tmp_path: Path) -> None:
     tilted = [
         [

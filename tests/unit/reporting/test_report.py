@@ -14,6 +14,7 @@ from reported import forwards, infos, material, name, record, sampled
 import moe_debugger
 from moe_debugger import Report, open_recording, report
 from moe_debugger.analysis import EvidenceRow, Finding, FindingKind, Severity, Thresholds
+from moe_debugger.analysis.step_loads import LoadSeries
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError
 from moe_debugger.recording.manifest import ModelIdentity, Topology
 from moe_debugger.reporting.findings_text import lead_times
@@ -173,16 +174,19 @@ def test_a_session_is_reported_without_a_recording() -> None:
     import torch
     from zoo.build import ALL
 
-    with moe_debugger.MoEDebugger(ALL["mixtral"].make(), level="routes+tokens", session_name=EVIL) as debugger:
+    model = ALL["mixtral"].make()
+    with moe_debugger.MoEDebugger(model, level="routes+tokens", session_name=EVIL) as debugger:
         ids = torch.randint(3, 80, (3, 9), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            debugger.session._capture.model(ids)
-        made = moe_debugger.report(debugger.session)
+            model(ids)
+        session = debugger.session
+        assert session is not None
+        made = moe_debugger.report(session)
         assert made.source == "session"
         facts = {fact.key: fact.value for fact in made.facts}
         assert facts["session"] == EVIL
         assert facts["level"] == "routes+tokens"
-        assert int(facts["rows"].replace(",", "")) == len(debugger.session.decisions())
+        assert int(facts["rows"].replace(",", "")) == len(session.decisions())
         _assert_self_contained(made.to_html())
 
 
@@ -214,7 +218,7 @@ def test_a_baseline_stands_beside_what_is_now(whole: Path, tmp_path: Path) -> No
     )
     assert line.baseline == pytest.approx(expected.effective_experts)
     assert line.now is not None
-    assert line.now < 3 < line.baseline
+    assert line.now < 3 < expected.effective_experts
     assert {f.kind for f in made.findings if f.severity == "critical"} == {"router_collapse"}
     assert made.score is not None
     assert made.score <= 49
@@ -264,23 +268,27 @@ def test_recorded_ranks_are_planned_for(tmp_path: Path) -> None:
     assert next(each for each in made.categories if each.key == "rank_balance").score is not None
 
 
-def test_lead_times_are_those_of_a_layer() -> None:
-    def found(kind: FindingKind, layer: int, step: int | None) -> Finding:
-        return Finding(kind, Severity.WARNING, kind.value, layer, since_step=step)
+def _fall(num_experts: list[int]) -> LoadSeries:
+    """Return a series whose steps use so many experts evenly."""
+    counts = np.array([[60 // num if e < num else 0 for e in range(6)] for num in num_experts], np.uint64)
+    return LoadSeries(0, np.arange(len(counts), dtype=np.uint64), counts, counts.sum(axis=1))
 
-    warning, collapse = FindingKind.COLLAPSE_WARNING, FindingKind.ROUTER_COLLAPSE
-    leads = lead_times(
-        [
-            found(warning, 3, 110),
-            found(warning, 3, 100),
-            found(collapse, 3, 130),
-            found(warning, 1, 50),
-            found(collapse, 9, 5),
-        ]
-    )
-    assert [(lead.layer_index, lead.warning_step, lead.collapse_step, lead.lead_steps) for lead in leads] == [
-        (1, 50, None, None),
-        (3, 100, 130, 30),
+
+def test_lead_times_are_from_the_warning_to_half_of_the_experts() -> None:
+    def warning(layer: int, since: int, warned: str, baseline: float | None) -> Finding:
+        row = EvidenceRow("effective_experts", 4.0, baseline=baseline)
+        args = {"layer": str(layer), "warned": warned}
+        kind = FindingKind.COLLAPSE_WARNING
+        return Finding(kind, Severity.WARNING, "collapse_warning", layer, since_step=since, args=args, evidence=(row,))
+
+    # A dip of one step is no fall: step 4, of 6 experts, then 9 on.
+    fall = _fall([6, 6, 6, 6, 2, 6, 5, 4, 4, 2, 2, 2])
+    found = [warning(3, 3, "6", 6.0), warning(1, 2, "5", 6.0), warning(7, 1, "", None)]
+    leads = lead_times(found, {3: fall, 1: _fall([6] * 12)})
+    assert [(each.layer_index, each.warning_step, each.collapse_step, each.lead_steps) for each in leads] == [
+        (1, 5, None, None),
+        (3, 6, 9, 3),
+        (7, 1, None, None),
     ]
 
 
