@@ -182,7 +182,7 @@ async def test_the_files_can_be_downloaded(analyzer: Analyzer, client: Any, tmp_
         await publish(js, source.batch())
     done = stop(analyzer, session_id=session_id)
     request = pb.AnalyzerServiceDownloadRecordingRequest(tenant="default", recording_id=done.recording_id)
-    received = 0
+    received = total = 0
     for chunk in analyzer.stub.DownloadRecording(request, timeout=10):
         path = tmp_path / "copy" / chunk.path
         path.parent.mkdir(parents=True, exist_ok=True)

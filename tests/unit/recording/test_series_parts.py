@@ -34,8 +34,9 @@ def test_points_are_readable_before_the_recording_ends(tmp_path: Path) -> None:
         writer.tick()
         recording = open_recording(tmp_path / "rec")
         assert recording.series().value.tolist() == [each / 2 for each in range(step + 1)]
-    assert recording.manifest.status == "recording"
-    assert len([entry for entry in recording.manifest.parts if entry.kind == "series"]) == 3
+    manifest = open_recording(tmp_path / "rec").manifest
+    assert manifest.status == "recording"
+    assert len([entry for entry in manifest.parts if entry.kind == "series"]) == 3
 
 
 def test_a_killed_process_leaves_the_points_of_its_last_flush(tmp_path: Path) -> None:
