@@ -42,13 +42,16 @@ class TrackedFindings:
     def update(self, analysis: Analysis, newest_ns: int, thresholds: Thresholds | None = None) -> bool:
         """Take in what holds now, of data up to `newest_ns`; return False where that says nothing new."""
         holding = {finding.rule_id: finding for finding in findings_to_proto(analysis.findings)}
-        is_same_data = newest_ns == self.evaluated_ns
-        if newest_ns < self.evaluated_ns or (is_same_data and all(map(self._is_open, holding))):
+        if newest_ns < self.evaluated_ns:
             return False
         is_new_second = newest_ns // _NS > self.evaluated_ns // _NS
         known = set(self.findings)
+        # What a source says of its capture may change without new data.
+        has_news = newest_ns > self.evaluated_ns
         for finding in holding.values():
-            self._hold(finding, newest_ns, is_new_second=is_new_second)
+            has_news |= self._hold(finding, newest_ns, is_new_second=is_new_second)
+        if not has_news:
+            return False
         if is_new_second:
             limits = thresholds or Thresholds()
             for rule_id, finding in self.findings.items():
@@ -61,7 +64,8 @@ class TrackedFindings:
     def _is_open(self, rule_id: str) -> bool:
         return rule_id in self.findings and self.findings[rule_id].state == pb.FINDING_STATE_OPEN
 
-    def _hold(self, finding: pb.Finding, newest_ns: int, *, is_new_second: bool) -> None:
+    def _hold(self, finding: pb.Finding, newest_ns: int, *, is_new_second: bool) -> bool:
+        """Take in a finding that holds, and return whether anything about it is new."""
         before = self.findings.get(finding.rule_id)
         finding.state = pb.FINDING_STATE_OPEN
         finding.num_quiet_seconds_to_close = QUIET_SECONDS_TO_CLOSE
@@ -82,6 +86,8 @@ class TrackedFindings:
         if before is None or before.state != pb.FINDING_STATE_OPEN:
             self.turned.add(finding.rule_id)
         self.findings[finding.rule_id] = finding
+        # Not by ==: NaN differs from itself.
+        return before is None or _content(before) != _content(finding)
 
     def _be_quiet(self, finding: pb.Finding, newest_ns: int) -> None:
         finding.num_quiet_seconds += 1
@@ -151,6 +157,10 @@ def with_marks(findings: Iterable[pb.Finding], marks: Mapping[str, FindingMarks]
                 copy.silenced_until_unix_ns, copy.silenced_by = mark.silenced_until_unix_ns, mark.silenced_by
         marked.append(copy)
     return marked
+
+
+def _content(finding: pb.Finding) -> bytes:
+    return finding.SerializeToString(deterministic=True)
 
 
 def _is_judged(finding: pb.Finding, analysis: Analysis, limits: Thresholds) -> bool:

@@ -79,6 +79,19 @@ def test_the_same_data_count_once_and_older_data_not_at_all() -> None:
     assert len(tracked.findings) == 2
 
 
+def test_what_a_source_says_later_of_the_same_data_is_taken_over() -> None:
+    def capture(reasons: str) -> Analysis:
+        words = {"reasons": reasons}
+        return look(Finding(FindingKind.CAPTURE_UNHEALTHY, Severity.WARNING, "capture_unhealthy", args=words))
+
+    tracked = TrackedFindings()
+    assert tracked.update(capture("drops"), 5 * SECOND)
+    assert tracked.update(capture("drops; range: expert 9"), 5 * SECOND)
+    assert not tracked.update(capture("drops; range: expert 9"), 5 * SECOND)
+    (finding,) = tracked.findings.values()
+    assert (finding.args["reasons"], finding.num_occurrences) == ("drops; range: expert 9", 1)
+
+
 def test_it_closes_after_so_many_quiet_seconds_in_a_row_and_not_before() -> None:
     session = Session()
     session.see(look(hot(step=1)))
