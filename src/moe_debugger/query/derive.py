@@ -287,7 +287,7 @@ class _Requests:
         found, counts = np.unique(cells, return_counts=True)
         for cell, count in zip(found.tolist(), counts.tolist(), strict=True):
             request, layer = divmod(cell // _NUM_PHASES, self._size)
-            key = self._place(batch.request_ids[request]), layer
+            key = self._place(batch.request_ids[int(request)]), layer
             if key not in self._tokens:
                 self._tokens[key] = np.zeros(_NUM_PHASES, np.int64)
             self._tokens[key][cell % _NUM_PHASES] += count
@@ -297,7 +297,7 @@ class _Requests:
             steps = batch.raw["step"][rows][order].astype(np.int64)
             lows, highs = np.minimum.reduceat(steps, starts), np.maximum.reduceat(steps, starts)
             for at, low, high in zip(own[order][starts].tolist(), lows.tolist(), highs.tolist(), strict=True):
-                place = self._place(batch.request_ids[at])
+                place = self._place(batch.request_ids[int(at)])
                 before = self._steps.get(place, (low, high))
                 self._steps[place] = min(before[0], low), max(before[1], high)
         if len(self._tokens) > self._max_groups:

@@ -1,6 +1,7 @@
 """The Query RPC through a gateway, over every transport: columns, errors with a place, limits."""
 
 import asyncio
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +15,7 @@ from moe_debugger.v1 import gateway_pb2 as pb
 from moe_debugger.wire.ids import new_id
 
 Connect = Callable[[str], Caller]
-pytestmark = pytest.mark.parametrize("transport", TRANSPORTS)
+every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
 async def _ask(bench: Bench, caller: Caller, text: str) -> pb.QueryResponse:
@@ -22,6 +23,7 @@ async def _ask(bench: Bench, caller: Caller, text: str) -> pb.QueryResponse:
     return response
 
 
+@every_transport
 async def test_columns_come_back_as_they_are(bench: Bench, connect: Connect, transport: str) -> None:
     bench.analyzer.counts[bench.session_id] = np.array([[4, 0, 0, 4], [1, 1, 1, 5], [0, 0, 0, 0]], np.uint64)
     answer = await _ask(bench, connect(transport), "experts where load > 1x order by load desc, layer, expert")
@@ -41,6 +43,7 @@ async def test_columns_come_back_as_they_are(bench: Bench, connect: Connect, tra
     assert bench.analyzer.tenants == {"default"}
 
 
+@every_transport
 async def test_an_error_shows_the_place(bench: Bench, connect: Connect, transport: str) -> None:
     caller = connect(transport)
     with pytest.raises(CallError) as caught:
@@ -57,6 +60,7 @@ async def test_an_error_shows_the_place(bench: Bench, connect: Connect, transpor
     assert caught.value.code == 5
 
 
+@every_transport
 async def test_too_many_at_a_time_are_refused(bench: Bench, connect: Connect, transport: str) -> None:
     bench.analyzer.is_slow = True
     caller = connect(transport)
@@ -69,3 +73,23 @@ async def test_too_many_at_a_time_are_refused(bench: Bench, connect: Connect, tr
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "says"),
+    [
+        (["experts where load > 1x order by load desc show layer, expert, assignments", "--csv"], 0, "1,3,5\n"),
+        (["experts by layer", "--session", "demo"], 0, "3 rows (12 rows read"),
+        (["experts where lod > 1"], 1, "did you mean `load`?"),
+        (["experts", "--session", "nobody"], 1, "no session 'nobody'; it has: demo"),
+    ],
+)
+async def test_the_command_line_asks_a_fleet(bench: Bench, arguments: list[str], exit_code: int, says: str) -> None:
+    bench.analyzer.counts[bench.session_id] = np.array([[4, 0, 0, 4], [1, 1, 1, 5], [0, 0, 0, 0]], np.uint64)
+    command = [sys.executable, "-m", "moe_debugger.cli", "query", "--fleet", f"127.0.0.1:{bench.gateway.grpc_port}"]
+    process = await asyncio.create_subprocess_exec(
+        *command, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, error = await process.communicate()
+    assert process.returncode == exit_code, error.decode()
+    assert says in (out if exit_code == 0 else error).decode()
