@@ -38,13 +38,15 @@ class _Part:
     num_rows: int
 
     def of(self, expert: int) -> "torch.Tensor":
-        if len(self.slots) > 1 or not self.num_rows:
+        if not self.num_rows:
             tensor = self.slots[expert].tensor()
         else:
             fused = self.slots[0].tensor()
-            tensor = None if fused is None else fused.reshape(self.num_rows, -1, *fused.shape[1:])[expert]
-            if tensor is not None and fused is not None and fused.shape[0] == self.num_rows:
-                tensor = tensor[0]
+            tensor = None
+            if fused is not None:
+                # An expert's matrix, or where experts stand below one another in one matrix its rows.
+                is_stacked = fused.shape[0] == self.num_rows
+                tensor = fused[expert] if is_stacked else fused.chunk(self.num_rows)[expert]
         if tensor is None:
             raise ModelNotSupportedError(f"parameter {self.name} of expert {expert} is not there any more")
         return tensor

@@ -12,6 +12,7 @@ wrong with it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,8 +30,9 @@ _NUM_DRAWS = 400
 # a count too high by a factor of 1 / (1 - k/E), less than 1.01 there.
 _MAX_EXACT_EXPERTS = 2048
 _MAX_SHARE_OF_EXPERTS = 0.01
-# T is rounded to so many significant bits, so that a growing session asks for few bands: at most 1.6 % in T.
-_SIGNIFICANT_BITS = 6
+# Above this T bands are simulated at two T an octave alone, and drawn between them: a growing session, and layers of
+# different effective sizes, ask for few.
+_MAX_OWN_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,10 @@ class BalancedBand:
 
     Attributes:
         num_experts, top_k: E and k.
-        num_tokens: T, independent tokens, as used (rounded to 6 significant bits above 63).
-        cv_rms: sqrt(E[CV^2]) = sqrt(E (1 - k/E) / (T k)), exact for the T as given: what `cv_debiased` takes away.
+        num_tokens: T, independent tokens, rounded to a whole number.
+        cv_rms: sqrt(E[CV^2]) = sqrt(E (1 - k/E) / (T k)), exact: what `cv_debiased` takes away.
         cv, max_over_mean, gini, normalised_load_entropy, effective_experts: bands; formulas as in `metrics`.
-        num_unused: band of the experts without load; its `expected` is E (1 - k/E)^T, exact for the T as given.
+        num_unused: band of the experts without load; its `expected` is E (1 - k/E)^T, exact.
     """
 
     num_experts: int
@@ -84,8 +86,8 @@ class BalancedBand:
 def balanced_band(num_experts: int, top_k: int, num_tokens: float) -> BalancedBand:
     """Return what a perfectly balanced router shows on `num_tokens` independent tokens.
 
-    Simulated with a fixed seed (400 draws, the same in every process) and cached by (E, k, T); about 10 ms for 64
-    experts, 50 ms for 256, whatever T is.
+    Simulated with a fixed seed (400 draws, the same in every process) and cached; about 10 ms for 64 experts, 50 ms for
+    256, whatever T is. Above T = 128 it is simulated for two T an octave and interpolated.
 
     Args:
         num_experts: E.
@@ -99,15 +101,14 @@ def balanced_band(num_experts: int, top_k: int, num_tokens: float) -> BalancedBa
         raise InvalidInputError(
             f"num_experts {num_experts}, top_k {top_k}, num_tokens {num_tokens}: expected 1 <= k <= E and T >= 0"
         )
-    rounded = _rounded(num_tokens)
-    bands = _bands(num_experts, top_k, rounded)
-    tokens = num_tokens if rounded else 0
+    tokens = round(num_tokens)
+    bands = _bands(num_experts, top_k, tokens) if tokens <= _MAX_OWN_TOKENS else _between(num_experts, top_k, tokens)
     free = 1 - top_k / num_experts
     unused = num_experts * free**tokens
     return BalancedBand(
         num_experts=num_experts,
         top_k=top_k,
-        num_tokens=rounded,
+        num_tokens=tokens,
         cv_rms=math.sqrt(num_experts * free / (tokens * top_k)) if tokens else math.nan,
         cv=bands["cv"],
         max_over_mean=bands["max_over_mean"],
@@ -143,10 +144,36 @@ def balanced_counts(
     return counts
 
 
-def _rounded(num_tokens: float) -> int:
-    tokens = round(num_tokens)
-    shift = max(tokens.bit_length() - _SIGNIFICANT_BITS, 0)
-    return ((tokens + (1 << shift >> 1)) >> shift) << shift
+def _between(num_experts: int, top_k: int, tokens: int) -> dict[str, Band]:
+    """Return the bands at T between two T that are simulated, by what changes least with T."""
+    half_octave = math.floor(2 * math.log2(tokens))
+    low, high = round(2 ** (half_octave / 2)), round(2 ** ((half_octave + 1) / 2))
+    weight = math.log(tokens / low) / math.log(high / low)
+    at_low, at_high = _bands(num_experts, top_k, low), _bands(num_experts, top_k, high)
+
+    def drawn(name: str, a: float, b: float) -> float:
+        # Each is `limit - c T^-power` with a nearly constant c: deviations shrink with sqrt(T), lost entropy with T.
+        limit, power = _LIMITS[name](num_experts)
+        c = (1 - weight) * (limit - a) * low**power + weight * (limit - b) * high**power
+        return float(limit - c / tokens**power)
+
+    return {
+        name: Band(
+            *(drawn(name, getattr(band, at), getattr(at_high[name], at)) for at in ("expected", "lower", "upper"))
+        )
+        for name, band in at_low.items()
+    }
+
+
+# What each metric becomes with many tokens, and the power of T at which it does.
+_LIMITS: dict[str, Callable[[int], tuple[float, float]]] = {
+    "cv": lambda num_experts: (0.0, 0.5),
+    "max_over_mean": lambda num_experts: (1.0, 0.5),
+    "gini": lambda num_experts: (0.0, 0.5),
+    "normalised_load_entropy": lambda num_experts: (1.0, 1.0),
+    "effective_experts": lambda num_experts: (float(num_experts), 1.0),
+    "num_unused": lambda num_experts: (0.0, 0.0),
+}
 
 
 @lru_cache(maxsize=1024)

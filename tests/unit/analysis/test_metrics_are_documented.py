@@ -113,7 +113,7 @@ LINES = lines_of(DOCUMENT.read_text("utf-8"))
 
 
 def names_of(result: Any) -> list[str]:
-    names = []
+    names: list[str] = []
     for field in dataclasses.fields(result):
         name = field.name
         is_count = name.startswith("num_") and name not in NUMBERS_THAT_COUNT
@@ -124,7 +124,7 @@ def names_of(result: Any) -> list[str]:
 
 def functions() -> list[str]:
     return [
-        FUNCTIONS.get(name, name)
+        FUNCTIONS.get(str(name), str(name))
         for module in (metrics, small_samples, step_metrics, expert_similarity)
         for name in module.__all__
         if inspect.isfunction(getattr(module, name)) and name not in NO_METRICS
