@@ -63,6 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="one JSON object a run; runs that it holds are kept")
     parser.add_argument("--loads", type=Path, help="folder to keep loads in, [steps, layers, experts] .npy")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="only these")
     parser.add_argument("--table", action="store_true", help="print the table and train nothing")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
@@ -73,7 +74,7 @@ def main() -> int:
     # Seed by seed, so that a run that was stopped has some of each case.
     for seed in range(max(case.num_seeds for case in CASES.values())):
         for name, case in CASES.items():
-            if seed < case.num_seeds and (name, seed) not in done:
+            if name in arguments.cases and seed < case.num_seeds and (name, seed) not in done:
                 run = train_case(name, seed)
                 if arguments.loads is not None:
                     np.save(arguments.loads / f"{name}-{seed}.npy", run.loads)

@@ -42,7 +42,7 @@ _THRESHOLD_FOR_FOUR = 5.7
 _THRESHOLD_SLOPE = 0.48
 # A window of fewer points than this knows less: that is paid for with a higher threshold.
 _FULL_WINDOW = 100
-_FEWER_POINTS = 0.3
+_FEWER_POINTS = 0.6
 
 
 def page_threshold(num_series: int, num_points: int = 100) -> float:

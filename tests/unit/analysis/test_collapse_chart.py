@@ -78,7 +78,7 @@ def test_threshold_grows_by_the_logarithm_of_the_layers() -> None:
     assert page_threshold(32) - page_threshold(4) == pytest.approx(0.48 * math.log(8))
     assert chart(noise(0, 200, num_series=32)).threshold == page_threshold(32)
     # Points of two steps: 50 of them in a window of 100 steps.
-    assert chart(noise(0, 200, num_series=32), width=2).threshold == pytest.approx(page_threshold(32) + 0.3)
+    assert chart(noise(0, 200, num_series=32), width=2).threshold == pytest.approx(page_threshold(32) + 0.6)
 
 
 # --- an independent reference ----------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def reference(
             statistics.median(b - a for a, b in zip(steps[start:], steps[start + 1 : start + 25], strict=False)), 1
         )
         points = max(25, math.ceil(s.baseline_steps / spacing))
-        h = 5.7 + 0.48 * math.log(1 / 4) + (0.3 if points < 100 else 0.0)
+        h = 5.7 + 0.48 * math.log(1 / 4) + (0.6 if points < 100 else 0.0)
         if start + points > len(values):
             return alarms, statistic
         usual = statistics.median(tokens[start : start + points])
