@@ -3,7 +3,8 @@
     python tests/bench/bench_profile.py [--pairs 30] [--threads 1] [--workloads prefill decode_1 decode_8]
 
 The last line is JSON. Model and workloads are those of bench_capture.py. Each pair runs both ways in a random order; a
-ratio is the median over the pairs of (with / without), with an interval by bootstrap. `aa` is the bare model against
+ratio is the median over the pairs of (with / without), with an interval by bootstrap, of wall time and of the process's
+CPU time, which other processes disturb less. `aa` is the bare model against
 itself, which shows how far the machine alone moves a ratio; `profile` is the profiler without a capture; `capture` and
 `capture_profile` are sessions at level "counts" without and with profiling. `by_its_own_clock` is what the profiler
 says of itself: what torch spends on calling hooks is not in it. `held_out_error` is that of the cost model.
@@ -68,21 +69,23 @@ class _Session:
         self._debugger.close()
 
 
-def _timed(run: Callable[[], Any], variant: Any) -> float:
+def _timed(run: Callable[[], Any], variant: Any) -> tuple[float, float]:
+    """Return wall and CPU seconds."""
     variant.on()
     try:
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         run()
         settle = getattr(variant, "settle", None)
         if settle is not None:
             settle()
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - started_cpu
     finally:
         variant.off()
 
 
 def _ratio(run: Callable[[], Any], rewind: Callable[[], None], variant: Any, pairs: int) -> dict[str, Any]:
-    bare, ratios = _Bare(), []
+    bare = _Bare()
+    ratios: list[list[float]] = [[], []]
     for _ in range(pairs):
         order = [bare, variant]
         random.shuffle(order)
@@ -90,11 +93,16 @@ def _ratio(run: Callable[[], Any], rewind: Callable[[], None], variant: Any, pai
         for each in order:
             took[id(each)] = _timed(run, each)
             rewind()
-        ratios.append(took[id(variant)] / took[id(bare)])
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (_BOOTSTRAPS, pairs)), axis=1)
+        for own, with_it, without in zip(ratios, took[id(variant)], took[id(bare)], strict=True):
+            own.append(with_it / without)
+    return {"wall": _summary(ratios[0]), "cpu": _summary(ratios[1])}
+
+
+def _summary(ratios: list[float]) -> list[float]:
+    """Return the median, and a 95 % interval of it."""
+    medians = np.median(np.random.default_rng(0).choice(ratios, (_BOOTSTRAPS, len(ratios))), axis=1)
     low, high = np.percentile(medians, (2.5, 97.5))
-    return {"ratio": round(statistics.median(ratios), 4), "interval": [round(float(low), 4), round(float(high), 4)]}
+    return [round(float(value), 4) for value in (statistics.median(ratios), low, high)]
 
 
 def _workload(name: str, model: Any) -> tuple[Any, Callable[[], None]]:

@@ -106,7 +106,7 @@ def layer_plan(site: Site, modules: "Mapping[str, nn.Module]") -> LayerPlan:
     places += [ModulePlace(child, Part.EXPERT, expert) for expert, child in enumerate(children)]
     shared = _shared(block)
     places += [ModulePlace(child, Part.SHARED) for child in shared]
-    expert_bytes, flops = _expert_weights(experts, children)
+    expert_bytes, flops = _expert_weights(experts, children, num_experts)
     module, moment, read = _id_tap(site) if layout in ("fused", "whole") else (None, "", None)
     reasons = _reasons(layout, site, read, has_shared=bool(shared))
     return LayerPlan(site.info, layout, tuple(places), expert_bytes, flops, module, moment, read, reasons)
@@ -123,18 +123,25 @@ def _shared(block: "nn.Module | None") -> "list[nn.Module]":
     return [children[name] for name in _SHARED_NAMES if name in children]
 
 
-def _expert_weights(experts: "nn.Module", children: "list[nn.Module]") -> tuple[float, float]:
-    """Return bytes of one expert's weights, and operations for one row; NaN where they cannot be told."""
-    held = list(children[0].parameters()) if children else list(experts.parameters(recurse=True))
-    first = 2 if children else 3
-    num_experts = 1 if children else next((int(each.shape[0]) for each in held if each.ndim == first), 0)
+def _expert_weights(experts: "nn.Module", children: "list[nn.Module]", num_experts: int) -> tuple[float, float]:
+    """Return bytes of one expert's weights, and operations for one row; NaN where they cannot be told.
+
+    Experts of one module hold matrices [E, a, b] and biases [E, a]; some stack the matrices of all to [E * a, b].
+    """
+    held = list(children[0].parameters()) if children else list(experts.parameters())
+    has_stacks = any(each.ndim == 3 for each in held)
     num_bytes = operations = 0.0
     for parameter in held:
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if children or (parameter.ndim > 1 and parameter.shape[0] == num_experts):
-            share = local.numel() / max(1, 1 if children else local.shape[0])
-            num_bytes += share * local.element_size()
-            operations += 2 * share if parameter.ndim == first else 0.0
+        if children:
+            share, is_matrix = float(local.numel()), parameter.ndim == 2
+        elif has_stacks:
+            share, is_matrix = local.numel() / max(1, local.shape[0] if local.ndim else 1), parameter.ndim == 3
+        else:
+            is_matrix = parameter.ndim == 2 and parameter.shape[0] % num_experts == 0
+            share = local.numel() / num_experts
+        num_bytes += share * local.element_size()
+        operations += 2 * share * is_matrix
     return (num_bytes, operations) if operations else (float("nan"), float("nan"))
 
 
