@@ -27,6 +27,7 @@ __all__ = [
     "benjamini_hochberg",
     "design_effect",
     "jackknife",
+    "row_entropies",
     "share_tests",
     "student_quantile",
     "student_upper_tail",
@@ -71,7 +72,7 @@ def student_upper_tail(t: _Floats, degrees: float) -> _Floats:
     return np.array([0.5 * math.erfc(x / math.sqrt(2)) for x in z.ravel().tolist()]).reshape(z.shape)
 
 
-def _entropies(table: _Floats) -> _Floats:
+def row_entropies(table: _Floats) -> _Floats:
     """Return the load entropy in nats of each row of counts [n, E]."""
     p = table / table.sum(axis=1, keepdims=True)
     logs = np.log(p, where=p > 0, out=np.zeros_like(p))
@@ -158,8 +159,8 @@ def jackknife(blocks: Blocks, top_k: int) -> tuple[Interval, float]:
     if kish < MIN_BLOCKS:
         return _UNKNOWN, float("nan")
     num, total = len(table), table.sum(axis=0)
-    entropy = float(_entropies(total[None, :])[0])
-    left_out = _entropies(total - table)
+    entropy = float(row_entropies(total[None, :])[0])
+    left_out = row_entropies(total - table)
     error = math.sqrt((num - 1) / num * float(np.square(left_out - left_out.mean()).sum()))
     corrected = num * entropy - (num - 1) * float(left_out.mean())
     width = student_quantile(kish - 1) * error

@@ -7,7 +7,15 @@ import numpy.typing as npt
 
 from moe_debugger.analysis.early_warning import LayerSeries, WarningReport, collapse_warnings
 from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Severity
-from moe_debugger.analysis.intervals import MIN_UNITS, BlockKind, Blocks, design_effect, jackknife, student_quantile
+from moe_debugger.analysis.intervals import (
+    MIN_UNITS,
+    BlockKind,
+    Blocks,
+    design_effect,
+    jackknife,
+    row_entropies,
+    student_quantile,
+)
 from moe_debugger.analysis.metrics import effective_experts
 from moe_debugger.analysis.rules.look import Look, formatted
 from moe_debugger.analysis.step_loads import LoadSeries
@@ -108,7 +116,7 @@ def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
     num_learnt = -(-_BASELINE_STEPS // series.width)
     if len(series.counts) < num_learnt + _MIN_RECENT_POINTS:
         return []
-    levels = np.array([effective_experts(counts) for counts in series.counts])
+    levels = np.exp(row_entropies(np.maximum(series.counts.astype(np.float64), np.finfo(np.float64).tiny)))
     baseline = float(max(np.median(levels[:num_learnt]), np.median(levels)))
     limit = limits.collapse_baseline_ratio * baseline
     recent = _recent(series, num_learnt, limits.min_tokens)
