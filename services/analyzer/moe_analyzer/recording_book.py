@@ -5,6 +5,7 @@ reason. A source whose manifest has not come yet waits for it.
 """
 
 import json
+import math
 import shutil
 import time
 from collections import Counter
@@ -46,6 +47,9 @@ _MAX_WAITING_BYTES = 64 << 20
 # Rows of all sources in memory, which are in no file yet.
 _MAX_PENDING_BYTES = 64 << 20
 _MAX_PROBLEMS = 16
+# So long parts are so short; then as long as everywhere.
+_YOUNG_S = 600.0
+_YOUNG_PART_S = 5.0
 _LEVELS = {
     pb.CAPTURE_LEVEL_COUNTS: "counts",
     pb.CAPTURE_LEVEL_ROUTES: "routes",
@@ -161,8 +165,9 @@ class RecordingBook:
         self.group = group
         self._max_bytes = max_bytes
         self._min_free_bytes = min_free_bytes
-        # Small parts: a crash loses less, and someone watches the size grow.
-        self._limits = limits or Limits(part_seconds=5.0)
+        # Small parts at first: a crash loses less of a short recording, and someone watches the size grow.
+        self._limits = limits or Limits(part_seconds=_YOUNG_PART_S)
+        self._grows_old_at = time.monotonic() + _YOUNG_S if limits is None else math.inf
         self._sources: dict[str, _Source] = {}
         self._waiting_bytes = 0
         self._lost: Counter[str] = Counter()
@@ -289,6 +294,12 @@ class RecordingBook:
             self._is_disk_full = shutil.disk_usage(self.folder).free < self._min_free_bytes
         except OSError as error:
             self.note(f"the disk cannot be asked for its room ({error.strerror or error})")
+        if time.monotonic() >= self._grows_old_at:
+            # A long recording must not be a folder of tiny files.
+            self._grows_old_at = math.inf
+            self._limits = Limits()
+            for writer in self._writers():
+                writer.limits = self._limits
         for source in self._sources.values():
             if source.writer is not None:
                 self._note_gaps(source, source.writer)

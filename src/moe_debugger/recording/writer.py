@@ -231,6 +231,9 @@ class _OpenPart:
 class RecordingWriter:
     """Writes what it is given; one thread at a time. Whatever the disk does, nothing here raises but `__init__`.
 
+    Attributes:
+        limits: of its parts from now on.
+
     Args:
         folder: empty, as `make_folder` returns it.
         manifest: of a recording that begins.
@@ -252,7 +255,7 @@ class RecordingWriter:
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._limits = limits
+        self.limits = limits
         self._layers = layers
         self._owners = owners
         self._rank = manifest.topology.global_rank
@@ -321,7 +324,7 @@ class RecordingWriter:
 
     def tick(self) -> None:
         """End the part where the oldest of its rows, or of the points that wait, are old enough."""
-        now, seconds = time.monotonic(), self._limits.part_seconds
+        now, seconds = time.monotonic(), self.limits.part_seconds
         if self._oldest_at is not None and now - self._oldest_at >= seconds:
             self.end_part()
         elif self._points and now - self._points_since >= seconds and not self.has_failed:
@@ -402,7 +405,7 @@ class RecordingWriter:
 
     def _full_by(self) -> str | None:
         """Return which bound the recording has reached."""
-        if self._limits.max_bytes is not None and self.size_bytes >= self._limits.max_bytes:
+        if self.limits.max_bytes is not None and self.size_bytes >= self.limits.max_bytes:
             return "max_bytes"
         return "max_parts" if len(self._parts) >= MAX_PARTS - _OTHER_PARTS else None
 
@@ -443,7 +446,7 @@ class RecordingWriter:
     def _write_and_cut(self) -> None:
         self._write_pending()
         part = self._open
-        if part is not None and (part.size_bytes >= self._limits.part_bytes or part.num_rows >= self._limits.part_rows):
+        if part is not None and (part.size_bytes >= self.limits.part_bytes or part.num_rows >= self.limits.part_rows):
             self._end_part()
 
     def _write_rows(self, pending: list[RoutingColumns]) -> None:

@@ -241,3 +241,24 @@ def test_a_recording_that_is_cut_off_can_be_read(tmp_path: Path) -> None:
     assert not recording.is_whole
     assert len(recording.decisions()) == 2 * 3 * 36
     assert recording.capture_health() is None
+
+
+def test_a_long_recording_has_longer_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording_book, "_YOUNG_PART_S", 1e-9)
+    monkeypatch.setattr(recording_book, "_YOUNG_S", 1e9)
+    book = begin(tmp_path / "rec", limits=None)
+    source = LedgerSource(new_id())
+    book.take(source.source_id, source.manifest()[1])
+    for _ in range(4):
+        book.take(source.source_id, source.batch()[1])
+        book.tick()
+    book._grows_old_at = 0.0
+    for _ in range(6):
+        book.take(source.source_id, source.batch()[1])
+        book.tick()
+    book.finish()
+    recording = open_recording(tmp_path / "rec")
+    assert isinstance(recording, JoinedRecording)
+    parts = [entry.num_rows for entry in recording.members[0].manifest.parts if entry.kind == "rows"]
+    assert parts == [36, 36, 36, 36, 6 * 36]
+    assert counts(recording) == source.expected_counts()

@@ -61,7 +61,7 @@ from recorded_rows import write
 from routing_rows import forward
 from moe_debugger.recording.tables import block_to_batch
 writer = write(Path({str(tmp_path / "rec")!r}), [forward(i) for i in range(3)], finishes=False, part_seconds=1e-9)
-writer._limits = type(writer._limits)()
+writer.limits = type(writer.limits)()
 for index in range(3, 5):
     writer.add([forward(index)])
 writer._write_pending()
