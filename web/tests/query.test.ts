@@ -44,7 +44,7 @@ describe("results", () => {
       [[5, 1], [7]],
     ]);
     expect(table.isNumber).toEqual([true, true, false, false, true]);
-    expect(placeOf(table, 0)).toEqual({ layer: 3, expert: null, request: "a" });
+    expect(placeOf(table, 0)).toEqual({ layer: 3, expert: null, request: "a", position: null });
   });
 });
 

@@ -135,7 +135,9 @@ class QueryResult:
         shown = f"{len(self):,} row{'' if len(self) == 1 else 's'}"
         if self.is_truncated:
             of = "more" if self.num_matched is None else f"{self.num_matched:,}"
-            shown = f"the first {shown} of {of}; add `limit` for others"
+            # The canonical text ends with the limit where there is one.
+            hint = "" if " limit " in self.query else "; `limit` gives more"
+            shown = f"the first {shown} of {of}{hint}"
         return f"{shown} ({self.num_rows_scanned:,} rows read in {self.elapsed_s:.2f} s)"
 
     def _cells(self) -> tuple[list[str], list[list[object]]]:
@@ -174,5 +176,8 @@ def _cell(value: Any) -> object:
         return "–"
     if isinstance(value, list):
         return " ".join(f"{each:.3f}" if isinstance(each, float) else str(each) for each in value)
-    # A token may be a line break, which would break the table.
-    return value if not isinstance(value, str) or value.isprintable() else repr(value)[1:-1]
+    if not isinstance(value, str):
+        return value
+    # A token may be a line break, which would break the table, or a space, which nobody would see.
+    text = value if value.isprintable() else repr(value)[1:-1]
+    return text if text == text.strip() else f'"{text}"'

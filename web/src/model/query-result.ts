@@ -71,7 +71,7 @@ export function decodeResult(result: QueryResult): ResultTable {
 export function placeOf(
   table: ResultTable,
   row: number,
-): { layer: number | null; expert: number | null; request: string | null } {
+): { layer: number | null; expert: number | null; request: string | null; position: number | null } {
   const cell = (name: string): Cell => {
     const at = table.names.indexOf(name);
     return at < 0 ? null : ((table.columns[at] as Cell[])[row] ?? null);
@@ -79,9 +79,11 @@ export function placeOf(
   const layer = cell("layer");
   const expert = cell("expert") ?? cell("hottest_expert");
   const request = cell("request");
+  const position = cell("position");
   return {
     layer: typeof layer === "number" ? layer : null,
     expert: typeof expert === "number" ? expert : null,
     request: typeof request === "string" ? request : null,
+    position: typeof position === "number" ? position : null,
   };
 }

@@ -6,6 +6,7 @@ import { type Cell, placeOf, type ResultTable } from "../model/query-result";
 import { completions } from "../model/query-words";
 import { type Answer, ask, clearAnswers, useQuery } from "../query";
 import { useApp } from "../store";
+import { useTokens } from "../tokens";
 import "./query.css";
 
 const EXAMPLES = [
@@ -232,31 +233,23 @@ function ResultRows({ table, sessionId }: { table: ResultTable; sessionId: strin
   const { t } = useTranslation();
   const { generator } = useServices();
   const layers = useApp((state) => state.picture?.whole.layers);
-  const selectedRow = useApp((state) => state.row);
-  const selectedExpert = useApp((state) => state.expert);
+  const [selected, setSelected] = useState(-1);
   const isOfThisSession = useApp((state) => state.sessionId === sessionId);
   const shown = Math.min(table.numRows, MAX_SHOWN);
   const select = (row: number) => {
-    const { layer, expert, request } = placeOf(table, row);
+    const { layer, expert, request, position } = placeOf(table, row);
+    setSelected(row);
     const place = layer === null || !layers ? -1 : layers.findIndex(({ layerIndex }) => layerIndex === layer);
     useApp.setState({
       ...(place >= 0 ? { row: place, sidebar: "layer" as const } : {}),
       ...(place >= 0 && expert !== null ? { expert } : {}),
     });
     if (request !== null) generator.open(request);
+    if (request !== null && position !== null) useTokens.setState({ position });
   };
   const canSelect = (row: number) => {
     const { layer, request } = placeOf(table, row);
     return isOfThisSession && (layer !== null || request !== null);
-  };
-  const isSelected = (row: number) => {
-    const { layer, expert } = placeOf(table, row);
-    return (
-      isOfThisSession &&
-      layer !== null &&
-      layers?.[selectedRow]?.layerIndex === layer &&
-      (expert === null || expert === selectedExpert)
-    );
   };
   return (
     <div className="table-scroll query-table">
@@ -277,7 +270,7 @@ function ResultRows({ table, sessionId }: { table: ResultTable; sessionId: strin
         <tbody>
           {Array.from({ length: shown }, (_, row) => (
             // biome-ignore lint/suspicious/noArrayIndexKey: a result never changes, so a row's place is its identity
-            <tr key={row} className={isSelected(row) ? "selected" : undefined} data-testid="query-row">
+            <tr key={row} className={row === selected ? "selected" : undefined} data-testid="query-row">
               {table.columns.map((column, at) => (
                 <td key={table.names[at]} className={table.isNumber[at] ? "num number" : undefined}>
                   <bdi>{cellText(column[row] ?? null, table.units[at] ?? "")}</bdi>
@@ -305,8 +298,11 @@ function cellText(cell: Cell, unit: string): string {
   if (cell === null) return "–";
   if (Array.isArray(cell)) return cell.map((each) => (typeof each === "number" ? formatValue(each) : each)).join(" ");
   if (typeof cell === "boolean") return cell ? "yes" : "no";
-  // A token may be a line break.
-  if (typeof cell === "string") return cell.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  // A token may be a line break, or a space, which nobody would see.
+  if (typeof cell === "string") {
+    const text = cell.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+    return text === text.trim() ? text : `"${text}"`;
+  }
   if (unit === "x") return formatRatio(cell);
   if (unit === "1") return formatPercent(cell, 1);
   if (unit === "s") return new Date(cell * 1000).toISOString().slice(0, 19).replace("T", " ");
