@@ -33,6 +33,7 @@ __all__ = [
     "Table",
     "Text",
     "known",
+    "picture",
     "say",
     "show",
 ]
@@ -338,3 +339,10 @@ class Picture(Model):
     data: Annotated[Heatmap | Lines | Matrix | Bars, Field(discriminator="kind")] | None = None
     why_not: Text | None = None
     table: Table | None = None
+
+
+def picture(key: str, why_not: Text | None = None, **values: object) -> Picture:
+    """Return the picture of `key`, whose words are `picture.<key>` and `caption.<key>`."""
+    return Picture.model_validate(
+        {"key": key, "title": say(f"picture.{key}"), "caption": say(f"caption.{key}"), "why_not": why_not, **values}
+    )

@@ -13,9 +13,11 @@ from reported import forwards, infos, material, sampled
 from moe_debugger.analysis import EvidenceRow, Finding, FindingKind, Severity, Thresholds
 from moe_debugger.capture_health import CaptureHealth, CheckStatus, HealthCheck
 from moe_debugger.planning import StepLoads
-from moe_debugger.reporting.audit import audit, interpolate, load_balance_points, overall_score, steadiness
+from moe_debugger.reporting.audit import audit, overall_score
 from moe_debugger.reporting.content import Category, say
+from moe_debugger.reporting.load_scores import load_balance_points, steadiness
 from moe_debugger.reporting.material import Material
+from moe_debugger.reporting.scoring import interpolate
 from moe_debugger.reporting.step_series import LayerSteps
 
 

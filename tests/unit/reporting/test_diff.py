@@ -13,7 +13,8 @@ from moe_debugger import Diff, Recording, diff, open_recording
 from moe_debugger.analysis import RowSet, align
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError
 from moe_debugger.recording.manifest import ModelIdentity, Topology
-from moe_debugger.reporting.comparing import _compare, overlap_bound
+from moe_debugger.reporting.comparing import _compare
+from moe_debugger.reporting.comparison_tests import overlap_bound
 from moe_debugger.reporting.material import row_sizes
 from moe_debugger.reporting.renaming import best_renaming
 from moe_debugger.wire.codec import RoutingColumns

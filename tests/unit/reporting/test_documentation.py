@@ -9,8 +9,9 @@ from reported import forwards, infos, record, sampled
 
 from moe_debugger import Diff, Report
 from moe_debugger.cli.diff import EXIT_DIFFERENT, EXIT_UNSURE
-from moe_debugger.reporting.audit import _WEIGHTS
-from moe_debugger.reporting.comparing import OVERLAP_FLOOR, Verdict
+from moe_debugger.reporting.audit import WEIGHTS
+from moe_debugger.reporting.comparing import Verdict
+from moe_debugger.reporting.comparison_tests import OVERLAP_FLOOR
 from moe_debugger.reporting.texts import catalogue
 
 _PAGE = (Path(__file__).parents[3] / "docs" / "report.md").read_text()
@@ -27,8 +28,8 @@ def test_every_field_point_and_verdict_is_named() -> None:
 
 
 def test_every_category_has_its_weight() -> None:
-    assert dict(re.findall(r"^\| `(\w+)` \((\d)\) \|", _PAGE, re.MULTILINE)) == {k: str(v) for k, v in _WEIGHTS.items()}
-    assert f"less\nthan 5 of {sum(_WEIGHTS.values())}" in _PAGE
+    assert dict(re.findall(r"^\| `(\w+)` \((\d)\) \|", _PAGE, re.MULTILINE)) == {k: str(v) for k, v in WEIGHTS.items()}
+    assert f"less\nthan 5 of {sum(WEIGHTS.values())}" in _PAGE
 
 
 def test_the_code_runs_as_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

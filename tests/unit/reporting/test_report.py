@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import moe_debugger
 from moe_debugger import Report, open_recording, report
 from moe_debugger.analysis import EvidenceRow, Finding, FindingKind, Severity, Thresholds
 from moe_debugger.analysis.step_loads import LoadSeries
-from moe_debugger.errors import InvalidInputError, UnsupportedFormatError
+from moe_debugger.errors import DependencyMissingError, InvalidInputError, UnsupportedFormatError
 from moe_debugger.recording.manifest import ModelIdentity, Topology
+from moe_debugger.reporting import html
 from moe_debugger.reporting.findings_text import lead_times
 from moe_debugger.reporting.material import layer_range
 from moe_debugger.reporting.texts import catalogue, sentence
@@ -188,6 +190,57 @@ def test_a_session_is_reported_without_a_recording() -> None:
         assert facts["level"] == "routes+tokens"
         assert int(facts["rows"].replace(",", "")) == len(session.decisions())
         _assert_self_contained(made.to_html())
+
+
+def test_sums_are_reported_without_rows_and_cannot_be_tested(tmp_path: Path) -> None:
+    import torch
+    from zoo.build import ALL
+
+    model = ALL["mixtral"].make()
+    folders = [tmp_path / "counts", tmp_path / "rows"]
+    levels: list[Any] = ["counts", "routes"]
+    for folder, level in zip(folders, levels, strict=True):
+        with moe_debugger.MoEDebugger(model, level=level) as debugger, torch.no_grad():
+            session = debugger.session
+            assert session is not None
+            with session.record(folder):
+                for seed in range(3):
+                    model(torch.randint(3, 80, (3, 9), generator=torch.Generator().manual_seed(seed)))
+    counts, rows = (open_recording(folder) for folder in folders)
+    made = report(counts)
+    assert {p.key for p in made.pictures if p.data is not None} <= {"load", "lorenz", "over_steps"}
+    assert made.pictures[0].data == report(rows).pictures[0].data
+    assert next(each for each in made.categories if each.key == "load_balance").score is None
+    assert any(notice.text.code == "notice.counts" for notice in made.notices)
+    _assert_self_contained(made.to_html())
+    found = moe_debugger.diff(counts, rows)
+    assert (found.verdict, found.tests) == ("insufficient_evidence", [])
+    assert [layer.js_bits for layer in found.layers] == pytest.approx([0] * len(found.layers))
+    assert "level routes or above" in next(p.remedy.text for p in found.points if p.key == "level" and p.remedy)
+
+
+def test_the_ranks_of_one_session_are_read_as_one(tmp_path: Path) -> None:
+    folders = [
+        record(
+            tmp_path / f"rank{rank}", _forwards(20, first_request=20 * rank), infos(SHAPE, SHAPE),
+            topology=Topology(global_rank=rank, world_size=2, data_parallel_rank=rank), session_name="both",
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    made = report(open_recording(folders))
+    facts = {fact.key: fact.value for fact in made.facts}
+    assert facts["sources"] == "2 processes"
+    assert facts["rows"] == f"{2 * 20 * 64 * 2:,}"
+    line = made.categories[0].evidence[0]
+    assert line.sample_size == 2 * 20 * 64
+
+
+def test_without_jinja2_a_page_says_what_to_install(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = report(open_recording(whole))
+    html._environment.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(DependencyMissingError, match=r"moe-debugger\[report\]"):
+        made.to_html()
 
 
 def test_an_analysis_alone_says_that_the_rest_is_not_known() -> None:
