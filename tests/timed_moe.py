@@ -44,10 +44,10 @@ class _Gate(nn.Linear):
         super().__init__(size, num_experts, bias=False)
         self.clock, self.took_ns = clock, took_ns
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.clock is not None:
             self.clock.advance(self.took_ns)
-        return super().forward(hidden)
+        return super().forward(input)
 
 
 class ListBlock(nn.Module):

@@ -18,18 +18,23 @@ class EventRuntime(Protocol):
 
     def new_event(self) -> Any:
         """Return an event that takes the time."""
+        ...
 
     def record(self, event: Any, device: Any) -> None:
         """Put the event on the device's current stream."""
+        ...
 
     def is_over(self, event: Any) -> bool:
         """Return at once whether the device has passed the event."""
+        ...
 
     def elapsed_ms(self, first: Any, second: Any) -> float:
         """Return the time between two events that are over."""
+        ...
 
     def is_capturing(self) -> bool:
         """Return whether the current stream is being captured into a graph, where no event can be timed."""
+        ...
 
 
 class CudaEvents:

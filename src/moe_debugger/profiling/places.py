@@ -131,6 +131,7 @@ def _expert_weights(experts: "nn.Module", children: "list[nn.Module]", num_exper
     held = list(children[0].parameters()) if children else list(experts.parameters())
     has_stacks = any(each.ndim == 3 for each in held)
     num_bytes = operations = 0.0
+    parameter: Any
     for parameter in held:
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if children:

@@ -87,3 +87,26 @@ def test_a_session_sends_its_profile_with_its_status(monkeypatch: pytest.MonkeyP
     assert {"profile_layer_ms", "profile_overhead_share", "profile_expert_ms"} <= {point.name for point in sent}
     message = sent[0].to_message()
     assert message.name.startswith("profile_")
+
+
+def test_a_summary_that_takes_long_comes_less_often_and_counts_as_cost() -> None:
+    seconds = Seconds()
+    model = ListModel(1)
+    profiler = LayerProfiler(model, find_sites(model).sites)
+    profiler.attach()
+    live = LiveProfile(profiler, layer_numbers={}, expert_owners={}, interval_s=1e-6, clock=seconds)
+    with torch.no_grad():
+        for _ in range(32):
+            model(torch.arange(8)[None])
+    before = profiler.own_ns
+    assert live.points()
+    took_s = (profiler.own_ns - before) / 1e9
+    assert took_s > 0
+    with torch.no_grad():
+        for _ in range(32):
+            model(torch.arange(8)[None])
+    seconds.now += 99 * took_s
+    assert live.points() == []
+    seconds.now += 2 * took_s
+    assert live.points()
+    profiler.detach()
