@@ -80,6 +80,7 @@ class JoinedRecording(Recording):
 
     Attributes:
         members: the recordings, in the order of their folders or of their ranks.
+        replicas: recordings that were left out, because their process routed the same tokens as a member.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class JoinedRecording(Recording):
         folders: Sequence[str] = (),
         problems: Mapping[str, str] | None = None,
         step_domain: StepDomain | None = None,
+        replicas: Sequence[Recording] = (),
     ) -> None:
         self.path = path
+        self.replicas = tuple(replicas)
         self.members = tuple(members)
         self.group = group
         self._own_problems = dict(problems or {})
@@ -305,6 +308,8 @@ def open_group(folder: Path, group: GroupManifest, *, skips_damaged: bool) -> Jo
 def join_recordings(recordings: Sequence[Recording], *, step_domain: StepDomain | None = None) -> JoinedRecording:
     """Return recordings of several processes of one session, such as the ranks of a sharded model, as one.
 
+    Ranks that routed the same tokens (tensor parallelism) count once: the others are in `JoinedRecording.replicas`.
+
     Args:
         recordings: opened; their order is that of `JoinedRecording.members`, sorted by rank.
         step_domain: "global" where equal steps of all of them are the same step, "source" where they are not; default:
@@ -323,7 +328,29 @@ def join_recordings(recordings: Sequence[Recording], *, step_domain: StepDomain 
         if ids[each.manifest.recording_id] > 1:
             raise InvalidInputError(f"{each.path} is given twice (recording {each.manifest.recording_id})")
     plain.sort(key=lambda each: each.manifest.topology.global_rank)
-    return JoinedRecording(plain[0].path.parent, plain, step_domain=step_domain)
+    members, replicas = _without_replicas(plain)
+    return JoinedRecording(plain[0].path.parent, members, step_domain=step_domain, replicas=replicas)
+
+
+def _without_replicas(recordings: Sequence[Recording]) -> tuple[list[Recording], list[Recording]]:
+    """Return the recordings whose tokens count, and those that hold the same tokens again.
+
+    Ranks of a tensor-parallel group route the same tokens; one of them stands for all.
+    """
+    ranks = {each.manifest.topology.global_rank for each in recordings}
+    members: list[Recording] = []
+    replicas: list[Recording] = []
+    counted: set[int] = set()
+    for each in recordings:
+        topology = each.manifest.topology
+        is_replica = topology.world_size > 1 and topology.recording_rank != topology.global_rank
+        if is_replica and (topology.recording_rank in ranks or topology.recording_rank in counted):
+            replicas.append(each)
+            continue
+        if is_replica:
+            counted.add(topology.recording_rank)
+        members.append(each)
+    return members, replicas
 
 
 def _shape(info: LayerInfo) -> LayerShape:

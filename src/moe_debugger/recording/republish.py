@@ -168,7 +168,8 @@ _LAYER_FIELDS = (
 def _description(member: Recording, name: str) -> SourceDescription:
     manifest, topology = member.manifest, member.manifest.topology
     owners = member.expert_owners()
-    is_replica = topology.recording_rank != topology.global_rank
+    # A replica that recorded itself has rows, which count here as anybody's.
+    is_replica = topology.recording_rank != topology.global_rank and not manifest.num_rows
     return SourceDescription(
         session_name=name,
         model_name=manifest.model.name or manifest.model.class_name or "recording",

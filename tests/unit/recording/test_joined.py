@@ -5,12 +5,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_rows import INFOS, begin
 from routing_rows import forward, layer_infos
+from zoo.build import ALL
 
-from moe_debugger import Decisions, InvalidInputError, JoinedRecording, RecordingError, join_recordings, open_recording
+from moe_debugger import (
+    Decisions,
+    InvalidInputError,
+    JoinedRecording,
+    MoEDebugger,
+    ParallelCoordinates,
+    RecordingError,
+    join_recordings,
+    open_recording,
+)
 from moe_debugger.analysis.analyze import fold_decisions
 from moe_debugger.recording.manifest import GroupManifest, Health, Topology, write_manifest
 from moe_debugger.recording.writer import Ending, Limits, RecordingWriter, make_folder
@@ -27,7 +38,7 @@ def record_rank(
 ) -> Path:
     """Record one rank's forwards, each in a part of its own."""
     manifest = begin(step_domain=domain, source_id=new_id(), **changes).model_copy(
-        update={"topology": Topology(global_rank=rank, world_size=2)}
+        update={"topology": Topology(global_rank=rank, world_size=2, recording_rank=rank)}
     )
     writer = RecordingWriter(make_folder(path), manifest, Limits(part_seconds=1e-9), lambda: INFOS, {})
     for batch in batches:
@@ -256,3 +267,59 @@ def test_rows_and_sums_of_one_session_are_counted_together(tmp_path: Path) -> No
     # Moved past the one step of the member before it.
     assert [(each.first_step, each.last_step) for each in joined.iter_counts()] == [(4, 6)]
     assert joined.analyze().metrics[0].num_tokens == own.layers[0].num_tokens + 4
+
+
+def test_ranks_that_record_themselves_are_joined_by_training_step(tmp_path: Path) -> None:
+    ids = torch.randint(3, 80, (2, 7), generator=torch.Generator().manual_seed(0))
+    expected = []
+    for rank in range(2):
+        place = ParallelCoordinates(global_rank=rank, world_size=2, data_parallel_rank=rank)
+        model = ALL["mixtral"].make()
+        with MoEDebugger(model, step_domain="global", coordinates=place) as debugger:
+            session = debugger.session
+            assert session is not None
+            with session.record(tmp_path / f"rank-{rank}"), torch.no_grad():
+                # The second rank does two forwards a step.
+                for step in (10, 11, 12):
+                    with debugger.step(step, loss=step + rank / 2):
+                        for _ in range(1 + rank):
+                            model(input_ids=ids)
+            expected.append(session.decisions())
+    joined = open_recording([tmp_path / "rank-1", tmp_path / "rank-0"])
+    assert isinstance(joined, JoinedRecording)
+    assert {each.manifest.step_domain for each in joined.members} == {"global"}
+    rows = joined.decisions()
+    assert np.unique(rows.step).tolist() == [10, 11, 12]
+    for step in (10, 11, 12):
+        sizes = [int(((rows.step == step) & (rows.rank == rank)).sum()) for rank in range(2)]
+        assert sizes[1] == 2 * sizes[0] > 0
+    for rank, own in enumerate(expected):
+        np.testing.assert_array_equal(rows.expert_ids[rows.rank == rank], own.expert_ids)
+    assert len(np.unique(rows.forward_index)) == 9
+    assert joined.series().value.tolist() == [10, 11, 12]
+    assert joined.is_whole
+
+
+def test_ranks_that_routed_the_same_tokens_count_once(tmp_path: Path) -> None:
+    ids = torch.randint(3, 80, (2, 7), generator=torch.Generator().manual_seed(0))
+    for rank in range(4):
+        place = ParallelCoordinates(
+            global_rank=rank, world_size=4, data_parallel_rank=rank // 2, tensor_parallel_rank=rank % 2
+        )
+        model = ALL["mixtral"].make()
+        with MoEDebugger(model, step_domain="global", coordinates=place) as debugger:
+            session = debugger.session
+            assert session is not None
+            with session.record(tmp_path / str(rank)), torch.no_grad(), debugger.step(1):
+                model(input_ids=ids)
+    joined = open_recording([tmp_path / str(rank) for rank in range(4)])
+    assert isinstance(joined, JoinedRecording)
+    assert [each.manifest.topology.global_rank for each in joined.members] == [0, 2]
+    assert [each.manifest.topology.global_rank for each in joined.replicas] == [1, 3]
+    alone = open_recording(tmp_path / "0")
+    assert len(joined.decisions()) == joined.manifest.num_rows == 2 * alone.manifest.num_rows
+    # Where the rank that records is not given, one of its replicas stands for it.
+    others = open_recording([tmp_path / "1", tmp_path / "2", tmp_path / "3"])
+    assert isinstance(others, JoinedRecording)
+    assert [each.manifest.topology.global_rank for each in others.members] == [1, 2]
+    assert others.manifest.num_rows == joined.manifest.num_rows
