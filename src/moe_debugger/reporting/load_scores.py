@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from moe_debugger.analysis import Finding, FindingKind, Severity, Thresholds
+from moe_debugger.analysis import Finding, FindingKind, LayerMetrics, Severity, Thresholds
 from moe_debugger.reporting.content import EvidenceLine, known, say, show
 from moe_debugger.reporting.material import Material
 from moe_debugger.reporting.scoring import CAP_WARNING, Scored, before_of, interpolate, shortage
@@ -92,6 +92,7 @@ def load_balance(material: Material) -> Scored:
                 metric=name,
                 now=known(getattr(metrics, name)),
                 baseline=None if before is None else known(getattr(before, name)),
+                rule=_at_balance(metrics, name),
                 sample_size=metrics.num_assignments,
                 sample_unit="assignments",
                 layer_index=index,
@@ -99,6 +100,12 @@ def load_balance(material: Material) -> Scored:
             for name in ("max_over_mean", "gini", "cv_debiased")
         ]
     return scores, reason, lines
+
+
+def _at_balance(metrics: LayerMetrics, name: str) -> str:
+    """Return the range of a perfectly balanced router on as many effective tokens; empty where there is none."""
+    band = getattr(metrics.balanced_band, name, None)
+    return "" if band is None or math.isnan(band.lower) else f"{show(band.lower)} to {show(band.upper)} at balance"
 
 
 def expert_use(material: Material) -> Scored:

@@ -262,3 +262,16 @@ def test_overall_is_the_weighted_mean_and_bounded_by_findings() -> None:
     assert overall_score(categories, [info, critical, warning])[0] == 49.0
     assert overall_score([_category(20, 5)], [critical])[0] == 20.0
     assert overall_score([_category(90, 4), _category(None, 9)], [])[0] is None
+
+
+def test_load_metrics_stand_beside_what_balance_gives_on_as_few_tokens() -> None:
+    evidence = _scores(_requests(30, 64, (8, 2)))["load_balance"].evidence
+    rules = {line.metric: line.rule for line in evidence if line.layer_index == 0}
+    low, _, high, *_ = rules["max_over_mean"].split()
+    assert rules["max_over_mean"].endswith("at balance")
+    value = next(line.now for line in evidence if line.layer_index == 0 and line.metric == "max_over_mean")
+    assert value is not None
+    # A healthy router lies inside, or hardly above: its requests differ.
+    assert 1 <= float(low) < float(high)
+    assert value < 1.1 * float(high)
+    assert rules["cv_debiased"] == ""
