@@ -89,6 +89,10 @@ def test_a_training_that_collapses_at_its_end_is_collapse_since_then() -> None:
     assert fault - 10 < warning.since_step < collapse[0].since_step
     assert found.early_warning is not None
     assert found.early_warning.warned == (0,)
+    # A baseline does not hide it: over the whole run the layer has lost less than half.
+    healthy = {name: column[: 100 * per_step] for name, column in rows.items()}
+    against = analyze(rows, num_experts=8, top_k=2, baseline=healthy).findings
+    assert [f.since_step for f in against if f.kind is FindingKind.ROUTER_COLLAPSE] == [collapse[0].since_step]
     # The same shift in serving is a change of text, not of the router.
     rows["phase"] = np.full(len(step), 2)
     assert not [f for f in analyze(rows, num_experts=8, top_k=2).findings if f.kind is FindingKind.ROUTER_COLLAPSE]

@@ -105,13 +105,7 @@ def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
     """
     layer, limits = look.state.layers[layer_index], look.thresholds
     series = layer.load_series
-    if (
-        series is None
-        or layer_index in look.baseline
-        or not look.may_be_training
-        or not series.has_one_clock
-        or look.shortage(layer_index)
-    ):
+    if series is None or not look.may_be_training or not series.has_one_clock or look.shortage(layer_index):
         return []
     num_learnt = -(-_BASELINE_STEPS // series.width)
     if len(series.counts) < num_learnt + _MIN_RECENT_POINTS:
