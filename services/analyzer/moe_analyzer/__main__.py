@@ -130,6 +130,7 @@ async def run(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
             root=Path(settings.recordings_dir),
             max_bytes=settings.recording_max_bytes,
             min_free_bytes=settings.recording_min_free_bytes,
+            members=lambda: ownership.members,
         )
         service = AnalyzerService(queries, directory, tell=functools.partial(publish_news, client))
         service.recordings = recordings

@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,9 @@ __all__ = ["FileChunk", "Recordings", "recording_message"]
 
 _log = structlog.get_logger()
 
-# A replica that says nothing for so long does not write any more.
+# A replica that says nothing for so long does not write any more; one that is no member either is gone sooner.
 _SILENCE_NS = 10_000_000_000
+_SILENCE_OF_STRANGERS_NS = 4_000_000_000
 _SWEEP_S = 2.0
 # How long a stop waits for the disk before it answers "stopping".
 _STOP_S = 10.0
@@ -87,6 +88,7 @@ class Recordings:
     Args:
         root: folder of this replica's recordings; made when the first one is.
         max_bytes: bound of each; min_free_bytes: room that is left on the disk.
+        members: the replicas that live, as this one knows them; none where it does not.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Recordings:
         root: Path,
         max_bytes: int,
         min_free_bytes: int,
+        members: Callable[[], Sequence[str]] = tuple,
     ) -> None:
+        self._members = members
         self._client = client
         self._js = client.jetstream(timeout=5.0)
         self._catalogue = catalogue
@@ -268,8 +272,10 @@ class Recordings:
             await asyncio.sleep(_SWEEP_S)
 
     async def _sweep(self) -> None:
-        limit = time.time_ns() - _SILENCE_NS
+        members = self._members()
         for row in await self._catalogue.recordings.all_running():
+            is_stranger = bool(members) and row.owner not in members
+            limit = time.time_ns() - (_SILENCE_OF_STRANGERS_NS if is_stranger else _SILENCE_NS)
             if row.heartbeat_at_unix_ns > limit or row.recording_id in self._tasks:
                 continue
             values = await asyncio.to_thread(_whole_on_disk, self._root / row.recording_id)
