@@ -72,4 +72,5 @@ def test_a_broken_detector_is_a_problem_and_no_failure(installed: Path, tmp_path
     (info / "entry_points.txt").write_text("[moe_debugger.detectors]\nbroken = broken:Broken\n")
     both = run(os.pathsep.join([str(installed), str(tmp_path)]))
     assert "quiet-half.half_is_idle" in both["codes"]
+    assert "problems with plug-ins (1): detector plug-in 'broken'" in both["note"]
     assert both["problems"] == ["detector plug-in 'broken' (broken:Broken) could not be loaded: RuntimeError: no"]

@@ -138,10 +138,11 @@ class DetectorOutcome:
 
     @property
     def note(self) -> str:
-        """What this means for a stated rate of false alarms; empty where no plug-in ran."""
-        if not self.ran:
-            return ""
-        return f"findings of plug-ins ({', '.join(self.ran)}) are not part of this rate"
+        """What this means for a stated rate of false alarms, problems too; empty where there is no plug-in."""
+        parts = [f"findings of plug-ins ({', '.join(self.ran)}) are not part of this rate"] if self.ran else []
+        # The note is shown wherever findings are, so that a broken plug-in is seen there, too.
+        parts += [f"problems with plug-ins ({len(self.problems)}): {self.problems[0]}"] if self.problems else []
+        return "; ".join(parts)
 
 
 def detector_view(

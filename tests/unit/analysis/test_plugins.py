@@ -59,6 +59,10 @@ def test_findings_carry_the_name_of_their_plugin() -> None:
     assert outcome.ran == ("scripted 2.1",)
     assert outcome.note == "findings of plug-ins (scripted 2.1) are not part of this rate"
     assert run_detectors(view_of(), []).note == ""
+    bad = run_detectors(view_of(), [Scripted(lambda view: None, "none")])
+    assert bad.note.endswith(
+        "problems with plug-ins (1): detector plug-in 'none' failed: TypeError: 'NoneType' object is not iterable"
+    )
 
 
 def test_the_view_holds_the_state_and_cannot_be_written() -> None:
