@@ -231,6 +231,9 @@ def random_source(seed: int, num_rows: int, cuts: Sequence[int] = ()) -> RowsSou
     status = rng.choice([1, 1, 1, 2, 3], (num_rows, 2))
     status[layer == 2, 1] = 5
     ids = np.where(status == 1, ids, -1)
+    # Layer 1 has an identity expert, whose id is 4: it is no load.
+    is_identity = (layer[:, None] == 1) & (status == 1) & (rng.random((num_rows, 2)) < 0.2) & [True, False]
+    ids, status = np.where(is_identity, 4, ids), np.where(is_identity, 4, status)
     # Quarters are exact in every width of float.
     quarters = {
         name: np.where(rng.random(num_rows) < 0.2, np.nan, rng.integers(0, 9, num_rows) / 4).astype(np.float32)
