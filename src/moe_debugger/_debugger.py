@@ -214,6 +214,8 @@ class MoEDebugger:
             session = Session(name, self._capture, self._options, publisher)
         except BaseException:
             # A model that was compiled meanwhile cannot be profiled.
+            if publisher is not None:
+                publisher.stop()
             self._capture.detach()
             raise
         self._session = session

@@ -321,6 +321,21 @@ def test_a_compiled_model_is_refused_with_words() -> None:
         MoEDebugger(model, profiling=True)
 
 
+def test_a_model_that_was_compiled_meanwhile_is_refused_and_left_as_it_was() -> None:
+    model = tiny_moe.build("olmoe")
+    before = hooks_of(model)
+    debugger = MoEDebugger(model, profiling=True)
+    model.model.layers[1].mlp.compile(backend="eager")
+    with pytest.raises(ModelNotSupportedError, match="is compiled"):
+        debugger.start_session()
+    assert hooks_of(model) == before
+    debugger.close()
+    with MoEDebugger(model) as other:
+        with pytest.raises(ModelNotSupportedError, match="is compiled"), other.profile(layers=True):
+            pass
+        assert other.layers()
+
+
 def test_code_that_is_compiled_later_runs_without_a_break_and_is_not_measured(attached: list[LayerProfiler]) -> None:
     model = ListModel(1)
     profiler = profiler_of(model)
