@@ -20,13 +20,13 @@ from .roofline import Peak, Roofline
 from .spans import Spans, block_calls, spans_of
 from .store import ForwardRecord
 from .table import ProfileTable
+from .table_rows import profile_table
 
 if TYPE_CHECKING:
     from .profiler import LayerProfiler
 
 __all__ = ["LayerProfile", "ProfileOverhead"]
 
-_MAX_ESTIMATED_ROWS = 200_000
 # How long a reader asks a device for the times of its newest forwards.
 _DEVICE_S = 1.0
 
@@ -149,7 +149,14 @@ class LayerProfile:
     @cached_property
     def table(self) -> ProfileTable:
         """Every time, as numpy columns."""
-        return self._table()
+        numbers = [self._numbers.get(plan.info.layer_index, plan.info.layer_index) for plan in self._plans]
+        return profile_table(
+            self._records,
+            self.spans,
+            self.summaries,
+            numbers,
+            num_forwards_dropped=self.overhead.num_dropped + self.overhead.num_given_up,
+        )
 
     @property
     def num_forwards(self) -> int:
@@ -256,41 +263,6 @@ class LayerProfile:
             is_estimated=calls.expert_times is None,
         )
 
-    def _table(self) -> ProfileTable:
-        spans = self.spans
-        numbers = np.array(
-            [self._numbers.get(plan.info.layer_index, plan.info.layer_index) for plan in self._plans] + [-1], np.int32
-        )
-        starts = np.array([record.start_ns for record in self._records], np.int64)
-        labels = np.array([part.label for part in Part])
-        rows: list[dict[str, npt.NDArray[Any]]] = [
-            {
-                "record": spans.record,
-                "layer_index": numbers[spans.layer],
-                "part": labels[spans.part],
-                "expert_id": spans.expert,
-                "start_ns": starts[spans.record] + spans.start,
-                "duration_ns": spans.duration,
-                "num_tokens": spans.rows,
-                "is_estimated": np.zeros(len(spans), bool),
-            }
-        ]
-        left, left_out = _MAX_ESTIMATED_ROWS, 0
-        for summary in reversed(self.summaries):
-            rows += _derived_rows(summary, starts)
-            estimated, missed = _estimated_rows(summary, left)
-            rows.append(estimated)
-            left, left_out = left - len(estimated["record"]), left_out + missed
-        columns = {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
-        order = np.lexsort((columns["start_ns"], columns["layer_index"], columns["record"]))
-        record = columns.pop("record")[order]
-        table = {name: column[order] for name, column in columns.items()}
-        return ProfileTable(
-            {"step": self._steps[record], "forward_index": self._forward_indices[record], **table},
-            num_forwards_dropped=self.overhead.num_dropped + self.overhead.num_given_up,
-            num_estimates_left_out=left_out,
-        )
-
 
 def _by_rank(times: npt.NDArray[np.float64] | None, owners: Sequence[int]) -> npt.NDArray[np.float64] | None:
     """Return [c, R] the time of each rank's experts; None where there are no ranks, or only one is seen."""
@@ -300,51 +272,3 @@ def _by_rank(times: npt.NDArray[np.float64] | None, owners: Sequence[int]) -> np
     by_rank = np.stack([times[:, np.asarray(owners) == rank].sum(axis=1) for rank in ranks], axis=1)
     # A rank that was handed its own rows alone knows nothing of the others.
     return by_rank if (by_rank.sum(axis=0) > 0).sum() > 1 else None
-
-
-def _derived_rows(summary: LayerSummary, starts: npt.NDArray[np.int64]) -> list[dict[str, npt.NDArray[Any]]]:
-    calls, layer = summary.calls, summary.times.layer_index
-    found = []
-    for name, begin in (("dispatch", calls.dispatch_start), ("combine", calls.combine_start), ("rest", None)):
-        values = getattr(calls, name)
-        known = np.isfinite(values)
-        number = int(known.sum())
-        at = np.full(number, -1) if begin is None else starts[calls.record[known]] + begin[known].astype(np.int64)
-        found.append(
-            {
-                "record": calls.record[known],
-                "layer_index": np.full(number, layer),
-                "part": np.full(number, name),
-                "expert_id": np.full(number, -1),
-                "start_ns": at,
-                "duration_ns": np.round(values[known]),
-                "num_tokens": calls.rows[known],
-                "is_estimated": np.zeros(number, bool),
-            }
-        )
-    return found
-
-
-def _estimated_rows(summary: LayerSummary, limit: int) -> tuple[dict[str, npt.NDArray[Any]], int]:
-    """Return a row for each estimated expert with rows, of the newest calls within the limit, and how many are not."""
-    calls, estimates = summary.calls, summary.estimates
-    if estimates is None or calls.expert_rows is None:
-        call = expert = num_tokens = np.zeros(0, np.int64)
-        duration, missed = np.zeros(0), 0
-    else:
-        call, expert = np.nonzero(calls.expert_rows)
-        missed = max(0, len(call) - max(0, limit))
-        call, expert = call[missed:], expert[missed:]
-        duration, num_tokens = np.round(estimates[call, expert]), calls.expert_rows[call, expert]
-    number = len(call)
-    rows: dict[str, npt.NDArray[Any]] = {
-        "record": calls.record[call],
-        "layer_index": np.full(number, summary.times.layer_index),
-        "part": np.full(number, "expert"),
-        "expert_id": expert,
-        "start_ns": np.full(number, -1),
-        "duration_ns": duration,
-        "num_tokens": num_tokens,
-        "is_estimated": np.ones(number, bool),
-    }
-    return rows, missed
