@@ -81,10 +81,11 @@ class Fleet:
         self._applied = after
 
     async def pass_by(self, replica: Replica, seconds: int, problem: str = "") -> pb.Finding:
-        for _ in range(seconds):
+        for _ in range(seconds - 1):
             await self.write(problem)
-            finding = await replica.finding()
-        return finding
+            await replica.finding()
+        await self.write(problem)
+        return await replica.finding()
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class EncoderDecoderDouble(AnalyzerDouble):
             layers=[self._layer(layer, own) for layer, own in enumerate(counts)],
             account=spb.Account(num_produced=2400, num_counted=2340, num_in_flight=60),
             sources=[self._source(rank) for rank in range(NUM_RANKS)],
-            findings=[self._finding()],
+            findings=[self._the_finding()],
             last_step=self.num_steps,
             recent_window_s=60,
         )
@@ -125,7 +125,7 @@ class EncoderDecoderDouble(AnalyzerDouble):
                 check.example = "layer 3 (decoder.layers.1.mlp): its hook saw 0 of the 24 tokens that the decoder saw"
         return source
 
-    def _finding(self) -> spb.Finding:
+    def _the_finding(self) -> spb.Finding:
         return spb.Finding(
             rule_id="MOE-R012",
             kind=spb.FINDING_KIND_CAPTURE_UNHEALTHY,
