@@ -12,12 +12,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis.collapse_chart import ChartSettings, page_threshold, run_chart
+from moe_debugger.analysis.collapse_chart import ChartSettings, run_chart
 
 _Floats = npt.NDArray[np.float64]
 # The noise of one step's ln effective experts in the trained runs of docs/early-warning.md is 0.02 to 0.05.
@@ -71,11 +71,13 @@ def rate_bound(num_alarms: int, num_steps: float) -> float:
     return num_steps / high
 
 
-def measure(page_steps: float, *, num_steps: int, layers: int, seed: int) -> Iterator[dict[str, object]]:
+def measure(
+    page_steps: float, *, num_steps: int, layers: int, phis: Sequence[float], seed: int
+) -> Iterator[dict[str, object]]:
     """Yield one row for each noise and each view."""
     settings = ChartSettings(min_fall=0.0)
     watched = num_steps - settings.warm_up_steps - settings.baseline_steps
-    for phi in (0.0, 0.5, 0.9):
+    for phi in phis:
         alarms: dict[str, int] = dict.fromkeys(("1", "2", "4", "live"), 0)
         rng, done = np.random.default_rng([seed, layers, int(phi * 10)]), 0
         while done * watched < page_steps * layers:
@@ -88,7 +90,6 @@ def measure(page_steps: float, *, num_steps: int, layers: int, seed: int) -> Ite
             steps = done * watched / layers
             yield {
                 "layers": layers,
-                "threshold": round(page_threshold(layers), 2),
                 "phi": phi,
                 "steps a point": view,
                 "page-steps": round(steps),
@@ -102,11 +103,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page-steps", type=float, default=2e6, help="steps of pages to watch")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 64], help="layers of a page")
+    parser.add_argument("--phi", type=float, nargs="+", default=[0.0, 0.5, 0.9], help="autocorrelation of the noise")
     parser.add_argument("--num-steps", type=int, default=2150, help="steps of one series")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     for layers in arguments.layers:
-        for row in measure(arguments.page_steps, num_steps=arguments.num_steps, layers=layers, seed=arguments.seed):
+        for row in measure(
+            arguments.page_steps, num_steps=arguments.num_steps, layers=layers, phis=arguments.phi, seed=arguments.seed
+        ):
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
     return 0

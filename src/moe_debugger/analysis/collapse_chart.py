@@ -15,7 +15,7 @@ What 100 steps can tell is little, and the chart is built around that:
 * The noise is learnt without the window's linear trend: the first window still holds some of the initial learning.
 * The baseline follows a healthy training: every quarter of a window it is learnt anew from the last B points but for
   the newest `lag`. The level rises where the window lies above it beyond doubt, and sinks by at most 1 % in 100 steps.
-* An alarm needs S > h and a fall that matters: the median of three points at least 10 % below the level.
+* An alarm needs S > h and a fall that matters: the mean of two points at least 15 % below the level.
 
 Every decision at point i depends on points 0..i alone. So a longer prefix of the same series never moves an alarm, and
 looking again and again costs no error rate.
@@ -43,16 +43,21 @@ _THRESHOLD_SLOPE = 0.48
 # A window of fewer points than this knows less: that is paid for with a higher threshold.
 _FULL_WINDOW = 100
 _FEWER_POINTS = 0.6
+# Where even the raised phi is below this, little can carry over, and less of a fall is needed to be sure.
+_CALM_PHI = 0.85
+_CALM = 1.5
 
 
-def page_threshold(num_series: int, num_points: int = 100) -> float:
-    """Return the threshold at which a page of that many series warns falsely once in 100,000 steps at most.
+def page_threshold(num_series: int, phi: _Floats, num_points: int = 100) -> _Floats:
+    """Return the thresholds, [C], at which a page of so many series warns falsely once in 100,000 steps at most.
 
     Args:
+        phi: [C], the raised autocorrelations.
         num_points: points of the window from which the baseline was learnt.
     """
     fewer = _FEWER_POINTS if num_points < _FULL_WINDOW else 0.0
-    return _THRESHOLD_FOR_FOUR + _THRESHOLD_SLOPE * math.log(max(num_series, 1) / 4) + fewer
+    high = _THRESHOLD_FOR_FOUR + _THRESHOLD_SLOPE * math.log(max(num_series, 1) / 4) + fewer
+    return np.where(phi < _CALM_PHI, high - _CALM, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,8 @@ class ChartSettings:
         warm_up_steps: steps at the start that are not looked at.
         baseline_steps: steps of a window from which the baseline is learnt (25 points at least).
         reference: k, in innovation scales.
-        threshold: h; None = by the number of series, so that the page's run length is the stated one.
+        threshold: h; None = by the number of series, the points of a window and phi (`page_threshold`), so that the
+            page's run length is the stated one.
         min_fall: part of the baseline's effective experts that must be lost; 0 = the statistic alone decides.
         phi_errors: standard errors by which phi is raised.
         max_sinking: part by which the level may sink in `baseline_steps`.
@@ -78,7 +84,7 @@ class ChartSettings:
     baseline_steps: int = 100
     reference: float = 1.0
     threshold: float | None = None
-    min_fall: float = 0.1
+    min_fall: float = 0.15
     phi_errors: float = 3.5
     max_sinking: float = 0.01
     min_rise: float = 0.02
@@ -115,9 +121,9 @@ class Alarm:
         series: which of the C series.
         index: the point at which it was raised.
         since: the first point after the chart was last at 0.
-        statistic: S at the alarm.
+        statistic, threshold: S and h at the alarm.
         level: the baseline's level, in units of x; `phi` and `scale` as in `Noise`.
-        value: median of the three newest points at the alarm.
+        value: mean of the two newest points at the alarm.
         recovered: the point at which the series was back, None while it is not.
     """
 
@@ -125,6 +131,7 @@ class Alarm:
     index: int
     since: int
     statistic: float
+    threshold: float
     level: float
     phi: float
     scale: float
@@ -140,14 +147,14 @@ class ChartResult:
         is_learning: whether a baseline is being learnt, so that nothing is judged.
         statistic: [C] float64, S now.
         noise: the newest baseline, None before the first.
-        threshold: h.
+        threshold: [C], h now; NaN before the first baseline.
         alarms: all of them, oldest first.
     """
 
     is_learning: bool
     statistic: _Floats
     noise: Noise | None
-    threshold: float
+    threshold: _Floats
     alarms: list[Alarm] = field(default_factory=list)
 
     def open_alarm(self, series: int) -> Alarm | None:
@@ -205,10 +212,10 @@ class _Chart:
     def __init__(
         self, values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings, num_series: int
     ) -> None:
-        self._num_series = num_series
-        self._threshold = page_threshold(num_series) if settings.threshold is None else settings.threshold
-        self._values, self._steps, self._tokens, self._settings = values, steps, tokens, settings
         count = values.shape[1]
+        self._num_series = num_series
+        self._threshold = np.full(count, np.nan)
+        self._values, self._steps, self._tokens, self._settings = values, steps, tokens, settings
         self._statistic = np.zeros(count)
         self._since = np.zeros(count, np.int64)
         self._is_open = np.zeros(count, np.bool_)
@@ -247,9 +254,8 @@ class _Chart:
             follower += 1
         if len(kept) < points:
             return None
-        if self._settings.threshold is None:
-            self._threshold = self.result.threshold = page_threshold(self._num_series, points)
         noise = self._learn(np.array(kept))
+        self._set_threshold(noise, points)
         self.result.noise = noise
         self.result.is_learning = False
         self._previous = self._values[kept[-1]] - noise.level
@@ -260,6 +266,11 @@ class _Chart:
     def _learn(self, indices: npt.NDArray[np.int64]) -> Noise:
         is_pair = np.rint(np.diff(self._steps[indices]) / self._spacing) <= 1
         return learn_noise(self._values[indices], is_pair, phi_errors=self._settings.phi_errors)
+
+    def _set_threshold(self, noise: Noise, points: int) -> None:
+        given = self._settings.threshold
+        page = page_threshold(self._num_series, noise.phi, points)
+        self._threshold = self.result.threshold = page if given is None else np.full_like(page, given)
 
     def _watch(self, first: int, kept: list[int], usual: float) -> int | None:
         """Judge the points from `first` on; return where to learn anew, None at the end."""
@@ -272,7 +283,7 @@ class _Chart:
                     return i - points + 1
                 continue
             small = 0
-            self._judge(i, kept[-2:], int(self._distance[last + 1 : i + 1].sum()), usual)
+            self._judge(i, kept[-1], int(self._distance[last + 1 : i + 1].sum()), usual)
             kept.append(i)
             last = i
             self._recover(i, kept[-update:])
@@ -284,7 +295,7 @@ class _Chart:
                     usual = float(np.median(self._tokens[window]))
         return None
 
-    def _judge(self, i: int, before: list[int], distance: int, usual: float) -> None:
+    def _judge(self, i: int, before: int, distance: int, usual: float) -> None:
         noise, settings = self.result.noise, self._settings
         assert noise is not None
         deviation = self._values[i] - noise.level
@@ -299,7 +310,7 @@ class _Chart:
         self._statistic[is_zero] = 0.0
         self._since[is_zero] = i + 1
         self._previous = deviation
-        newest = np.median(self._values[[*before, i]], axis=0)
+        newest = (self._values[before] + self._values[i]) / 2
         has_fallen = newest - noise.level <= math.log1p(-settings.min_fall)
         for series in np.flatnonzero((self._statistic > self._threshold) & has_fallen & ~self._is_open).tolist():
             self._is_open[series] = True
@@ -309,6 +320,7 @@ class _Chart:
                     index=i,
                     since=int(self._since[series]),
                     statistic=float(self._statistic[series]),
+                    threshold=float(self._threshold[series]),
                     level=float(noise.level[series]),
                     phi=float(noise.phi[series]),
                     scale=float(noise.scale[series]),
@@ -345,3 +357,4 @@ class _Chart:
         level = np.where(is_calm, level, old.level)
         self._previous = self._previous + old.level - level
         self.result.noise = Noise(level, np.where(is_calm, new.phi, old.phi), np.where(is_calm, new.scale, old.scale))
+        self._set_threshold(self.result.noise, len(window))

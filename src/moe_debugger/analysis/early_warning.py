@@ -121,9 +121,9 @@ class LayerWarning:
 
     Attributes:
         statistic: the chart's sum: at the alarm where the layer is warned of, else now. NaN while learning.
-        threshold: what `statistic` must pass; it grows with the number of layers. NaN while learning.
+        threshold: what `statistic` must pass; it grows with the number of layers and with phi. NaN while learning.
         baseline: effective experts of the baseline, at the alarm or now; None while learning.
-        effective_experts: median of the three points up to the alarm, or the newest point; None without a point.
+        effective_experts: geometric mean of the two points up to the alarm, or the newest point; None without one.
         since_step: estimate of the first step of the fall; None where not warned.
         warned_at_step: last step of the point that raised the alarm; None where not warned.
         autocorrelation, noise: of the baseline: phi (raised, see the chart) and the innovations' scale in ln experts.
@@ -227,7 +227,7 @@ def _layer_warning(
             series.num_experts,
             num_points=len(kept),
             statistic=alarm.statistic,
-            threshold=result.threshold,
+            threshold=alarm.threshold,
             baseline=math.exp(alarm.level),
             effective_experts=math.exp(alarm.value),
             since_step=int(steps[alarm.since]),
@@ -253,7 +253,7 @@ def _layer_warning(
         series.num_experts,
         num_points=len(kept),
         statistic=float(result.statistic[position]),
-        threshold=result.threshold,
+        threshold=float(result.threshold[position]),
         baseline=math.exp(float(noise.level[position])),
         effective_experts=newest,
         autocorrelation=float(noise.phi[position]),
@@ -263,9 +263,9 @@ def _layer_warning(
 
 
 def _further_evidence(series: LayerSeries, kept: npt.NDArray[np.intp], alarm: Alarm) -> tuple[EvidenceRow, ...]:
-    """Return max/mean and router entropy of the three points up to the alarm, and of up to 100 before the fall."""
+    """Return max/mean and router entropy of the two points up to the alarm, and of up to 100 before the fall."""
     rows = []
-    now = kept[max(alarm.index - 2, 0) : alarm.index + 1]
+    now = kept[max(alarm.index - 1, 0) : alarm.index + 1]
     before = kept[max(alarm.since - 100, 0) : alarm.since]
     for metric, column, unit in (
         ("max_over_mean", series.max_over_mean, ""),
@@ -298,7 +298,7 @@ def _finding(layer: LayerWarning, run_length: float | None) -> Finding:
     evidence = [
         EvidenceRow("collapse_statistic", layer.statistic, rule, sample_size=layer.num_points),
         EvidenceRow(
-            "effective_experts", layer.effective_experts, baseline=layer.baseline, sample_size=3, unit="experts"
+            "effective_experts", layer.effective_experts, baseline=layer.baseline, sample_size=2, unit="experts"
         ),
         EvidenceRow("effective_experts_fall", 100 * fall, unit="%"),
         *layer.evidence,

@@ -74,11 +74,12 @@ def test_noise_leaves_out_a_trend_and_raises_phi_by_its_standard_error() -> None
 
 
 def test_threshold_grows_by_the_logarithm_of_the_layers() -> None:
-    assert page_threshold(4) == pytest.approx(5.7)
-    assert page_threshold(32) - page_threshold(4) == pytest.approx(0.48 * math.log(8))
-    assert chart(noise(0, 200, num_series=32)).threshold == page_threshold(32)
+    assert page_threshold(4, np.array([0.9, 0.5])).tolist() == pytest.approx([5.7, 4.2])
+    of_32 = page_threshold(32, np.array([0.9]))[0]
+    assert of_32 == pytest.approx(5.7 + 0.48 * math.log(8))
+    assert chart(noise(0, 200, phi=0.95, num_series=32)).threshold.max() == of_32
     # Points of two steps: 50 of them in a window of 100 steps.
-    assert chart(noise(0, 200, num_series=32), width=2).threshold == pytest.approx(page_threshold(32) + 0.6)
+    assert chart(noise(0, 200, phi=0.95, num_series=32), width=2).threshold.max() == pytest.approx(of_32 + 0.6)
 
 
 # --- an independent reference ----------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def reference(
             statistics.median(b - a for a, b in zip(steps[start:], steps[start + 1 : start + 25], strict=False)), 1
         )
         points = max(25, math.ceil(s.baseline_steps / spacing))
-        h = 5.7 + 0.48 * math.log(1 / 4) + (0.6 if points < 100 else 0.0)
+        high = 5.7 + 0.48 * math.log(1 / 4) + (0.6 if points < 100 else 0.0)
         if start + points > len(values):
             return alarms, statistic
         usual = statistics.median(tokens[start : start + points])
@@ -130,6 +131,7 @@ def reference(
 
         level, phi, scale = learn(kept)
         previous, statistic, since = values[kept[-1]] - level, 0.0, i
+        h = high - 1.5 if phi < 0.85 else high
         watched, small, start_again = 0, 0, None
         quarter = max(points // 4, 1)
         for j in range(i, len(values)):
@@ -150,7 +152,7 @@ def reference(
                 statistic, since = 0.0, j + 1
             previous = deviation
             kept.append(j)
-            newest = statistics.median(values[q] for q in kept[-3:])
+            newest = statistics.fmean(values[q] for q in kept[-2:])
             is_open = bool(alarms) and alarms[-1][2] is None
             if statistic > h and newest - level <= math.log(1 - s.min_fall) and not is_open:
                 alarms.append((j, since, None))
@@ -167,6 +169,7 @@ def reference(
                 usual = statistics.median(tokens[q] for q in window)
                 if not is_open and statistic <= h / 2 and window[0] >= learns_from:
                     new_level, phi, scale = learn(window)
+                    h = high - 1.5 if phi < 0.85 else high
                     error = math.sqrt(2 / points) * scale / (1 - phi)
                     before = level
                     if new_level - level > max(math.log(1 + s.min_rise), s.rise_errors * error):
@@ -223,7 +226,7 @@ def test_a_slide_is_warned_of_before_half_is_lost_and_since_about_its_first_step
         for alarm in alarms:
             assert 280 <= (alarm.index + 1) * width - 1 < 280 + half_lost
             assert abs(alarm.since * width - 280) <= 6
-            assert alarm.value <= alarm.level + math.log(0.9)
+            assert alarm.value <= alarm.level + math.log(0.85)
 
 
 def test_a_longer_prefix_never_moves_an_alarm() -> None:
@@ -340,7 +343,13 @@ def _false_alarms(phi: float) -> tuple[int, float]:
     """Return false alarms and the expected number at most (one page in 100,000 steps), the effect floor off."""
     num_layers, num_pages, num_steps = 4, 500, 800
     values = noise(int(phi * 10), num_steps, phi=phi, num_series=num_layers * num_pages)
-    result = chart(values, threshold=page_threshold(num_layers), min_fall=0.0)
+    result = run_chart(
+        values,
+        np.arange(num_steps, dtype=np.float64),
+        np.ones(num_steps),
+        ChartSettings(min_fall=0.0),
+        num_series=num_layers,
+    )
     return len({alarm.series for alarm in result.alarms}), num_pages * (num_steps - 150) / 1e5
 
 
