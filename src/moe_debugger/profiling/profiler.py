@@ -4,21 +4,20 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_debugger.capture import Site
-from moe_debugger.errors import ModelNotSupportedError
 
-from .clocks import CudaClock, EventRuntime, HostClock, clock_of
+from .clocks import CudaClock, EventRuntime, HostClock
 from .collectives import CollectiveWatch
 from .counting import ExpertCounts
 from .hooks import EndHook, EnterHook, IdHook, LeaveHook, OpenForward, StartHook, ThreadState
-from .places import WHOLE_MODEL, LayerPlan, Part, layer_plan
-from .spans import Places
+from .places import LayerPlan, Part
+from .placing import Placement, refuse_compiled
 from .store import ForwardRecord, RecordStore
 
 if TYPE_CHECKING:
@@ -41,21 +40,6 @@ _MAX_HELD = 1 << 20
 class _Pending:
     forward: OpenForward
     counts: ExpertCounts
-
-
-def refuse_compiled(model: "nn.Module") -> None:
-    """Refuse a model that is compiled, wholly or in part.
-
-    Raises:
-        ModelNotSupportedError: compiled code has no calls of modules left that could be timed.
-    """
-    for name, module in [("", model), *model.named_modules()]:
-        if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ModelNotSupportedError(
-                f"profiling: {name or 'the model'} ({type(module).__name__}) is compiled, and compiled code has no "
-                "calls of routers and experts left to time; profile the model before torch.compile, or watch it "
-                "without profiling and use torch.profiler for its kernels"
-            )
 
 
 class LayerProfiler:
@@ -83,16 +67,8 @@ class LayerProfiler:
     ) -> None:
         refuse_compiled(model)
         self._model = model
-        self._roots = {site.root for site in sites}
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self.plans: tuple[LayerPlan, ...] = tuple(layer_plan(site, modules) for site in sites)
-        self._modules = modules
         self._numbering = numbering or self._own_numbers
         self._next_index = 0
-        self._runtime = runtime
-        self._clocks: dict[str, HostClock | CudaClock] = {}
-        self._place_clock: list[HostClock | CudaClock] = []
-        self._clock_names: list[str] = []
         self._host = HostClock()
         self._state = ThreadState()
         self._lanes: dict[int, int] = {}
@@ -107,8 +83,9 @@ class LayerProfiler:
         self.num_outside = 0
         self.own_ns = 0
         self.forward_ns = 0
-        self.places = self._place_all()
-        self._collectives = CollectiveWatch(self._state, self._waits())
+        self._placement = Placement(model, sites, runtime, self.note)
+        self.plans, self.places = self._placement.plans, self._placement.places
+        self._collectives = CollectiveWatch(self._state, self._placement.waits())
         # A profiler that everyone lost takes its hooks along.
         self._unhook = weakref.finalize(self, _remove, self._handles)
         self._unhook.atexit = False
@@ -137,10 +114,10 @@ class LayerProfiler:
         if self._handles:
             return
         refuse_compiled(self._model)
-        for entry in self._entries():
+        for entry in self._placement.entries():
             self._handles.append(entry.register_forward_pre_hook(EnterHook(self)))
             self._handles.append(entry.register_forward_hook(LeaveHook(self), prepend=True, always_call=True))
-        codes = self._codes()
+        codes = self._placement.codes()
         for plan, layer in enumerate(self.plans):
             for place in layer.places:
                 own = codes[id(place.module), place.part]
@@ -189,16 +166,16 @@ class LayerProfiler:
                 if state.open.entry is not entry and len(state.open.marks) < _MAX_MARKS:
                     return
                 self._give_up("a forward was interrupted")
-            devices = [(name, clock) for name, clock in self._clocks.items() if isinstance(clock, CudaClock)]
-            if devices and devices[0][1].runtime.is_capturing():
+            devices = self._placement.devices
+            if any(clock.runtime.is_capturing() for clock in devices.values()):
                 self.note("a forward was captured into a CUDA graph, where events cannot be timed: not measured")
                 return
             index, step = self._numbering()
             forward = OpenForward(entry, index, step, self._lanes.setdefault(threading.get_ident(), len(self._lanes)))
-            forward.anchors = {name: clock.mark() for name, clock in devices}
+            forward.anchors = {name: clock.mark() for name, clock in devices.items()}
             forward.codes.append(0)
             forward.rows.append(0)
-            forward.marks.append(self._place_clock[0].mark())
+            forward.marks.append(self._placement.clocks[0].mark())
             state.open = forward
             # Last: the host's clock counts from here, and what came before is the profiler's.
             forward.host_anchor = self._host.mark()
@@ -216,7 +193,7 @@ class LayerProfiler:
         started_ns = time.perf_counter_ns()
         try:
             state.open = None
-            forward.marks.append(self._place_clock[0].mark())
+            forward.marks.append(self._placement.clocks[0].mark())
             forward.codes.append(1)
             forward.rows.append(0)
             num_ends = sum(code & 1 for code in forward.codes)
@@ -267,7 +244,7 @@ class LayerProfiler:
             return False
         forward = pending.forward
         for code, mark in zip(reversed(forward.codes), reversed(forward.marks), strict=True):
-            clock = self._place_clock[code >> 1]
+            clock = self._placement.clocks[code >> 1]
             if isinstance(clock, CudaClock) and not clock.is_over(mark):
                 return False
         return True
@@ -277,16 +254,14 @@ class LayerProfiler:
         offsets = np.empty(len(forward.marks), np.int64)
         used: dict[str, list[Any]] = {}
         for at, (code, mark) in enumerate(zip(forward.codes, forward.marks, strict=True)):
-            clock, name = self._place_clock[code >> 1], self._clock_names[code >> 1]
+            clock, name = self._placement.clocks[code >> 1], self._placement.names[code >> 1]
             if isinstance(clock, CudaClock):
                 offsets[at] = clock.since_ns(forward.anchors[name], mark)
                 used.setdefault(name, []).append(mark)
             else:
                 offsets[at] = mark - forward.host_anchor
         for name, marks in used.items():
-            device_clock = self._clocks[name]
-            assert isinstance(device_clock, CudaClock)
-            device_clock.give_back([*marks, forward.anchors[name]])
+            self._placement.devices[name].give_back([*marks, forward.anchors[name]])
         layers, counts = pending.counts.values()
         self.store.add(
             ForwardRecord(
@@ -303,57 +278,8 @@ class LayerProfiler:
             )
         )
 
-    def _place_all(self) -> Places:
-        """Number the places: 0 is the forward, then come the waits of no layer and of each layer, then the modules."""
-        layers, parts, experts = [WHOLE_MODEL], [Part.FORWARD], [WHOLE_MODEL]
-        model_clock = self._clock_of(self._model)
-        self._place_clock, self._clock_names = [model_clock[1]], [model_clock[0]]
-        for plan in (WHOLE_MODEL, *range(len(self.plans))):
-            name, clock = model_clock if plan < 0 else self._clock_of(self.plans[plan].places[0].module)
-            layers.append(plan)
-            parts.append(Part.WAIT)
-            experts.append(WHOLE_MODEL)
-            self._place_clock.append(clock)
-            self._clock_names.append(name)
-        for plan, layer in enumerate(self.plans):
-            for place in layer.places:
-                layers.append(plan)
-                parts.append(place.part)
-                experts.append(place.expert_id)
-                name, clock = self._clock_of(place.module)
-                self._place_clock.append(clock)
-                self._clock_names.append(name)
-        return Places(np.array(layers, np.int32), np.array(parts, np.int32), np.array(experts, np.int32))
-
-    def _waits(self) -> dict[int, tuple[int, Any]]:
-        """Return the code and the clock of the wait of each plan, and of none (-1)."""
-        return {plan: (2 * (plan + 2), self._place_clock[plan + 2]) for plan in range(WHOLE_MODEL, len(self.plans))}
-
-    def _clock_of(self, module: "nn.Module") -> tuple[str, Any]:
-        parameter = next(iter(module.parameters()), None)
-        if parameter is None:
-            parameter = next(iter(self._model.parameters()), None)
-        device = getattr(parameter, "device", None)
-        kind = getattr(device, "type", "cpu")
-        if kind not in ("cpu", "cuda"):
-            self.note(
-                f"on a device of type {kind} the host's clock shows when work is handed over, not when it is done"
-            )
-        clock = clock_of(device, self._clocks, self._runtime)
-        return ("host" if isinstance(clock, HostClock) else str(device)), clock
-
-    def _codes(self) -> dict[tuple[int, Part], dict[int, int]]:
-        """Return the codes of each module and part by plan."""
-        codes: dict[tuple[int, Part], dict[int, int]] = {}
-        number = 2 + len(self.plans)
-        for plan, layer in enumerate(self.plans):
-            for place in layer.places:
-                codes.setdefault((id(place.module), place.part), {})[plan] = 2 * number
-                number += 1
-        return codes
-
     def _add_place(self, module: "nn.Module", part: Part, codes: Mapping[int, int], plan: int) -> None:
-        clock = self._place_clock[codes[plan] >> 1]
+        clock = self._placement.clocks[codes[plan] >> 1]
         is_block = part is Part.BLOCK
         start = StartHook(self, self._state, clock, codes, plan, is_block=is_block)
         end = EndHook(self, self._state, clock, codes, plan, is_block=is_block)
@@ -371,14 +297,6 @@ class LayerProfiler:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
         else:
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    def _entries(self) -> "Iterable[nn.Module]":
-        """Return the modules whose call is a forward, the outermost that runs; as the capture has them."""
-        found: list[Any] = [self._model, getattr(self._model, "base_model", None)]
-        for root in self._roots:
-            parts = root.split(".")
-            found += [self._modules.get(".".join(parts[:length])) for length in range(1, len(parts) + 1)]
-        return {id(each): each for each in found if hasattr(each, "register_forward_hook")}.values()
 
 
 def _remove(handles: list[Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe_debugger.capture.discovery import find_sites
-from moe_debugger.profiling import LayerProfile, LayerProfiler, clocks, profiler
+from moe_debugger.profiling import LayerProfile, LayerProfiler, clocks, placing, profiler
 from moe_debugger.profiling.collectives import ONE_PROCESS, CollectiveWatch
 from moe_debugger.profiling.counting import ExpertCounts
 from moe_debugger.profiling.hooks import OpenForward, ThreadState
@@ -57,7 +57,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> LateEvents:
     def on_device(_: Any, known: dict[str, Any], runtime: Any = None) -> Any:
         return known.setdefault("cuda:0", clocks.CudaClock("cuda:0", runtime))
 
-    monkeypatch.setattr(profiler, "clock_of", on_device)
+    monkeypatch.setattr(placing, "clock_of", on_device)
     return events
 
 
@@ -69,7 +69,7 @@ def _profiler(model: nn.Module, events: LateEvents) -> LayerProfiler:
             return "cuda:0"
 
     found = LayerProfiler(model, find_sites(model).sites, runtime=events)
-    found._clock_names = ["cuda:0"] * len(found._clock_names)
+    found._placement.names = ["cuda:0"] * len(found._placement.names)
     return found
 
 
