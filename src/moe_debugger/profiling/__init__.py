@@ -6,8 +6,8 @@
 
 Off by default. docs/profiling.md says what is measured, what is estimated, and what it costs.
 
-Reading order: `places` and `placing` (what is timed), `hooks` and `profiler` (how), `spans` (from marks to times), then `cost_model`,
-`roofline`, `bottlenecks` (what they say), `report` (what comes back).
+Reading order: `places` and `placing` (what is timed), `hooks` and `profiler` (how), `spans` (from marks to times), then
+`cost_model`, `roofline`, `bottlenecks` (what they say), `report` (what comes back).
 """
 
 from .bottlenecks import BottleneckKind, ProfileBottleneck, ProfileRules, find_bottlenecks, imbalance_cost, lower_median
