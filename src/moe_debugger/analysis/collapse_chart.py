@@ -36,10 +36,10 @@ _MAX_PHI = 0.98
 # Scale of the innovations below which a series counts as constant: 0.1 % of the effective experts.
 _MIN_SCALE = 1e-3
 _MIN_WINDOW_POINTS = 25
-# h = 5.7 + 0.48 ln(C / 4): measured, with phi = 0.9, where an alarm is likeliest (docs/early-warning.md). One more in h
-# makes false alarms eight times rarer (1 / ln 8 = 0.48), so h grows with the logarithm of the number of series.
+# h = 5.7 + ln(C / 4), for 4 series or more: measured where an alarm is likeliest, at phi = 0.9
+# (docs/early-warning.md). False alarms grow rarer exponentially in h, so h grows with the logarithm of their number.
 _THRESHOLD_FOR_FOUR = 5.7
-_THRESHOLD_SLOPE = 0.48
+_THRESHOLD_SLOPE = 1.0
 # A window of fewer points than this knows less: that is paid for with a higher threshold.
 _FULL_WINDOW = 100
 _FEWER_POINTS = 0.6
@@ -56,7 +56,7 @@ def page_threshold(num_series: int, phi: _Floats, num_points: int = 100) -> _Flo
         num_points: points of the window from which the baseline was learnt.
     """
     fewer = _FEWER_POINTS if num_points < _FULL_WINDOW else 0.0
-    high = _THRESHOLD_FOR_FOUR + _THRESHOLD_SLOPE * math.log(max(num_series, 1) / 4) + fewer
+    high = _THRESHOLD_FOR_FOUR + _THRESHOLD_SLOPE * math.log(max(num_series, 4) / 4) + fewer
     return np.where(phi < _CALM_PHI, high - _CALM, high)
 
 

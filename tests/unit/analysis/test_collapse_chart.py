@@ -76,7 +76,7 @@ def test_noise_leaves_out_a_trend_and_raises_phi_by_its_standard_error() -> None
 def test_threshold_grows_by_the_logarithm_of_the_layers() -> None:
     assert page_threshold(4, np.array([0.9, 0.5])).tolist() == pytest.approx([5.7, 4.2])
     of_32 = page_threshold(32, np.array([0.9]))[0]
-    assert of_32 == pytest.approx(5.7 + 0.48 * math.log(8))
+    assert of_32 == pytest.approx(5.7 + math.log(8))
     assert chart(noise(0, 200, phi=0.95, num_series=32)).threshold.max() == of_32
     # Points of two steps: 50 of them in a window of 100 steps.
     assert chart(noise(0, 200, phi=0.95, num_series=32), width=2).threshold.max() == pytest.approx(of_32 + 0.6)
@@ -113,7 +113,7 @@ def reference(
             statistics.median(b - a for a, b in zip(steps[start:], steps[start + 1 : start + 25], strict=False)), 1
         )
         points = max(25, math.ceil(s.baseline_steps / spacing))
-        high = 5.7 + 0.48 * math.log(1 / 4) + (0.6 if points < 100 else 0.0)
+        high = 5.7 + (0.6 if points < 100 else 0.0)
         if start + points > len(values):
             return alarms, statistic
         usual = statistics.median(tokens[start : start + points])

@@ -141,9 +141,14 @@ def test_layers_of_different_steps_are_charted_side_by_side() -> None:
         WarningStatus.WARNED,
         WarningStatus.LEARNING,
     ]
-    # One page, one rate: the threshold is the one for all of its layers.
-    alone = collapse_warnings({1: whole}).layers[1].threshold
-    assert report.layers[1].threshold == pytest.approx(alone + 0.48 * math.log(3))
+
+
+def test_the_threshold_is_that_of_the_whole_page() -> None:
+    whole, short = series(loads(2, 300, falls_from=220)), series(loads(1, 120))
+    alone = collapse_warnings({0: whole}).layers[0].threshold
+    assert collapse_warnings({0: whole, **dict.fromkeys(range(1, 4), short)}).layers[0].threshold == alone
+    of_32 = collapse_warnings({0: whole, **dict.fromkeys(range(1, 32), short)}).layers[0].threshold
+    assert of_32 == pytest.approx(alone + math.log(8))
 
 
 def test_one_expert_has_no_balance_to_lose() -> None:
