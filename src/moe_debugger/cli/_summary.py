@@ -10,7 +10,7 @@ import grpc
 from moe_debugger.messages import render_finding
 from moe_debugger.v1 import gateway_pb2, gateway_pb2_grpc, session_pb2
 
-__all__ = ["Summary", "SummaryReader", "finding_sentence", "findings_of"]
+__all__ = ["Summary", "SummaryReader", "finding_sentence", "findings_of", "open_findings"]
 
 _CALL_TIMEOUT_S = 3.0
 _INTERVAL_S = 1.0
@@ -132,10 +132,18 @@ def _worst_layer(layers: Sequence[session_pb2.LayerSnapshot]) -> session_pb2.Lay
     return min(active, key=lambda layer: layer.effective_experts / layer.description.num_experts, default=None)
 
 
-def findings_of(findings: Sequence[session_pb2.Finding]) -> list[tuple[str, str]]:
-    """Return severity and sentence of each finding that is open and not silenced, the worst first."""
+def open_findings(findings: Sequence[session_pb2.Finding]) -> list[session_pb2.Finding]:
+    """Return the findings that are open and not silenced, the worst first."""
     return [
-        (_SEVERITIES.get(finding.severity, "info"), finding_sentence(finding.code, dict(finding.args)))
+        finding
         for finding in sorted(findings, key=lambda finding: -finding.severity)
         if finding.state != session_pb2.FINDING_STATE_CLOSED and not finding.silenced_until_unix_ns
+    ]
+
+
+def findings_of(findings: Sequence[session_pb2.Finding]) -> list[tuple[str, str]]:
+    """Return severity and sentence of each of `open_findings`."""
+    return [
+        (_SEVERITIES.get(finding.severity, "info"), finding_sentence(finding.code, dict(finding.args)))
+        for finding in open_findings(findings)
     ]

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from moe_debugger.cli._summary import finding_sentence, findings_of
+from moe_debugger.cli._summary import finding_sentence, findings_of, open_findings
 from moe_debugger.cli.up import DEFAULT_DATA_DIR
 from moe_debugger.embedded.endpoints import Endpoints, read_endpoints
 from moe_debugger.errors import DependencyMissingError, InvalidInputError
@@ -212,7 +212,8 @@ class _Account:
                 LayerCountColumns(index, sizes[index], 0, sum(counts) // DEMO_TOP_K, 0, np.array(counts, np.uint64))
                 for index, counts in enumerate(step.result.counts)
             ]
-            state.fold_counts(CountsColumns(step.step, step.step, pb.PHASE_UNSPECIFIED, 0, layers))
+            tokens = layers[0].num_tokens
+            state.fold_counts(CountsColumns(step.step, step.step, pb.PHASE_TRAIN, tokens, layers))
         return state
 
 
@@ -233,7 +234,7 @@ def _fleet_findings(endpoints: Endpoints, name: str) -> list[tuple[str, str, lis
         return None
     from moe_debugger.analysis.explanation import explanation_from_proto, explanation_text
 
-    ordered = sorted(snapshot.findings, key=lambda finding: -finding.severity)
+    shown = open_findings(snapshot.findings)
     return [
         (
             severity,
@@ -242,7 +243,7 @@ def _fleet_findings(endpoints: Endpoints, name: str) -> list[tuple[str, str, lis
             if finding.HasField("explanation")
             else [],
         )
-        for (severity, sentence), finding in zip(findings_of(ordered), ordered, strict=True)
+        for (severity, sentence), finding in zip(findings_of(shown), shown, strict=True)
     ]
 
 
