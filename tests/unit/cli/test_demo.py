@@ -8,7 +8,7 @@ import grpc
 from moe_debugger.cli.demo import _Account, _fleet_findings, _line
 from moe_debugger.demo.scenarios import ScenarioStep, plan_scenario
 from moe_debugger.demo.training import StepResult
-from moe_debugger.embedded.fleet import Endpoints
+from moe_debugger.embedded.endpoints import Endpoints
 from moe_debugger.v1 import gateway_pb2, gateway_pb2_grpc, session_pb2
 
 _HEALTHY = ((250, 260, 255, 259, 250, 256, 260, 258),) * 4
