@@ -53,6 +53,10 @@ class Severity(StrEnum):
         return pb.Severity.Value(f"SEVERITY_{self.name}")
 
 
+# Codes that are rules of their own; others are words for one rule of the kind.
+_OWN_RULES = ("insufficient_evidence", "load_imbalance_steps", "duplicate_weights")
+
+
 @dataclass(frozen=True, slots=True)
 class EvidenceRow:
     """One line of a finding's evidence.
@@ -97,12 +101,17 @@ class Finding:
 
     @property
     def rule_id(self) -> str:
-        """Identity for merging repeated findings: code and place, whatever the numbers."""
+        """Identity for merging repeated findings: rule and place, whatever the numbers and words."""
         place = [f"l{self.layer_index}"] if self.layer_index is not None else []
         place += [f"e{self.expert_id}"] if self.expert_id is not None else []
         # A rank, or the other expert of a pair, is part of the place, too.
         place += [f"{mark}{self.args[name]}" for name, mark in (("rank", "r"), ("other", "e")) if name in self.args]
-        return ".".join([self.code, *place])
+        return ".".join([self.rule, *place])
+
+    @property
+    def rule(self) -> str:
+        """The kind; the code where a kind has rules that may hold beside each other, and for those of plug-ins."""
+        return self.code if self.code in _OWN_RULES or "." in self.code else self.kind.value
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as plain values, `rule_id` included, and `explanation` where it has one."""

@@ -223,7 +223,8 @@ def test_the_ranks_of_one_session_are_read_as_one(tmp_path: Path) -> None:
     folders = [
         record(
             tmp_path / f"rank{rank}", _forwards(20, first_request=20 * rank), infos(SHAPE, SHAPE),
-            topology=Topology(global_rank=rank, world_size=2, data_parallel_rank=rank), session_name="both",
+            topology=Topology(global_rank=rank, world_size=2, data_parallel_rank=rank, recording_rank=rank),
+            session_name="both",
         )
         for rank in range(2)
     ]  # fmt: skip

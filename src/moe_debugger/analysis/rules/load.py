@@ -129,9 +129,13 @@ def collapse(look: Look, layer_index: int) -> list[Finding]:
 def _design(look: Look, layer_index: int) -> tuple[EvidenceRow, EvidenceRow]:
     """Evidence of how far tokens are from independent ones."""
     metrics = look.metrics[layer_index]
-    rule = f"from {metrics.blocks_of}"
     return (
-        EvidenceRow("design_effect", metrics.design_effect, rule, sample_size=metrics.num_blocks),
+        EvidenceRow(
+            "design_effect",
+            metrics.design_effect,
+            sample_size=metrics.num_blocks,
+            unit=f"from {metrics.blocks_of}",
+        ),
         EvidenceRow("effective_tokens", metrics.effective_tokens, unit="tokens"),
     )
 
