@@ -11,7 +11,7 @@ while every step waits for its hottest expert.
                  S smallest of all steps is among them at any earlier time, too, so nothing of it is ever missed; up to
                  S steps all are there, and of more it is a random sample that knows no order.
 
-Example: steps 0..1023 with a capacity of 512 give a series of 512 buckets of width 2.
+Example: steps 0..1023 with a capacity of 512 (of 128 experts) give a series of 512 buckets of width 2.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,12 @@ _ONE = np.uint64(1)
 
 
 def series_capacity(num_experts: int) -> int:
-    """Return how many buckets a layer's series has: 512, down to 128 for wide layers (bounded memory)."""
-    return max(128, min(512, (1 << 16) // num_experts))
+    """Return how many buckets a layer's series has: 4,096, fewer for wide layers (bounded memory), 128 at least.
+
+    As long as no two steps share a bucket, an early warning comes as early as it can: 64 experts have 2,048 buckets.
+    """
+    cells = 1 << 17 if num_experts <= 64 else 1 << 16
+    return max(128, min(4096, cells // num_experts))
 
 
 def sample_capacity(num_experts: int) -> int:

@@ -33,9 +33,9 @@ def batch(seed: int, first_step: int, num_steps: int) -> RoutingState:
 def test_fields_read_back_as_the_state_that_they_were_written_from() -> None:
     history, totals = StepHistory(), RoutingState({})
     stored: dict[str, bytes] = {}
-    # 1,700 steps: the buckets widen twice, and the chunks of the narrow ones go.
+    # 13,600 steps: the buckets widen twice, and the chunks of the narrow ones go.
     for number in range(17):
-        delta = batch(number, 100 * number, 100)
+        delta = batch(number, 800 * number, 800)
         totals = totals.merge(delta)
         for name, value in history.take_writes(totals, delta).items():
             if value is None:

@@ -55,8 +55,8 @@ def test_single_steps_of_the_history_are_planned_with() -> None:
 
 
 def test_where_buckets_are_wider_than_a_step_the_sample_of_single_steps_is_used() -> None:
-    # 600 steps are 300 buckets of two, and 64 single steps are kept.
-    assert placement_of(explained(state_of(600))).args["steps"] == "32"
+    # 5,000 steps are 2,500 buckets of two, and 64 single steps are kept.
+    assert placement_of(explained(state_of(5000))).args["steps"] == "32"
 
 
 def test_rows_give_the_forwards_of_the_phase_that_has_most_of_them() -> None:
