@@ -38,8 +38,11 @@ _COLOURS = {"critical": "bold red", "warning": "yellow", "info": "green"}
 
 def demo(
     scenario: Annotated[
-        Literal["collapse", "no-balance", "healthy"],
-        typer.Option(help="collapse: the balancing term gets the wrong sign; no-balance: it is left out; healthy."),
+        Literal["collapse", "no-balance", "healthy", "loss-free", "loss-free-collapse"],
+        typer.Option(
+            help="collapse: the balancing term gets the wrong sign; no-balance: it is left out; healthy; loss-free: a "
+            "selection bias instead; loss-free-collapse: that bias is updated the wrong way."
+        ),
     ] = "collapse",
     data: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the fleet to stream to.")] = DEFAULT_DATA_DIR,
     fleet: Annotated[
@@ -188,8 +191,11 @@ class _Account:
         from moe_debugger.analysis.explanation import ObservedSettings, Setting
 
         steps = np.array([step.step for step in self._steps], np.int64)
+        is_loss_free = bool(self._steps) and self._steps[0].plan.is_loss_free
+        name = "selection_bias_step" if is_loss_free else "balance_coef"
         series = {
-            "balance_coef": [step.balance_coef for step in self._steps],
+            # What balances: a loss by its weight, or a selection bias by its step.
+            name: [step.balance_coef for step in self._steps],
             "balance_loss": [step.result.balance_loss for step in self._steps],
             "loss": [step.loss for step in self._steps],
         }
