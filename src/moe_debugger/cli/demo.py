@@ -119,7 +119,10 @@ def _shown(console: Console) -> Iterator[Callable[[ScenarioStep], None]]:
 
 def _line(step: ScenarioStep) -> str:
     experts = " ".join(f"{value:.1f}" for value in step.effective_experts)
-    fault = "  FAULT: the balancing term has the wrong sign" if step.is_fault_on else ""
+    what = (
+        "the selection bias goes the wrong way" if step.plan.is_loss_free else "the balancing term has the wrong sign"
+    )
+    fault = f"  FAULT: {what}" if step.is_fault_on else ""
     return (
         f"step {step.step:>4}  loss {step.loss:.3f}  balance {step.result.balance_loss:.2f}  "
         f"effective experts by layer: {experts}{fault}"

@@ -80,7 +80,7 @@ def test_a_training_that_collapses_at_its_end_is_collapse_since_then() -> None:
     assert found.metrics[0].effective_experts > 4
     collapse = [f for f in found.findings if f.kind is FindingKind.ROUTER_COLLAPSE]
     assert [(f.code, f.severity, f.layer_index) for f in collapse] == [
-        ("router_collapse_from_baseline", Severity.CRITICAL, 0)
+        ("router_collapse_in_training", Severity.CRITICAL, 0)
     ]
     assert collapse[0].since_step is not None
     assert fault + 5 < collapse[0].since_step < fault + 50

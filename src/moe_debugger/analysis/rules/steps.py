@@ -128,7 +128,7 @@ def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
         Finding(
             FindingKind.ROUTER_COLLAPSE,
             Severity.CRITICAL,
-            "router_collapse_from_baseline",
+            "router_collapse_in_training",
             layer_index,
             since_step=int(series.first_steps[first]),
             args={
@@ -138,7 +138,7 @@ def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
                 "limit": formatted(limit),
                 "upper": formatted(interval.upper),
                 "topK": str(layer.shape.top_k),
-                "requests": str(look.state.num_requests),
+                "points": str(recent),
                 "hottest": str(int(table.sum(axis=0).argmax())),
                 "baseline": formatted(baseline),
             },
