@@ -30,7 +30,7 @@ def test_sums_of_a_collapsed_run_warn_in_sentences_and_say_since_when_and_why() 
     for number in range(200):
         account.add(_step(number, _HEALTHY if number < 100 else _COLLAPSED, is_fault_on=number >= 100))
     findings = account.findings()
-    assert all("and now uses 2 in its newest" in sentence for _, sentence in findings), findings
+    assert all("and now uses 2 (at most 2 with 95 % confidence)" in sentence for _, sentence in findings), findings
     # No early warning: at the fault it was still learning what is normal.
     assert [severity for severity, _ in findings] == ["critical"] * 4
     assert all("{{" not in sentence and " " in sentence for _, sentence in findings)
