@@ -25,21 +25,26 @@ Example: 3 tokens with k = 2 through 4 experts, the last one padding::
     state.layers[0].num_tokens               # 2
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis._row_runs import distinct, load_of_runs, run_starts, sums_by_group
-from moe_debugger.analysis.sketch import NUM_REGISTERS, combine, distinct_estimate, hash_strings, mix, observe
-from moe_debugger.analysis.step_loads import LoadSeries, StepSample
-from moe_debugger.analysis.token_sample import TokenSample
+from moe_debugger.analysis._folding import (
+    POSITIONS_PER_BLOCK,
+    Batch,
+    check_rows,
+    check_sums,
+    fold_layer,
+    fold_sums,
+    row_blocks,
+)
+from moe_debugger.analysis._row_runs import distinct
+from moe_debugger.analysis.layer_state import MAX_EXPERTS, FixedSum, LayerShape, LayerState, num_blocks
+from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate, mix, observe
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
-from moe_debugger.wire.slots import SlotClasses
+from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 
 __all__ = [
     "MAX_EXPERTS",
@@ -55,224 +60,13 @@ __all__ = [
     "num_blocks",
 ]
 
-MAX_EXPERTS = 65_535
 NUM_PHASES = len(pb.Phase.values())
 # Token ids are counted in this many hashed classes: enough to tell a dozen kinds of tokens from a vocabulary.
 NUM_TOKEN_CLASSES = 256
 # Labels of workloads are counted in this many hashed classes.
 NUM_WORKLOAD_CLASSES = 64
-# Positions of a request that are one block where there are too few requests.
-POSITIONS_PER_BLOCK = 64
-# Means are kept as sums of round(value * 2**20): exact to 1e-6 a value, and independent of the order of addition.
-_FIXED_POINT = 1 << 20
-# Beyond this a router statistic is no statistic any more; the bound keeps a batch's sum inside int64.
-_MAX_ABSOLUTE = float(1 << 26)
 
 _U64 = npt.NDArray[np.uint64]
-
-
-def num_blocks(num_experts: int) -> int:
-    """Return how many blocks a layer with that many experts keeps: 64, down to 16 for wide layers (bounded memory)."""
-    return max(16, min(64, 4096 // num_experts))
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class LayerShape:
-    """Identity and size of one MoE layer.
-
-    Attributes:
-        num_experts: E, the routed experts.
-        num_identity_experts: Z, experts that compute nothing; their ids are E..E+Z-1 and they are no load.
-
-    Raises:
-        InvalidInputError: E + Z is not in 1..65535, or k not in 1..E+Z.
-    """
-
-    layer_index: int
-    num_experts: int
-    top_k: int
-    num_identity_experts: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_experts < 1 or self.num_identity_experts < 0 or self.num_ids > MAX_EXPERTS:
-            raise InvalidInputError(
-                f"layer {self.layer_index}: {self.num_experts} routed and {self.num_identity_experts} identity "
-                f"experts, expected 1 to {MAX_EXPERTS} together, and at least one routed"
-            )
-        if not 1 <= self.top_k <= self.num_ids:
-            raise InvalidInputError(
-                f"layer {self.layer_index}: top_k is {self.top_k}, expected 1 to {self.num_ids} (its experts)"
-            )
-        if self.layer_index < 0:
-            raise InvalidInputError(f"layer_index is {self.layer_index}, expected 0 or more")
-
-    @property
-    def num_ids(self) -> int:
-        """E + Z: how many expert ids there are."""
-        return self.num_experts + self.num_identity_experts
-
-
-@dataclass(slots=True)
-class FixedSum:
-    """A sum of real values in fixed point, with its sample size."""
-
-    total: int = 0
-    num_values: int = 0
-
-    def add(self, values: npt.NDArray[np.floating]) -> None:
-        """Add the finite ones of `values`."""
-        finite = values[np.isfinite(values)].astype(np.float64)
-        clipped = np.clip(finite, -_MAX_ABSOLUTE, _MAX_ABSOLUTE)
-        self.total += int(np.rint(clipped * _FIXED_POINT).astype(np.int64).sum())
-        self.num_values += len(finite)
-
-    def plus(self, other: "FixedSum") -> "FixedSum":
-        """Return the sum of both."""
-        return FixedSum(self.total + other.total, self.num_values + other.num_values)
-
-    @property
-    def mean(self) -> float:
-        """The mean, NaN without a value."""
-        return self.total / _FIXED_POINT / self.num_values if self.num_values else float("nan")
-
-
-@dataclass(slots=True)
-class LayerState:
-    """What is kept of one layer.
-
-    Attributes:
-        counts: [E] uint64, load per expert.
-        block_counts: [B, E] uint64, the part of `counts` whose request is known, per block.
-        block_tokens: [B] uint64, valid tokens per block.
-        position_counts: [B, E] uint64, as `block_counts`, per block of 64 positions of a request; None where the state
-            keeps no history.
-        load_series: loads over all steps; None likewise.
-        step_sample: loads of single steps; None likewise.
-        token_sample: routes of single tokens; None likewise.
-        num_tokens: valid tokens.
-        num_padding: padding rows; never part of anything else.
-        num_dropped_slots, num_skipped_slots, num_identity_slots, num_unused_slots: slots of valid tokens that are no
-            load, by what became of them. With the counts they add up to ``num_tokens * k``.
-        router_entropy, top1_probability, margin, z_squared: sums over valid tokens, where captured.
-            `z_squared` is the square of the logits' logsumexp (router z-loss).
-        probability_sum: [E] int64, fixed-point sum of the router's probability per expert.
-        num_probability_tokens: valid tokens in `probability_sum`.
-        content_registers: [256] uint8, distinct counter over the tokens' fingerprints (position, experts, applied
-            weights, router entropy, token id): a repeated prompt repeats its fingerprints.
-        num_fingerprints: valid tokens that have a fingerprint.
-        first_step, last_step: None before the first token.
-    """
-
-    shape: LayerShape
-    counts: _U64
-    block_counts: _U64
-    block_tokens: _U64
-    probability_sum: npt.NDArray[np.int64]
-    content_registers: npt.NDArray[np.uint8]
-    num_tokens: int = 0
-    num_padding: int = 0
-    num_dropped_slots: int = 0
-    num_skipped_slots: int = 0
-    num_identity_slots: int = 0
-    num_unused_slots: int = 0
-    num_probability_tokens: int = 0
-    num_fingerprints: int = 0
-    router_entropy: FixedSum = field(default_factory=FixedSum)
-    top1_probability: FixedSum = field(default_factory=FixedSum)
-    margin: FixedSum = field(default_factory=FixedSum)
-    z_squared: FixedSum = field(default_factory=FixedSum)
-    first_step: int | None = None
-    last_step: int | None = None
-    position_counts: _U64 | None = None
-    load_series: LoadSeries | None = None
-    step_sample: StepSample | None = None
-    token_sample: TokenSample | None = None
-
-    @classmethod
-    def empty(cls, shape: LayerShape, *, with_history: bool = True) -> Self:
-        """Return the state of a layer that has seen nothing."""
-        blocks = num_blocks(shape.num_experts)
-        return cls(
-            shape=shape,
-            counts=np.zeros(shape.num_experts, np.uint64),
-            block_counts=np.zeros((blocks, shape.num_experts), np.uint64),
-            block_tokens=np.zeros(blocks, np.uint64),
-            probability_sum=np.zeros(shape.num_experts, np.int64),
-            content_registers=np.zeros(NUM_REGISTERS, np.uint8),
-            position_counts=np.zeros((blocks, shape.num_experts), np.uint64) if with_history else None,
-            load_series=LoadSeries.empty(shape.num_experts) if with_history else None,
-            step_sample=StepSample.empty(shape.num_experts) if with_history else None,
-            token_sample=TokenSample.empty(shape.top_k) if with_history else None,
-        )
-
-    @property
-    def num_assignments(self) -> int:
-        """Load of all experts together."""
-        return int(self.counts.sum())
-
-    @property
-    def num_occupied_blocks(self) -> int:
-        """Blocks that hold at least one valid token."""
-        return int((self.block_tokens > 0).sum())
-
-    @property
-    def num_distinct_fingerprints(self) -> int:
-        """About how many different tokens (by fingerprint) the layer has seen."""
-        return distinct_estimate(self.content_registers)
-
-    @property
-    def mean_probability(self) -> npt.NDArray[np.float64]:
-        """[E] float64 mean router probability per expert; NaN where not captured."""
-        if not self.num_probability_tokens:
-            return np.full(self.shape.num_experts, np.nan)
-        return self.probability_sum.astype(np.float64) / (_FIXED_POINT * self.num_probability_tokens)
-
-    def merge(self, other: "LayerState") -> "LayerState":
-        """Return the state of both sets of rows.
-
-        Raises:
-            InvalidInputError: the layers differ in E or k.
-        """
-        if self.shape != other.shape:
-            raise InvalidInputError(
-                f"layer {self.shape.layer_index}: {self.shape} cannot be merged with {other.shape}; "
-                "they are layers of different models"
-            )
-        return LayerState(
-            shape=self.shape,
-            counts=self.counts + other.counts,
-            block_counts=self.block_counts + other.block_counts,
-            block_tokens=self.block_tokens + other.block_tokens,
-            probability_sum=self.probability_sum + other.probability_sum,
-            content_registers=np.maximum(self.content_registers, other.content_registers),
-            num_tokens=self.num_tokens + other.num_tokens,
-            num_padding=self.num_padding + other.num_padding,
-            num_dropped_slots=self.num_dropped_slots + other.num_dropped_slots,
-            num_skipped_slots=self.num_skipped_slots + other.num_skipped_slots,
-            num_identity_slots=self.num_identity_slots + other.num_identity_slots,
-            num_unused_slots=self.num_unused_slots + other.num_unused_slots,
-            num_probability_tokens=self.num_probability_tokens + other.num_probability_tokens,
-            num_fingerprints=self.num_fingerprints + other.num_fingerprints,
-            router_entropy=self.router_entropy.plus(other.router_entropy),
-            top1_probability=self.top1_probability.plus(other.top1_probability),
-            margin=self.margin.plus(other.margin),
-            z_squared=self.z_squared.plus(other.z_squared),
-            first_step=_extreme(min, self.first_step, other.first_step),
-            last_step=_extreme(max, self.last_step, other.last_step),
-            position_counts=_sum(self.position_counts, other.position_counts),
-            load_series=_merged(self.load_series, other.load_series),
-            step_sample=_merged(self.step_sample, other.step_sample),
-            token_sample=_merged(self.token_sample, other.token_sample),
-        )
-
-    def without_history(self) -> "LayerState":
-        """Return a copy without blocks of positions, series and samples."""
-        return self.merge(LayerState.empty(self.shape, with_history=False))
-
-    def see_steps(self, first: int, last: int) -> None:
-        """Widen the range of steps by `first`..`last`."""
-        self.first_step = _extreme(min, self.first_step, first)
-        self.last_step = _extreme(max, self.last_step, last)
 
 
 class RoutingState:
@@ -370,8 +164,8 @@ class RoutingState:
             InvalidInputError: a layer, k or an expert id is not of this state's shapes; nothing was added.
         """
         for layer in columns.layers:
-            self._check(layer, columns.num_tokens)
-        hashes, known = _blocks(columns)
+            check_rows(self.layers, layer, columns.num_tokens)
+        hashes, known = row_blocks(columns)
         valid = ~columns.is_padding
         observe(self.request_registers, distinct(hashes[valid & known]))
         phases = np.minimum(columns.phase[valid], NUM_PHASES - 1)
@@ -379,31 +173,9 @@ class RoutingState:
         if columns.token_id is not None:
             classes = mix(columns.token_id[valid].astype(np.uint64)) % np.uint64(NUM_TOKEN_CLASSES)
             self.token_classes += np.bincount(classes.astype(np.intp), minlength=NUM_TOKEN_CLASSES).astype(np.uint64)
-        batch = _Batch.of(columns, hashes, known, step_source)
+        batch = Batch.of(columns, hashes, known, step_source)
         for layer in columns.layers:
-            _fold_layer(self.layers[layer.layer_index], layer, batch)
-
-    def _check(self, layer: LayerColumns, num_tokens: int) -> None:
-        state = self.layers.get(layer.layer_index)
-        if state is None:
-            raise InvalidInputError(
-                f"layer {layer.layer_index} is not among the layers {sorted(self.layers)} of this state"
-            )
-        where = f"layer {layer.layer_index}: "
-        ids, shape = layer.expert_ids, state.shape
-        if ids.ndim != 2 or (len(ids) and ids.shape[1] != shape.top_k):
-            raise InvalidInputError(f"{where}expert_ids has shape {ids.shape}, expected (n, {shape.top_k})")
-        if ids.size and not -1 <= int(ids.min()) <= int(ids.max()) < shape.num_ids:
-            raise InvalidInputError(
-                f"{where}expert ids reach from {int(ids.min())} to {int(ids.max())}, expected 0 to "
-                f"{shape.num_ids - 1}, or -1 for no expert"
-            )
-        rows = len(ids)
-        if layer.row_index is None:
-            if rows != num_tokens:
-                raise InvalidInputError(f"{where}{rows} rows without row_index in a batch of {num_tokens} tokens")
-        elif len(layer.row_index) != rows or (rows and int(layer.row_index.max()) >= num_tokens):
-            raise InvalidInputError(f"{where}row_index does not fit {rows} rows of a batch of {num_tokens} tokens")
+            fold_layer(self.layers[layer.layer_index], layer, batch)
 
     def fold_counts(self, columns: CountsColumns, *, step_source: int = 0) -> None:
         """Add sums of the `counts` level, in place; they belong to no request, so intervals come from steps alone.
@@ -416,43 +188,10 @@ class RoutingState:
                 its tokens have; nothing was added.
         """
         for layer in columns.layers:
-            self._check_sums(layer)
+            check_sums(self.layers, layer)
         for layer in columns.layers:
-            state = self.layers[layer.layer_index]
-            if layer.probability_sum is not None:
-                _add_probabilities(state, np.asarray(layer.probability_sum, np.float64), layer.num_tokens)
-            state.counts += np.asarray(layer.expert_counts, np.uint64)
-            state.num_padding += layer.num_padding
-            state.num_tokens += layer.num_tokens
-            state.num_dropped_slots += layer.dropped_slots
-            state.num_skipped_slots += layer.skipped_slots
-            state.num_identity_slots += layer.identity_slots
-            state.num_unused_slots += layer.num_tokens * state.shape.top_k - _num_accounted(layer)
-            if layer.num_tokens:
-                state.see_steps(columns.first_step, columns.last_step)
-                sums = (columns.last_step, np.asarray(layer.expert_counts, np.uint64), layer.num_tokens, step_source)
-                if state.load_series is not None:
-                    state.load_series.add_sums(*sums)
-                if state.step_sample is not None and columns.first_step == columns.last_step:
-                    state.step_sample.add_sums(*sums)
+            fold_sums(self.layers[layer.layer_index], layer, columns, step_source)
         self.phase_tokens[min(columns.phase, NUM_PHASES - 1)] += np.uint64(columns.num_tokens)
-
-    def _check_sums(self, layer: LayerCountColumns) -> None:
-        index = layer.layer_index
-        state = self.layers.get(index)
-        if state is None:
-            raise InvalidInputError(f"layer {index} is not among the layers {sorted(self.layers)} of this state")
-        shape = (state.shape.num_experts,)
-        for name in ("expert_counts", "probability_sum"):
-            column = getattr(layer, name)
-            if column is not None and np.shape(column) != shape:
-                raise InvalidInputError(f"layer {index}: {name} has shape {np.shape(column)}, expected {shape}")
-        num_slots = layer.num_tokens * state.shape.top_k
-        if _num_accounted(layer) > num_slots:
-            raise InvalidInputError(
-                f"layer {index}: the sums account for {_num_accounted(layer)} slots, {layer.num_tokens} tokens with "
-                f"top-{state.shape.top_k} have {num_slots}"
-            )
 
     def merge(self, other: "RoutingState") -> "RoutingState":
         """Return the state of both sets of rows; layers that only one of them has are taken as they are.
@@ -512,243 +251,3 @@ def merge_all(states: Sequence[RoutingState]) -> RoutingState:
     for state in states:
         merged = merged.merge(state)
     return merged
-
-
-def _blocks(columns: RoutingColumns) -> tuple[_U64, npt.NDArray[np.bool_]]:
-    """Hash of what each row belongs to (request; in training sequence and step), and whether that is known.
-
-    Rows whose request has no name belong to their forward pass, except in decoding, where one forward holds single
-    tokens of requests that go on: their block is unknown.
-    """
-    n = columns.num_tokens
-    if not n:
-        return np.zeros(0, np.uint64), np.zeros(0, np.bool_)
-    phase = columns.phase
-    names = columns.request_ids or [""]
-    index = columns.request_index if columns.request_ids else np.zeros(n, np.uint32)
-    is_named = np.array([bool(name) for name in names])[index]
-    hashes = hash_strings(names)[index]
-    is_train = phase == pb.PHASE_TRAIN
-    if is_train.any():
-        # Names of rows ("row 3 of the batch") come again in every step with other text.
-        hashes = np.where(is_train, combine(hashes, columns.step.reshape(-1, 1)), hashes)
-    if is_named.all():
-        return hashes, is_named
-    forwards = combine(mix(np.ones(n, np.uint64)), np.column_stack([columns.step, columns.forward_index]))
-    is_whole_forward = is_train | (phase == pb.PHASE_EVAL) | (phase == pb.PHASE_PREFILL)
-    return np.where(is_named, hashes, forwards), is_named | is_whole_forward
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The rows of a batch with the hashes that all its layers need.
-
-    Attributes:
-        blocks: [n] uint64, hash of what the row's block is made of: its request.
-        known: [n] bool, whether that is known.
-        stretches: [n] uint64, number of the row's stretch of positions within its request.
-        keys: [n] uint64, hash of the token itself.
-    """
-
-    columns: RoutingColumns
-    blocks: _U64
-    known: npt.NDArray[np.bool_]
-    stretches: _U64
-    keys: _U64
-    step_source: int
-
-    @classmethod
-    def of(cls, columns: RoutingColumns, hashes: _U64, known: npt.NDArray[np.bool_], step_source: int) -> "_Batch":
-        position = columns.position.astype(np.uint64)
-        stretches = position // np.uint64(POSITIONS_PER_BLOCK)
-        return cls(columns, hashes, known, stretches, mix(hashes ^ mix(position)), step_source)
-
-
-def _fold_layer(state: LayerState, layer: LayerColumns, batch: _Batch) -> None:
-    columns = batch.columns
-    rows = slice(None) if layer.row_index is None else layer.row_index
-    padding = columns.is_padding[rows]
-    num_padding = int(padding.sum())
-    state.num_padding += num_padding
-    if num_padding == len(padding):
-        return
-    valid = slice(None) if not num_padding else ~padding
-    steps = columns.step[rows][valid]
-    state.see_steps(int(steps.min()), int(steps.max()))
-    state.num_tokens += len(steps)
-    ids = layer.expert_ids[valid]
-    status = None if layer.slot_status is None else layer.slot_status[valid]
-    slots = SlotClasses.of(ids, status, state.shape.num_experts)
-    state.num_dropped_slots += slots.num_dropped
-    state.num_skipped_slots += slots.num_skipped
-    state.num_identity_slots += slots.num_identity
-    state.num_unused_slots += slots.num_unused
-    is_load = None if slots.num_load == slots.is_load.size else slots.is_load
-    known, blocks = batch.known[rows][valid], batch.blocks[rows][valid]
-    _fold_load(state, ids, is_load, steps, blocks, batch.stretches[rows][valid], known, batch.step_source)
-    if state.token_sample is not None:
-        state.token_sample.fold(batch.keys[rows][valid], ids, slots.is_load)
-    for name, total in (
-        ("router_entropy", state.router_entropy),
-        ("top1_probability", state.top1_probability),
-        ("margin", state.margin),
-    ):
-        column = getattr(layer, name)
-        if column is not None:
-            total.add(column[valid])
-    if layer.router_logsumexp is not None:
-        state.z_squared.add(np.square(layer.router_logsumexp[valid].astype(np.float64)))
-    if layer.probability_sum is not None:
-        _add_probabilities(state, layer.probability_sum, len(steps))
-    _fold_content(state, layer, ids, valid, columns, rows)
-
-
-def _fold_load(
-    state: LayerState,
-    ids: npt.NDArray[np.int32],
-    is_load: npt.NDArray[np.bool_] | None,
-    steps: _U64,
-    blocks: _U64,
-    stretches: _U64,
-    known: npt.NDArray[np.bool_],
-    step_source: int,
-) -> None:
-    """Add the load of valid rows to every table of the layer; `is_load` None = all slots."""
-    starts = run_starts(blocks, stretches, steps, known)
-    if not _pays(starts, ids, state.shape.num_experts):
-        _fold_load_by_row(state, ids, is_load, steps, blocks, stretches, known, step_source)
-        return
-    # Long runs, as texts that are read in one go have them: each slot is looked at once for all tables.
-    table = load_of_runs(ids, is_load, starts, state.shape.num_experts)
-    tokens = np.diff(starts, append=len(ids)).astype(np.uint64)
-    steps, blocks, stretches, known = steps[starts], blocks[starts], stretches[starts], known[starts]
-    if state.position_counts is not None:
-        num = len(state.position_counts)
-        block = _block_numbers(mix(blocks + stretches), known, num)
-        state.position_counts += sums_by_group(table, block, num + 1)[:num]
-    # What is left does not ask for positions, so whole requests are runs.
-    starts = run_starts(blocks, steps, known)
-    table, tokens = np.add.reduceat(table, starts, axis=0), np.add.reduceat(tokens, starts)
-    num, block = len(state.block_tokens), _block_numbers(blocks[starts], known[starts], len(state.block_tokens))
-    state.counts += table.sum(axis=0)
-    state.block_counts += sums_by_group(table, block, num + 1)[:num]
-    state.block_tokens += sums_by_group(tokens, block, num + 1)[:num]
-    if state.load_series is not None:
-        state.load_series.fold_runs(steps[starts], table, tokens, step_source)
-    if state.step_sample is not None:
-        state.step_sample.fold_runs(steps[starts], table, tokens, step_source)
-
-
-def _fold_load_by_row(
-    state: LayerState,
-    ids: npt.NDArray[np.int32],
-    is_load: npt.NDArray[np.bool_] | None,
-    steps: _U64,
-    blocks: _U64,
-    stretches: _U64,
-    known: npt.NDArray[np.bool_],
-    step_source: int,
-) -> None:
-    """The same for rows of which no two neighbours agree, as in decoding."""
-    experts = state.shape.num_experts
-
-    def sums(block: npt.NDArray[np.intp], num: int) -> _U64:
-        cells = block[:, None] * experts + ids
-        flat = cells.ravel() if is_load is None else cells[is_load]
-        return np.bincount(flat, minlength=(num + 1) * experts).astype(np.uint64).reshape(num + 1, experts)
-
-    num, block = len(state.block_tokens), _block_numbers(blocks, known, len(state.block_tokens))
-    table = sums(block, num)
-    state.counts += table.sum(axis=0)
-    state.block_counts += table[:num]
-    state.block_tokens += np.bincount(block, minlength=num + 1)[:num].astype(np.uint64)
-    if state.position_counts is not None:
-        num = len(state.position_counts)
-        state.position_counts += sums(_block_numbers(mix(blocks + stretches), known, num), num)[:num]
-    histories = [history for history in (state.load_series, state.step_sample) if history is not None]
-    starts = run_starts(steps)
-    if histories and _pays(starts, ids, experts):
-        table = load_of_runs(ids, is_load, starts, experts)
-        tokens = np.diff(starts, append=len(ids)).astype(np.uint64)
-        for history in histories:
-            history.fold_runs(steps[starts], table, tokens, step_source)
-    else:
-        every = np.ones(ids.shape, np.bool_) if is_load is None else is_load
-        for history in histories:
-            history.fold(steps, ids, every, step_source)
-
-
-def _pays(starts: npt.NDArray[np.intp], ids: npt.NDArray[np.int32], num_experts: int) -> bool:
-    """Return whether a table of runs is worth it: not larger than the slots, and runs are no single rows."""
-    return len(starts) * num_experts <= 2 * ids.size and 4 * len(starts) <= len(ids)
-
-
-def _block_numbers(hashes: _U64, known: npt.NDArray[np.bool_], num: int) -> npt.NDArray[np.intp]:
-    """Return each row's block; rows of unknown requests go to one more, which is dropped after counting."""
-    return np.where(known, (hashes >> np.uint64(32)) % np.uint64(num), np.uint64(num)).astype(np.intp)
-
-
-def _fold_content(
-    state: LayerState,
-    layer: LayerColumns,
-    ids: npt.NDArray[np.int32],
-    valid: npt.NDArray[np.bool_] | slice,
-    columns: RoutingColumns,
-    rows: slice | npt.NDArray[np.uint32],
-) -> None:
-    """Add the rows' fingerprints, where weights or token ids tell tokens apart."""
-    parts: list[npt.NDArray[np.unsignedinteger]] = []
-    if layer.gate_weights is not None:
-        # As on the wire, so that a notebook and an analyzer tell the same tokens apart.
-        with np.errstate(over="ignore"):
-            parts.append(np.ascontiguousarray(layer.gate_weights[valid], np.float16).view(np.uint16))
-    if columns.token_id is not None:
-        parts.append(columns.token_id[rows][valid].reshape(-1, 1))
-    if not parts:
-        return
-    if layer.router_entropy is not None:
-        parts.append(layer.router_entropy[valid].astype(np.float16).view(np.uint16).reshape(-1, 1))
-    position = columns.position[rows][valid]
-    fingerprint = mix(position.astype(np.uint64))
-    for part in (ids.astype(np.uint32), *parts):
-        fingerprint = combine(fingerprint, part)
-    observe(state.content_registers, fingerprint)
-    state.num_fingerprints += len(ids)
-
-
-def _add_probabilities(state: LayerState, sums: npt.NDArray[np.float64], num_tokens: int) -> None:
-    if sums.shape != state.counts.shape:
-        raise InvalidInputError(
-            f"layer {state.shape.layer_index}: probability_sum has shape {sums.shape}, expected {state.counts.shape}"
-        )
-    if not np.isfinite(sums).all():
-        return
-    state.probability_sum += np.rint(np.clip(sums, 0, _MAX_ABSOLUTE) * _FIXED_POINT).astype(np.int64)
-    state.num_probability_tokens += num_tokens
-
-
-def _num_accounted(layer: LayerCountColumns) -> int:
-    """Slots that the sums name; the rest was unused."""
-    return (
-        int(np.sum(layer.expert_counts, dtype=np.uint64))
-        + layer.identity_slots
-        + layer.skipped_slots
-        + layer.dropped_slots
-    )
-
-
-def _extreme(choose: Callable[[list[int]], int], a: int | None, b: int | None) -> int | None:
-    known = [x for x in (a, b) if x is not None]
-    return choose(known) if known else None
-
-
-_History = TypeVar("_History", LoadSeries, StepSample, TokenSample)
-
-
-def _merged(a: _History | None, b: _History | None) -> _History | None:
-    """Return the merge of both, None where one of them is not kept."""
-    return None if a is None or b is None else a.merge(b)
-
-
-def _sum(a: _U64 | None, b: _U64 | None) -> _U64 | None:
-    return None if a is None or b is None else a + b

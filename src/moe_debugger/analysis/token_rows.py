@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.analysis._columns import neighbour_blocks
+from moe_debugger.analysis._folding import row_blocks
 from moe_debugger.analysis.intervals import MIN_BLOCKS, Interval, student_quantile
 from moe_debugger.analysis.row_set import RowSet
 from moe_debugger.analysis.state import LayerShape, num_blocks
-from moe_debugger.analysis.state import _blocks as row_blocks
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import RoutingColumns

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_debugger.analysis import fold_decisions, state
+from moe_debugger.analysis import _folding, fold_decisions
 
 
 def rows(num_experts: int, *, num_layers: int = 3) -> dict[str, Any]:
@@ -37,13 +37,13 @@ def rows(num_experts: int, *, num_layers: int = 3) -> dict[str, Any]:
 @pytest.mark.parametrize("num_experts", [4, 32])
 def test_rows_in_runs_and_shuffled_rows_have_the_same_state(num_experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     row_by_row = []
-    slow = state._fold_load_by_row
+    slow = _folding._fold_load_by_row
 
     def watched(*args: Any) -> None:
         row_by_row.append(1)
         slow(*args)
 
-    monkeypatch.setattr(state, "_fold_load_by_row", watched)
+    monkeypatch.setattr(_folding, "_fold_load_by_row", watched)
     columns = rows(num_experts)
     in_runs = fold_decisions(columns, num_experts=num_experts, top_k=2)
     assert not row_by_row
