@@ -190,6 +190,8 @@ def test_on_a_phone_the_buttons_are_large_and_nothing_is_wider_than_the_window(
             assert box is not None
             assert box["height"] >= 40
         assert page.evaluate(_TOO_WIDE) == []
+        # What scrolls is the card: the document is no longer than the window, so it cannot be scrolled to nothing.
+        assert page.evaluate("document.documentElement.scrollHeight - innerHeight") == 0
         expect(page.get_by_test_id("false-alarms")).to_contain_text("of 1,000 windows (stated)")
         _shoot(page, f"phone-{'dark' if dark else 'light'}-card")
         diagnosis.get_by_test_id("silence").click()
