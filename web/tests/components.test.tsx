@@ -82,7 +82,7 @@ describe("Console", () => {
     fake.route(1, 0);
     useApp.setState({ sessionId: SESSION_ID, picture: picture(fake) });
     show(fake, <Console />);
-    expect(screen.getByText(/checked on 1 tokens/)).toBeTruthy();
+    expect(screen.getByText(/No findings in 1 tokens/)).toBeTruthy();
   });
 
   it("shows a finding in the catalogue's words, opens its evidence and selects its layer", () => {
