@@ -28,6 +28,6 @@ export default defineConfig({
     include: ["tests/**/*.test.{ts,tsx}"],
     setupFiles: ["tests/setup.ts"],
     reporters: ["default", "./tests/plain-reporter.ts"],
-    testTimeout: 60_000,
+    testTimeout: 20_000,
   },
 });

@@ -1,7 +1,7 @@
 // @vitest-environment happy-dom
 import { create } from "@bufbuild/protobuf";
 import { createClient } from "@connectrpc/connect";
-import { act, fireEvent, render, screen, waitFor, within } from "@testing-library/react";
+import { fireEvent, render, screen, waitFor, within } from "@testing-library/react";
 import { I18nextProvider } from "react-i18next";
 import { beforeEach, describe, expect, it } from "vitest";
 import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
@@ -29,12 +29,16 @@ const NOW = 1_700_000_000_000_000_000n;
 const finding = (ruleId: string, severity: Severity, more: Record<string, unknown> = {}) =>
   create(FindingSchema, { ruleId, severity, state: FindingState.OPEN, ...more });
 
+let numShown = 0;
+
 function show(fake: FakeGateway, element: React.ReactNode) {
+  // Each in a session of its own: what an earlier test's app has yet to publish is not of this one.
+  const sessionId = `${SESSION_ID}-${++numShown}`;
   fake.route(1, 0);
   const app = new App(createClient(DebuggerService, fake.transport()));
   const snapshot = fake.snapshot();
   const picture = {
-    sessionId: SESSION_ID,
+    sessionId,
     snapshot,
     whole: wholeSession(snapshot),
     recent: recentWindow(snapshot),
@@ -42,20 +46,12 @@ function show(fake: FakeGateway, element: React.ReactNode) {
     lastStep: snapshot.lastStep,
   };
   app.live.picture = picture;
-  useApp.setState({ sessionId: SESSION_ID, picture });
+  useApp.setState({ sessionId, picture });
   render(
     <I18nextProvider i18n={i18n}>
       <ServicesContext value={{ app, generator: new Generator(app) }}>{element}</ServicesContext>
     </I18nextProvider>,
   );
-}
-
-/** Shows parts that load when they are needed. They load inside `act`, or React may not look again when they have. */
-async function showWhole(fake: FakeGateway, element: React.ReactNode) {
-  await act(async () => {
-    show(fake, element);
-    await Promise.all([import("../src/panels/Explanation"), import("../src/panels/Assurance")]);
-  });
 }
 
 beforeEach(() => useApp.setState(initial, true));
@@ -228,7 +224,7 @@ describe("explanation", () => {
   it("says where it began, why, what was not seen and what to do, and copies the change", async () => {
     const fake = new FakeGateway({ isCollapsed: true });
     fake.explanation = explanation;
-    await showWhole(fake, <Diagnosis />);
+    show(fake, <Diagnosis />);
     const section = await screen.findByTestId("explanation");
     expect(screen.getByTestId("onset").textContent).toMatch(/^It began in layer 2 at step 48,020 .* 7\.8 to 2\.3\.$/);
     expect(within(section).getByRole("list", { name: /crossed the limit/ }).textContent).toBe("L2 48,020L1 +90");
@@ -274,7 +270,7 @@ describe("explanation", () => {
       statusArgs: { names: "balance_coef" },
       missing: [{ code: "setting", name: "balance_coef", change: "record it" }],
     });
-    await showWhole(fake, <Diagnosis />);
+    show(fake, <Diagnosis />);
     const section = await screen.findByTestId("explanation");
     expect(section.textContent).toContain("Cause not observable; supply balance_coef.");
     expect(screen.getByTestId("onset").textContent).toContain("when it began is not known");
@@ -289,7 +285,7 @@ describe("explanation", () => {
 
 describe("assurance", () => {
   it("states the rate of false alarms, also where nothing was found", async () => {
-    await showWhole(new FakeGateway(), <Diagnosis />);
+    show(new FakeGateway(), <Diagnosis />);
     expect(screen.getByText("No finding")).toBeTruthy();
     expect((await screen.findByTestId("false-alarms")).textContent).toBe(
       "False alarms on healthy data: at most 10 of 1,000 windows (stated)",
@@ -306,7 +302,7 @@ describe("assurance", () => {
       { layerIndex: 1, status: EarlyWarningStatus.WATCHING, numPoints: 300, baseline: 7.8, effectiveExperts: 7.75 },
       { layerIndex: 2, status: EarlyWarningStatus.WARNED, numPoints: 300, baseline: 7.8, effectiveExperts: 5.5 },
     ];
-    await showWhole(fake, <Diagnosis />);
+    show(fake, <Diagnosis />);
     expect((await screen.findByTestId("early-warning")).textContent).toBe(
       "Early warning of collapse: 1 layer is falling, learning the baseline of 1 layer (60 steps so far), watching 1 layer",
     );

@@ -7,7 +7,7 @@ await loadFindingWords();
 if (typeof document !== "undefined") {
   const { cleanup, configure } = await import("@testing-library/react");
   // A loaded machine is slow, not wrong.
-  configure({ asyncUtilTimeout: 40_000 });
+  configure({ asyncUtilTimeout: 10_000 });
   afterEach(cleanup);
   globalThis.matchMedia ??= ((query: string) => ({
     matches: false,
