@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from moe_debugger.cli import main
 from moe_debugger.cli._summary import Summary
 from moe_debugger.cli.doctor import run_checks
 from moe_debugger.cli.up import service_env
@@ -24,19 +24,10 @@ class Run(Protocol):
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Run the command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run_main(*arguments: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["moe-debugger", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert (ended.value.code or 0) == code, printed
-        return printed.out + printed.err
-
-    return run_main
+    return lambda *arguments, code=0: "".join(run(*arguments, code=code))
 
 
 def test_help_lists_the_commands_with_examples(run: Run) -> None:

@@ -1,32 +1,16 @@
 """`moe-debugger plan`: the verdict, its files, and what cannot be planned."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from reported import forwards, infos, record
 
-from moe_debugger.cli import main
 from moe_debugger.planning import Placement
 
 SHAPE = (8, 2)
 Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_main(*arguments: object, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["moe-debugger", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert (ended.value.code or 0) == code, printed
-        return printed.out, printed.err
-
-    return run_main
 
 
 def recorded(path: Path, *, hot: float, num: int = 120) -> Path:

@@ -1,30 +1,18 @@
 """`moe-debugger profile` on the demo model."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moe_debugger.cli import main
-
 Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "160")
-
-    def run_main(*arguments: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["moe-debugger", "profile", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert (ended.value.code or 0) == code, printed
-        return printed.out + printed.err
-
-    return run_main
+    return lambda *arguments, code=0: "".join(run("profile", *arguments, code=code))
 
 
 def test_the_tables_say_what_is_estimated_and_what_cannot_be_told_apart(run: Run, tmp_path: Path) -> None:

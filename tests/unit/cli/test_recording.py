@@ -3,7 +3,6 @@
 import io
 import json
 import stat
-import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +13,6 @@ from recorded_rows import record as record_rows
 from rich.console import Console
 
 from moe_debugger import open_recording
-from moe_debugger.cli import main
 from moe_debugger.cli.interactive import run_interactive
 from moe_debugger.config import Config
 from moe_debugger.errors import RecordingError
@@ -32,18 +30,9 @@ class Run(Protocol):
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
-
-    def run_main(*arguments: str, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["moe-debugger", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert (ended.value.code or 0) == code, printed
-        return printed.out, printed.err
-
-    return run_main
+    return run
 
 
 def test_trace_records_what_it_shows(run: Run, tmp_path: Path) -> None:
