@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis import LayerState, Severity, analyze, intervals
+
 __all__ = [
     "Healthy",
     "demo_pool",
@@ -25,6 +27,7 @@ __all__ = [
     "healthy_conditions",
     "iid",
     "in_steps",
+    "num_alarms",
     "resampled",
     "skewed",
     "sticky",
@@ -243,3 +246,21 @@ def healthy_conditions() -> list[Healthy]:
     for kind in ("code", "prose", "numbers", "structured"):
         conditions.append(Healthy(f"demo model, {kind}", 8, 2, partial(resampled, num_requests=40, kind=kind)))
     return conditions
+
+
+def num_alarms(condition: Healthy, seeds: range) -> int:
+    """Return in how many runs any finding above info came."""
+    count = 0
+    for seed in seeds:
+        found = analyze(condition(seed), num_experts=condition.num_experts, top_k=condition.top_k)
+        count += any(finding.severity is not Severity.INFO for finding in found.findings)
+    return count
+
+
+def as_if_independent(state: LayerState, **options: object) -> intervals.Blocks:
+    """Return blocks that differ as independent tokens would: what takes the place of `variance_blocks` in a mutant."""
+    # Slots dealt to 64 blocks at random.
+    rng = np.random.default_rng(int(state.num_assignments))
+    counts = state.counts.astype(np.int64)
+    table = np.stack([rng.multinomial(count, [1 / 64] * 64) for count in counts.tolist()], axis=1)
+    return intervals.Blocks(table.astype(np.float64), intervals.BlockKind.REQUESTS)

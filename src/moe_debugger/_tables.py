@@ -1,17 +1,40 @@
 """Tables of the library's results: plain text, HTML and pandas, from the same rows."""
 
 import html
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy.typing as npt
 
 from moe_debugger.errors import DependencyMissingError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["bar", "html_table", "text_table", "to_data_frame"]
+__all__ = ["ColumnTable", "bar", "html_table", "text_table", "to_data_frame"]
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+class ColumnTable(Mapping[str, npt.NDArray[Any]]):
+    """A table whose columns are arrays of equal length: attributes, and items of the same names."""
+
+    # Names of the columns, in order; set by each table.
+    _columns: ClassVar[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self[self._columns[0]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._columns:
+            raise KeyError(name)
+        column: npt.NDArray[Any] = getattr(self, name)
+        return column
+
+    __hash__ = None  # type: ignore[assignment]  # holds arrays
 
 
 def bar(share: float, width: int) -> str:

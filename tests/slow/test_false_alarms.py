@@ -4,14 +4,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from healthy_routing import Healthy, documents, healthy_conditions, resampled, topic_strength
+from healthy_routing import (
+    Healthy,
+    as_if_independent,
+    documents,
+    healthy_conditions,
+    num_alarms,
+    resampled,
+    topic_strength,
+)
 
-from moe_debugger.analysis import Severity, analyze, finish, fold_decisions, intervals, merge_all
+from moe_debugger.analysis import Severity, finish, fold_decisions, merge_all
 from moe_debugger.analysis.analyze import FALSE_ALARM_RATE, FALSE_ALARMS_PER_1000_WINDOWS
 from moe_debugger.analysis.rules import look
-from moe_debugger.analysis.state import LayerState, RoutingState
+from moe_debugger.analysis.state import RoutingState
 
 RUNS = 1000
+SEEDS = range(10_000, 10_000 + RUNS)
 # The one-sided test does not reject the stated rate at this level.
 LEVEL = 0.001
 TABLE = Path("build/false-alarms.txt")
@@ -36,14 +45,6 @@ def note(text: str) -> None:
         out.write(text + "\n")
 
 
-def num_alarms(condition: Healthy) -> int:
-    count = 0
-    for seed in range(10_000, 10_000 + RUNS):
-        found = analyze(condition(seed), num_experts=condition.num_experts, top_k=condition.top_k)
-        count += any(finding.severity is not Severity.INFO for finding in found.findings)
-    return count
-
-
 def test_the_tail_is_that_of_the_table() -> None:
     # Of 20 trials at 0.05 three or more succeed with probability 0.0755.
     assert binomial_upper_tail(3, 20, 0.05) == pytest.approx(0.0755, abs=1e-4)
@@ -51,23 +52,17 @@ def test_the_tail_is_that_of_the_table() -> None:
 
 @pytest.mark.parametrize("condition", healthy_conditions(), ids=lambda condition: condition.name)
 def test_the_stated_rate_is_not_rejected(condition: Healthy) -> None:
-    count = num_alarms(condition)
+    count = num_alarms(condition, SEEDS)
     note(f"{condition.name}: {count} of {RUNS} calls")
     assert binomial_upper_tail(count, RUNS, FALSE_ALARM_RATE) > LEVEL
 
 
 def test_variances_of_independent_tokens_would_be_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_if_independent(state: LayerState, **options: object) -> intervals.Blocks:
-        rng = np.random.default_rng(int(state.num_assignments))
-        counts = state.counts.astype(np.int64)
-        table = np.stack([rng.multinomial(count, [1 / 64] * 64) for count in counts.tolist()], axis=1)
-        return intervals.Blocks(table.astype(np.float64), intervals.BlockKind.REQUESTS)
-
     monkeypatch.setattr(look, "variance_blocks", as_if_independent)
     rejected = []
     for condition in healthy_conditions():
         if "skewed" in condition.name:
-            count = num_alarms(condition)
+            count = num_alarms(condition, SEEDS)
             note(f"{condition.name}, variances as of independent tokens: {count} of {RUNS} calls")
             if binomial_upper_tail(count, RUNS, FALSE_ALARM_RATE) <= LEVEL:
                 rejected.append(condition.name)

@@ -6,12 +6,13 @@ of 16 buckets, and one field of samples.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_analyzer.blob import pack, unpack
-from moe_debugger.analysis.state import LayerState, RoutingState
+from moe_debugger.analysis.state import RoutingState
 from moe_debugger.analysis.step_loads import LoadSeries, StepSample
 from moe_debugger.analysis.token_sample import TokenSample
 from moe_debugger.errors import WireFormatError
@@ -27,10 +28,10 @@ _U64 = npt.NDArray[np.uint64]
 
 def without_history(state: RoutingState) -> RoutingState:
     """Return `state` as it is kept in the head: without series and samples; its arrays are shared."""
-    layers = {}
-    for index, layer in state.layers.items():
-        values = {name: getattr(layer, name) for name in LayerState.__slots__}
-        layers[index] = LayerState(**{**values, "load_series": None, "step_sample": None, "token_sample": None})
+    layers = {
+        index: replace(layer, load_series=None, step_sample=None, token_sample=None)
+        for index, layer in state.layers.items()
+    }
     return RoutingState(layers, state.request_registers, state.phase_tokens, state.token_classes, state.workload_tokens)
 
 
@@ -155,10 +156,8 @@ def _pack_chunk(totals: RoutingState, chunk: int) -> bytes:
         low, high = np.searchsorted(series.buckets, np.array([chunk, chunk + 1], np.uint64) * np.uint64(_CHUNK_BUCKETS))
         if low == high:
             continue
-        arrays = (series.buckets[low:high], series.num_tokens[low:high], series.counts[low:high])
-        types = [_narrow(array) for array in arrays]
+        types = _append(columns, series.buckets[low:high], series.num_tokens[low:high], series.counts[low:high])
         layers.append([index, int(high - low), types])
-        columns += [array.astype(_TYPES[kind]).tobytes() for array, kind in zip(arrays, types, strict=True)]
     return pack({"kind": "steps", "layers": layers}, columns)
 
 
@@ -170,10 +169,8 @@ def _pack_samples(totals: RoutingState) -> bytes:
         if steps is None or tokens is None:
             continue
         ids = (tokens.expert_ids + 1).astype(np.uint64)
-        arrays = (steps.hashes, steps.steps, steps.num_tokens, steps.counts, tokens.keys, ids)
-        types = [_narrow(array) for array in arrays]
+        types = _append(columns, steps.hashes, steps.steps, steps.num_tokens, steps.counts, tokens.keys, ids)
         layers.append([index, layer.shape.num_experts, layer.shape.top_k, types])
-        columns += [array.astype(_TYPES[kind]).tobytes() for array, kind in zip(arrays, types, strict=True)]
     return pack({"kind": "samples", "layers": layers}, columns)
 
 
@@ -184,6 +181,13 @@ def _pack_index(totals: RoutingState, chunks: set[int]) -> bytes:
         if (series := layer.load_series) is not None
     }
     return pack({"kind": "steps_index", "chunks": sorted(chunks), "layers": layers})
+
+
+def _append(columns: list[bytes], *arrays: _U64) -> list[int]:
+    """Add each array in the narrowest type that holds it, and return the numbers of the types."""
+    types = [_narrow(array) for array in arrays]
+    columns += [array.astype(_TYPES[kind]).tobytes() for array, kind in zip(arrays, types, strict=True)]
+    return types
 
 
 def _narrow(array: _U64) -> int:

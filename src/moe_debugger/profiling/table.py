@@ -1,12 +1,12 @@
 """`ProfileTable`: every time that was measured or estimated, as numpy columns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger._tables import html_table, text_table, to_data_frame
+from moe_debugger._tables import ColumnTable, html_table, text_table, to_data_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +28,7 @@ _TYPES: dict[str, Any] = {"layer_index": np.int32, "expert_id": np.int32, "part"
 _NUM_SHOWN = 20
 
 
-class ProfileTable(Mapping[str, npt.NDArray[Any]]):
+class ProfileTable(ColumnTable):
     """Times as numpy columns, n rows by forward, layer and begin.
 
     Columns are attributes and items, as of `Decisions`.
@@ -47,6 +47,8 @@ class ProfileTable(Mapping[str, npt.NDArray[Any]]):
         num_forwards_dropped: forwards that were timed and made room for newer ones, or were given up.
         num_estimates_left_out: estimated rows of older forwards that are not in the table.
     """
+
+    _columns = _COLUMNS
 
     step: npt.NDArray[np.int64]
     forward_index: npt.NDArray[np.int64]
@@ -69,20 +71,6 @@ class ProfileTable(Mapping[str, npt.NDArray[Any]]):
             setattr(self, name, np.asarray(columns[name], _TYPES.get(name, np.int64)))
         self.num_forwards_dropped = num_forwards_dropped
         self.num_estimates_left_out = num_estimates_left_out
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_COLUMNS)
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        if name not in _COLUMNS:
-            raise KeyError(name)
-        column: npt.NDArray[Any] = getattr(self, name)
-        return column
-
-    __hash__ = None  # type: ignore[assignment]  # holds arrays
 
     def select(self, part: str, *, layer_index: int | None = None, expert_id: int | None = None) -> "ProfileTable":
         """Return the rows of one part, of one layer or expert where asked for."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.query.rows import RowBatch
@@ -63,33 +62,16 @@ def _bounds(group: Any) -> dict[str, tuple[int, int]]:
 def _batch(table: Any, raw: frozenset[str]) -> RowBatch:
     columns: dict[str, Array] = {}
     request_ids: list[str] = []
+    from moe_debugger.recording.tables import column_values
+
     for name in raw:
         column = table.column("request_id" if name == "request_index" else name).combine_chunks()
         if name == "request_index":
             column = column.dictionary_encode() if not hasattr(column, "dictionary") else column
             request_ids = column.dictionary.to_pylist()
-            columns[name] = _values(column.indices, name)
+            columns[name] = column_values(column.indices, name)
         elif column.null_count == len(column) and len(column):
             continue
-        elif hasattr(column, "offsets"):
-            columns[name] = _lists(column, name)
         else:
-            columns[name] = _values(column, name)
+            columns[name] = column_values(column, name)
     return RowBatch(columns, request_ids)
-
-
-def _values(column: Any, name: str) -> Array:
-    if column.null_count:
-        raise ValueError(f"{name} has {column.null_count} rows without a value")
-    values: Array = column.to_numpy(zero_copy_only=False)
-    return values
-
-
-def _lists(column: Any, name: str) -> Array:
-    if column.null_count:
-        raise ValueError(f"{name} has {column.null_count} rows without a value")
-    lengths = np.diff(column.offsets.to_numpy())
-    if len(lengths) and (lengths != lengths[0]).any():
-        raise ValueError(f"the lists of {name} differ in length")
-    values = _values(column.flatten(), name)
-    return values.reshape(len(column), int(lengths[0]) if len(lengths) else 1)

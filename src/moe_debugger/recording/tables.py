@@ -273,6 +273,15 @@ def _numpy(batch: Any, name: str) -> Array | None:
     is_nullable = name in _NULLABLE["rows"] or name in _NULLABLE["counts"]
     if is_nullable and len(column) and column.null_count == len(column):
         return None
+    return column_values(column, name)
+
+
+def column_values(column: Any, name: str) -> Array:
+    """Return an Arrow column of numbers, [n], or of lists of equal length, [n, k].
+
+    Raises:
+        ValueError: a row has no value, or the lists differ in length.
+    """
     if not hasattr(column, "offsets"):
         return _values(column, name)
     if column.null_count:

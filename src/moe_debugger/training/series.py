@@ -1,13 +1,13 @@
 """Training series: values by step, name and, where they have one, layer and expert. Pure numpy."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger._tables import html_table, text_table, to_data_frame
+from moe_debugger._tables import ColumnTable, html_table, text_table, to_data_frame
 from moe_debugger.v1 import routing_pb2 as pb
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class SeriesPoint:
         )
 
 
-class SeriesTable(Mapping[str, npt.NDArray[Any]]):
+class SeriesTable(ColumnTable):
     """Series as numpy columns; n rows, ordered by step, then as they were recorded.
 
     Columns are attributes and items, as of `Decisions`.
@@ -77,6 +77,8 @@ class SeriesTable(Mapping[str, npt.NDArray[Any]]):
         notes: why values are NaN, by reason: at how many steps.
         num_not_kept: points that were pushed out by newer ones.
     """
+
+    _columns = _COLUMNS
 
     def __init__(
         self, points: list[SeriesPoint], *, notes: Mapping[str, int] | None = None, num_not_kept: int = 0
@@ -92,20 +94,6 @@ class SeriesTable(Mapping[str, npt.NDArray[Any]]):
         self.value: npt.NDArray[np.float64] = np.concatenate([np.zeros(0), *(point.values for point in points)])
         self.notes: dict[str, int] = dict(notes or {})
         self.num_not_kept = num_not_kept
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_COLUMNS)
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        if name not in _COLUMNS:
-            raise KeyError(name)
-        column: npt.NDArray[Any] = getattr(self, name)
-        return column
-
-    __hash__ = None  # type: ignore[assignment]  # holds arrays
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the series in it, sorted."""

@@ -104,8 +104,8 @@ def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
     Only where steps may be those of a training: in serving, other requests use other experts.
     """
     layer, limits = look.state.layers[layer_index], look.thresholds
-    series = layer.load_series
-    if series is None or not look.may_be_training or not series.has_one_clock or look.shortage(layer_index):
+    series = _training_series(look, layer_index)
+    if series is None or look.shortage(layer_index):
         return []
     num_learnt = -(-_BASELINE_STEPS // series.width)
     if len(series.counts) < num_learnt + _MIN_RECENT_POINTS:
@@ -160,6 +160,12 @@ def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
     ]
 
 
+def _training_series(look: Look, layer_index: int) -> LoadSeries | None:
+    """Return a layer's loads over steps, None where these are not, or cannot be, the steps of one training."""
+    series = look.state.layers[layer_index].load_series
+    return series if series is not None and look.may_be_training and series.has_one_clock else None
+
+
 def _recent(series: LoadSeries, num_learnt: int, min_tokens: int) -> int | None:
     """Return how many points at the end hold enough tokens, none of those that the baseline is learnt from."""
     tokens = np.cumsum(series.num_tokens[::-1].astype(np.int64))
@@ -173,12 +179,10 @@ def watch_steps(look: Look) -> WarningReport | None:
 
     In serving other requests use other experts, and no run length holds.
     """
-    if not look.may_be_training:
-        return None
     series = {}
-    for index, layer in look.state.layers.items():
-        loads = layer.load_series
-        if loads is not None and loads.has_one_clock and len(loads.counts) >= MIN_UNITS:
+    for index in look.state.layers:
+        loads = _training_series(look, index)
+        if loads is not None and len(loads.counts) >= MIN_UNITS:
             series[index] = LayerSeries.from_loads(
                 loads.first_steps, loads.counts.astype(np.int64), loads.num_tokens.astype(np.int64), width=loads.width
             )
