@@ -1,5 +1,6 @@
 """Calls to the analyzers: deadlines, the tenant of the settings, and errors that say what happens next."""
 
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,24 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
 )
+_SERVICE = "moe_debugger.v1.AnalyzerService"
+# An analyzer that has just come back is reached by the next attempt, before a person reads an error. All calls can be
+# repeated but one: started twice, a recording would say that it was running before.
+_RETRIES = {
+    "methodConfig": [
+        {"name": [{"service": _SERVICE, "method": "StartRecording"}]},
+        {
+            "name": [{"service": _SERVICE}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        },
+    ]
+}
 
 
 class AnalyzerClient:
@@ -31,7 +50,9 @@ class AnalyzerClient:
 
     def __init__(self, target: str, tenant: str, timeout_s: float) -> None:
         self.target = target
-        self.channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self.channel = grpc.aio.insecure_channel(
+            target, options=(*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(_RETRIES)))
+        )
         self._stub: analyzer_pb2_grpc.AnalyzerServiceAsyncStub = analyzer_pb2_grpc.AnalyzerServiceStub(self.channel)
         self._tenant = tenant
         self._timeout_s = timeout_s
