@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
+from moe_debugger._counted import CountedRoutes
 from moe_debugger._decisions import Decisions
 from moe_debugger._health_monitor import HealthMonitor, forwards_seen
 from moe_debugger._layers import Layers
@@ -21,8 +20,8 @@ from moe_debugger._rank_load import RankLoad, rank_load
 from moe_debugger._row_blocks import RowBlock, RowSource
 from moe_debugger._row_groups import available_bytes, regroup
 from moe_debugger._rows import RowStatistics, RowStore
-from moe_debugger._stats import ExpertMetrics, ExpertRow, PerformanceMetrics, RoutingStats, layer_routing_stats
-from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, LayerState, RoutingState, Thresholds, finish
+from moe_debugger._stats import ExpertMetrics, PerformanceMetrics, RoutingStats, layer_routing_stats
+from moe_debugger.analysis import Analysis, CaptureHealth, RoutingState, Thresholds, finish
 from moe_debugger.capture import Assembled, Assembler, Capture, Intake, LayerInfo, RawForward
 from moe_debugger.errors import InvalidInputError, SessionClosedError
 from moe_debugger.parallel import ParallelCoordinates
@@ -33,7 +32,7 @@ from moe_debugger.training.gradients import GradientProbe
 from moe_debugger.training.recorder import SeriesRecorder
 from moe_debugger.training.series import NO_INDEX, SeriesPoint, SeriesTable
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import CountsColumns, RoutingColumns
+from moe_debugger.wire.codec import RoutingColumns
 from moe_debugger.wire.ids import new_id
 
 if TYPE_CHECKING:
@@ -126,8 +125,7 @@ class Session:
         self._lock = threading.Lock()
         self._is_closed = False
         self._is_stopped = False
-        self._state: RoutingState | None = None
-        self._weight_sums: dict[int, npt.NDArray[np.float64]] = {}
+        self._counted: CountedRoutes | None = None
         self._rows = RowStore(
             options.max_rows_bytes,
             max_disk_bytes=options.max_disk_bytes,
@@ -257,50 +255,25 @@ class Session:
 
     def get_routing_stats(self) -> RoutingStats:
         """Return load and confidence per layer."""
-        state = self._snapshot()
+        counted = self._snapshot()
         return RoutingStats(
             session_name=self.name,
             num_forwards=self._totals.num_forwards,
-            num_tokens=state.num_tokens,
-            num_requests=state.num_requests,
+            num_tokens=counted.state.num_tokens,
+            num_requests=counted.state.num_requests,
             sampling_rate=self._options.sampling_rate,
-            layers=tuple(
-                layer_routing_stats(info, state.layers.get(info.layer_index) or LayerState.empty(_shape(info)))
-                for info in self._layers()
-            ),
+            layers=tuple(layer_routing_stats(info, counted.layer(info)) for info in self._layers()),
         )
 
     def get_expert_metrics(self) -> ExpertMetrics:
         """Return the load of every expert."""
-        state = self._snapshot()
-        with self._lock:
-            weights = {index: sums.copy() for index, sums in self._weight_sums.items()}
-        rows: list[ExpertRow] = []
-        for info in self._layers():
-            layer = state.layers.get(info.layer_index) or LayerState.empty(_shape(info))
-            total = layer.num_assignments
-            owners = self._options.expert_owners.get(info.layer_index, ())
-            probability = layer.mean_probability
-            for expert in range(info.num_experts):
-                count = int(layer.counts[expert])
-                share = count / total if total else float("nan")
-                rows.append(
-                    ExpertRow(
-                        layer_index=info.layer_index,
-                        expert_id=expert,
-                        num_assignments=count,
-                        share=share,
-                        load_ratio=share * info.num_experts,
-                        mean_gate_weight=float(weights[info.layer_index][expert]) / count if count else float("nan"),
-                        mean_probability=float(probability[expert]),
-                        expert_parallel_rank=owners[expert] if owners else None,
-                    )
-                )
+        counted, owners = self._snapshot(), self._options.expert_owners
+        rows = [row for info in self._layers() for row in counted.expert_rows(info, owners.get(info.layer_index, ()))]
         return ExpertMetrics(self.name, tuple(rows))
 
     def rank_load(self) -> RankLoad:
         """Return the load of each expert-parallel rank, which is empty where every rank computes all experts."""
-        state = self._snapshot()
+        state = self.state()
         counts = {index: layer.counts for index, layer in state.layers.items()}
         return rank_load(self.name, self._layers(), counts, self._options.expert_owners)
 
@@ -309,9 +282,17 @@ class Session:
         self._settle()
         return self._performance(_Totals())
 
+    def state(self) -> RoutingState:
+        """Return all that was counted so far, such as the `baseline` of a later `analyze`; a copy.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
+        return self._snapshot().state
+
     def analyze(self, *, baseline: RoutingState | None = None) -> Analysis:
         """Return metrics and findings of what was captured so far, by the debugger's thresholds."""
-        state = self._snapshot()
+        state = self.state()
         return finish(state, thresholds=self._options.thresholds, baseline=baseline, health=self._health(is_live=False))
 
     @property
@@ -352,7 +333,7 @@ class Session:
         from moe_debugger.analysis.explanation import ObservedSettings, PlacementOptions, explain_analysis
 
         analysis = self.analyze(baseline=baseline)
-        state, owners = self._snapshot(), self._options.expert_owners
+        state, owners = self.state(), self._options.expert_owners
         rows = self.decisions(max_rows=max_rows)
         ranks = max((max(of_layer) + 1 for of_layer in owners.values() if of_layer), default=0)
         return explain_analysis(
@@ -606,8 +587,11 @@ class Session:
         if num_unusable:
             self._drop(pb.DROP_REASON_CAPTURE_ERROR, num_unusable)
         with self._lock:
+            if self._counted is None:
+                # Not before: a layer's k is known once its experts were called.
+                self._counted = CountedRoutes(self._layers())
             for columns in parts:
-                self._fold(columns)
+                self._counted.fold(columns)
         # Not under the lock: rows may go to a file here, and the model's thread takes the lock when it drops.
         self._rows.add(*(columns for columns in parts if isinstance(columns, RoutingColumns)))
         recorder = self._recorder
@@ -617,26 +601,6 @@ class Session:
             for columns in parts:
                 self.publisher.submit(columns)
         self._last_step = max(self._last_step, *(raw.step for raw in group.raws))
-
-    def _fold(self, columns: RoutingColumns | CountsColumns) -> None:
-        if self._state is None:
-            # k as the experts were called with it: not every config says it.
-            self._state = RoutingState.empty(_shape(info) for info in self._layers())
-        if isinstance(columns, CountsColumns):
-            self._state.fold_counts(columns)
-            for counted in columns.layers:
-                # Sums hold no weights.
-                self._weight_sums.setdefault(counted.layer_index, np.full(counted.num_experts, np.nan))
-            return
-        self._state.fold(columns)
-        for layer in columns.layers:
-            sums = self._weight_sums.setdefault(layer.layer_index, np.zeros(layer.num_experts))
-            if layer.gate_weights is not None:
-                valid = ~columns.is_padding if layer.row_index is None else ~columns.is_padding[layer.row_index]
-                ids, weights = layer.expert_ids[valid].reshape(-1), layer.gate_weights[valid].reshape(-1)
-                # Slots that reached no expert, and identity experts, have no weight in the table.
-                is_routed = (ids >= 0) & (ids < layer.num_experts)
-                sums += np.bincount(ids[is_routed], weights[is_routed].astype(np.float64), minlength=layer.num_experts)
 
     def _layers(self) -> tuple[LayerInfo, ...]:
         numbers = self._options.layer_numbers
@@ -700,10 +664,10 @@ class Session:
             _log.warning("capture_is_behind", session_name=self.name, timeout_s=_FLUSH_TIMEOUT_S)
         self._report_lost()
 
-    def _snapshot(self) -> RoutingState:
+    def _snapshot(self) -> CountedRoutes:
         self._settle()
         with self._lock:
-            return RoutingState({}) if self._state is None else self._state.copy()
+            return CountedRoutes() if self._counted is None else self._counted.copy()
 
     def _read_totals(self) -> _Totals:
         totals = self._totals
@@ -765,8 +729,3 @@ def _end_lost_session(intake: Intake, publisher: Publisher | None) -> None:
         # Not waited for: this runs wherever garbage is collected.
         stop = partial(publisher.stop, reason="the debugger was lost without close()")
         threading.Thread(target=stop, name="moe-debugger-goodbye", daemon=True).start()
-
-
-def _shape(info: LayerInfo) -> LayerShape:
-    # k as the experts were called with it: not every config says it.
-    return LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)

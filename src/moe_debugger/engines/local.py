@@ -8,13 +8,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
+from moe_debugger._counted import CountedRoutes
 from moe_debugger._decisions import Decisions
 from moe_debugger._rows import RowStore
-from moe_debugger._stats import ExpertMetrics, ExpertRow, RoutingStats, layer_routing_stats
-from moe_debugger.analysis import LayerShape, RoutingState
+from moe_debugger._stats import ExpertMetrics, RoutingStats, layer_routing_stats
+from moe_debugger.analysis import RoutingState
 from moe_debugger.capture import LayerInfo
 from moe_debugger.publish.batching import columns_size_bytes
 from moe_debugger.wire.codec import CountsColumns, RoutingColumns
@@ -38,10 +36,7 @@ class LocalRoutes:
         self._layers = tuple(layers)
         self._buffer_bytes = buffer_bytes
         self._keeps_rows = keeps_rows
-        self._state = RoutingState.empty(
-            LayerShape(x.layer_index, x.num_experts, x.top_k, x.num_identity_experts) for x in layers
-        )
-        self._weight_sums = {info.layer_index: np.zeros(info.num_experts) for info in layers}
+        self._counted = CountedRoutes(layers)
         self._rows = RowStore(max_rows_bytes)
         self._num_calls = 0
         self._waiting: deque[tuple[RoutingColumns | CountsColumns, int]] = deque()
@@ -88,7 +83,7 @@ class LocalRoutes:
     def state(self) -> RoutingState:
         """Return a copy of what was counted."""
         with self._fold_lock:
-            return self._state.copy()
+            return self._counted.state.copy()
 
     def decisions(self) -> Decisions:
         """Return the kept rows as columns."""
@@ -100,16 +95,16 @@ class LocalRoutes:
             return RoutingStats(
                 session_name=name,
                 num_forwards=self._num_calls,
-                num_tokens=self._state.num_tokens,
-                num_requests=self._state.num_requests,
+                num_tokens=self._counted.state.num_tokens,
+                num_requests=self._counted.state.num_requests,
                 sampling_rate=1.0,
-                layers=tuple(layer_routing_stats(x, self._state.layers[x.layer_index]) for x in self._layers),
+                layers=tuple(layer_routing_stats(x, self._counted.layer(x)) for x in self._layers),
             )
 
     def expert_metrics(self, name: str) -> ExpertMetrics:
         """Return the load of every expert."""
         with self._fold_lock:
-            return ExpertMetrics(name, tuple(row for info in self._layers for row in self._expert_rows(info)))
+            return ExpertMetrics(name, tuple(row for info in self._layers for row in self._counted.expert_rows(info)))
 
     def _run(self) -> None:
         while True:
@@ -130,36 +125,8 @@ class LocalRoutes:
                     self._is_busy = False
                     self._changed.notify_all()
 
-    def _expert_rows(self, info: LayerInfo) -> list[ExpertRow]:
-        layer, sums = self._state.layers[info.layer_index], self._weight_sums[info.layer_index]
-        total, counts = layer.num_assignments, layer.counts.astype(np.float64)
-        shares = counts / total if total else np.full(len(counts), np.nan)
-        # Counts that came without weights (dumps) leave the mean unknown.
-        means = np.divide(sums, counts, out=np.full(len(counts), np.nan), where=(counts > 0) & (sums > 0))
-        return [
-            ExpertRow(
-                layer_index=info.layer_index,
-                expert_id=expert,
-                num_assignments=int(counts[expert]),
-                share=float(shares[expert]),
-                load_ratio=float(shares[expert]) * info.num_experts,
-                mean_gate_weight=float(means[expert]),
-                mean_probability=float("nan"),
-            )
-            for expert in range(info.num_experts)
-        ]
-
     def _fold(self, columns: RoutingColumns | CountsColumns) -> None:
         self._num_calls += 1
-        if isinstance(columns, CountsColumns):
-            self._state.fold_counts(columns)
-            return
-        self._state.fold(columns)
-        for layer in columns.layers:
-            if layer.gate_weights is not None:
-                ids: npt.NDArray[np.int32] = layer.expert_ids
-                is_load = (ids >= 0) & (ids < layer.num_experts) & ~columns.is_padding[:, None]
-                weights = layer.gate_weights[is_load].astype(np.float64)
-                self._weight_sums[layer.layer_index] += np.bincount(ids[is_load], weights, minlength=layer.num_experts)
-        if self._keeps_rows:
+        self._counted.fold(columns)
+        if self._keeps_rows and isinstance(columns, RoutingColumns):
             self._rows.add(columns)

@@ -21,10 +21,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger._counted import layer_shape
 from moe_debugger._decisions import Decisions
 from moe_debugger._layers import Layers
 from moe_debugger._row_blocks import Layout, RowBlock, RowSource
-from moe_debugger.analysis import Analysis, LayerShape, RoutingState, Thresholds, finish
+from moe_debugger.analysis import Analysis, RoutingState, Thresholds, finish
 from moe_debugger.analysis.analyze import fold_decisions
 from moe_debugger.capture import LayerInfo
 from moe_debugger.capture_health import CaptureHealth
@@ -151,7 +152,7 @@ class JoinedRecording(Recording):
         Raises:
             RecordingError: a part is damaged, or does not fit the layers.
         """
-        state = RoutingState.empty(_shape(info) for info in self._layers)
+        state = RoutingState.empty(layer_shape(info) for info in self._layers)
         for columns in self.iter_counts():
             try:
                 state.fold_counts(columns)
@@ -353,10 +354,6 @@ def _without_replicas(recordings: Sequence[Recording]) -> tuple[list[Recording],
     return members, replicas
 
 
-def _shape(info: LayerInfo) -> LayerShape:
-    return LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)
-
-
 def _sizes(layers: Sequence[LayerInfo]) -> dict[str, list[int]]:
     known = {info.layer_index: info for info in layers}
     indices = range(max(known, default=-1) + 1)
@@ -372,10 +369,10 @@ def _joined_layers(members: Sequence[Recording]) -> Layers:
     for member in members:
         for info in member.layers():
             known = layers.setdefault(info.layer_index, info)
-            if _shape(known) != _shape(info):
+            if layer_shape(known) != layer_shape(info):
                 raise InvalidInputError(
-                    f"{member.path}: layer {info.layer_index} is {_shape(info)}, in another recording it is "
-                    f"{_shape(known)}: recordings of different models cannot be joined"
+                    f"{member.path}: layer {info.layer_index} is {layer_shape(info)}, in another recording it is "
+                    f"{layer_shape(known)}: recordings of different models cannot be joined"
                 )
     return Layers(layers[index] for index in sorted(layers))
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moe_debugger._counted import layer_shape
 from moe_debugger._decisions import Decisions
 from moe_debugger._layers import Layers
 from moe_debugger._row_blocks import Layout, RowBlock, RowSource
 from moe_debugger._row_groups import available_bytes, regroup
-from moe_debugger.analysis import Analysis, LayerShape, RoutingState, Thresholds, analyze, finish
+from moe_debugger.analysis import Analysis, RoutingState, Thresholds, analyze, finish
 from moe_debugger.capture_health import CaptureHealth
 from moe_debugger.errors import InvalidInputError, RecordingError
 from moe_debugger.recording import tables
@@ -180,10 +181,7 @@ class Recording:
             raise InvalidInputError(
                 f"this recording has rows (level {self.manifest.level!r}) and no sums; use decisions() or analyze()"
             )
-        state = RoutingState.empty(
-            LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)
-            for info in self._layers
-        )
+        state = RoutingState.empty(layer_shape(info) for info in self._layers)
         for columns in self.iter_counts():
             try:
                 state.fold_counts(columns)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from moe_debugger.analysis import Analysis, CaptureHealth, LayerShape, RoutingState, Thresholds, finish, fold_decisions
+from moe_debugger._counted import layer_shape
+from moe_debugger.analysis import Analysis, CaptureHealth, RoutingState, Thresholds, finish, fold_decisions
 from moe_debugger.analysis.explanation import ObservedSettings, PlacementOptions, explain_analysis
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.reporting.step_series import LayerSteps
@@ -185,10 +186,7 @@ def _folded(recording: "Recording", layers: Mapping[int, "LayerInfo"]) -> Routin
     """Return the state of all rows and sums, read part by part."""
     if any(member.manifest.level == "counts" for member in _members(recording)):
         return recording.state()
-    state = RoutingState.empty(
-        LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)
-        for info in layers.values()
-    )
+    state = RoutingState.empty(layer_shape(info) for info in layers.values())
     sizes = row_sizes(layers)
     for batch in recording.iter_decisions(_BATCH_ROWS):
         state = state.merge(fold_decisions(batch, **sizes))
@@ -212,7 +210,7 @@ def _of_session(
     rows: Mapping[str, Any] | None = session.decisions(max_rows=max_rows) if max_rows else None
     if rows is not None and not len(rows["layer_index"]):
         rows = None
-    state = session._snapshot()
+    state = session.state()
     return Material(
         source="session",
         name=session.name,

@@ -44,8 +44,8 @@ def reduces(session: Session) -> list[int]:
 
 def _state(session: Session) -> RoutingState:
     session.flush()
-    assert session._state is not None
-    return session._state
+    assert session._counted is not None
+    return session._counted.state
 
 
 def assert_same(sums: RoutingState, rows: RoutingState) -> None:

@@ -425,6 +425,17 @@ def test_layers_may_differ_in_experts_and_k() -> None:
             source.publish_routes(None, ids, [0, 1, 2])
 
 
+def test_calls_without_weights_leave_the_mean_of_those_with_weights() -> None:
+    ids = [[[0, 1]], [[1, 2]]]
+    with moe_debugger.open_source(engine_layers(1, 4, 2)) as source:
+        source.publish_routes(None, ids, [0, 1], [[[0.5, 0.25]], [[0.75, 1.0]]])
+        source.publish_routes(None, ids, [0, 1])
+        source.publish_routes(None, [[[3, 0]]], [0])
+        rows = source.get_expert_metrics().experts
+    assert [row.num_assignments for row in rows] == [3, 4, 2, 1]
+    assert [row.mean_gate_weight for row in rows] == pytest.approx([0.5, 0.5, 1.0, np.nan], nan_ok=True)
+
+
 def test_identity_experts_are_named_so_and_are_no_load() -> None:
     layers = engine_layers(1, 4, 2, num_identity_experts=2)
     with moe_debugger.open_source(layers) as source:
