@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import nats
@@ -55,7 +56,7 @@ class LedgerSource:
         )
         return self.subject, message.SerializeToString(), f"{self.source_id}-{self.sequence}"
 
-    def manifest(self) -> tuple[str, bytes, str]:
+    def manifest(self, expert_ranks: Sequence[int] = ()) -> tuple[str, bytes, str]:
         return self.message(
             manifest=pb.SourceManifest(
                 format_version=format_version(),
@@ -64,7 +65,13 @@ class LedgerSource:
                 model_name="test-model",
                 model_type="mixtral",
                 layers=[
-                    pb.LayerDescription(layer_index=i, num_experts=self.experts, top_k=self.top_k, module_name=f"l{i}")
+                    pb.LayerDescription(
+                        layer_index=i,
+                        num_experts=self.experts,
+                        top_k=self.top_k,
+                        module_name=f"l{i}",
+                        expert_parallel_ranks=expert_ranks,
+                    )
                     for i in range(self.layers)
                 ],
                 level=pb.CAPTURE_LEVEL_ROUTES_TOKENS,

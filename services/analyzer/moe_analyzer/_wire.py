@@ -1,6 +1,6 @@
 """Our states as messages of session.proto."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +8,8 @@ import numpy.typing as npt
 from moe_analyzer.aggregate import SourceState
 from moe_analyzer.requests import MAIN_STACK, RequestEntry, RowChunk
 from moe_debugger.analysis import LayerState, RoutingState, layer_metrics
+from moe_debugger.analysis.step_loads import StepSample
+from moe_debugger.planning import rank_metrics
 from moe_debugger.v1 import routing_pb2 as routing
 from moe_debugger.v1 import session_pb2 as pb
 
@@ -29,7 +31,7 @@ def layer_snapshot(
         description = routing.LayerDescription(
             layer_index=shape.layer_index, num_experts=shape.num_experts, top_k=shape.top_k
         )
-    return pb.LayerSnapshot(
+    snapshot = pb.LayerSnapshot(
         description=description,
         num_tokens=total.num_tokens,
         expert_counts=total.counts.astype("<u8").tobytes(),
@@ -48,16 +50,25 @@ def layer_snapshot(
         num_skipped_slots=total.num_skipped_slots,
         num_unused_slots=total.num_unused_slots,
         mean_probability=total.mean_probability.astype("<f4").tobytes() if total.num_probability_tokens else b"",
-        expert_parallel_counts=_counts_by_rank(total.counts, description.expert_parallel_ranks),
     )
+    owners = description.expert_parallel_ranks
+    # Empty or of another size: ranks do not own experts.
+    if owners and len(owners) == shape.num_experts:
+        ranks = np.asarray(owners, np.int64)[:, None] == np.arange(max(owners) + 1)
+        snapshot.expert_parallel_counts.extend((total.counts @ ranks).astype(np.uint64).tolist())
+        _add_rank_steps(snapshot, total.step_sample, ranks)
+    return snapshot
 
 
-def _counts_by_rank(counts: np.ndarray[tuple[int, ...], np.dtype[np.uint64]], owners: Sequence[int]) -> list[int]:
-    """Return the assignments of the experts of each expert-parallel rank; none where ranks do not own experts."""
-    if not owners or len(owners) != len(counts):
-        return []
-    ranks = np.asarray(owners, np.int64)
-    return [int(counts[ranks == rank].sum()) for rank in range(max(owners) + 1)]
+def _add_rank_steps(snapshot: pb.LayerSnapshot, sample: StepSample | None, ranks: npt.NDArray[np.bool_]) -> None:
+    """Add how uneven the ranks are in single steps; `ranks` [E, R] says which expert stands on which."""
+    if sample is None:
+        return
+    balance = rank_metrics((sample.counts.astype(np.float64) @ ranks)[:, None, :])
+    snapshot.num_rank_steps = int(balance.num_layer_steps[0])
+    if snapshot.num_rank_steps:
+        snapshot.rank_step_imbalance = float(balance.layer_imbalance[0])
+        snapshot.rank_waste_share = balance.waste_share
 
 
 def source_message(source: SourceState, *, is_live: bool) -> pb.Source:

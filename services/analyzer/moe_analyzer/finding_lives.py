@@ -1,8 +1,9 @@
 """Findings across looks, replicas and restarts: history in Redis and the catalogue, people's marks in the catalogue.
 
 Redis holds the newest state, which each second of data changes. The catalogue holds it as of the last time that a
-finding opened or closed, so that an emptied Redis loses no episode, and the marks, which nothing could rebuild. Any
-replica may look at a session; of two that do so at once one writes, and the other sees on its next look what it wrote.
+finding opened, closed or was superseded, so that an emptied Redis loses no episode, and the marks, which nothing could
+rebuild. Any replica may look at a session; of two that do so at once one writes, and the other sees on its next look
+what it wrote.
 """
 
 import time

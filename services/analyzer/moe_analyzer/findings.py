@@ -18,6 +18,17 @@ _NS = 1_000_000_000
 # These speak of what is there, however little that is; all others need the evidence that docs/metrics.md asks for.
 _NEED_NO_MINIMUM = {FindingKind.CAPTURE_UNHEALTHY, FindingKind.CAPACITY_OVERFLOW}
 _INSUFFICIENT = "insufficient_evidence"
+# Kinds whose rules do not look at a collapsed layer (docs/metrics.md, "Order").
+_PART_OF_COLLAPSE = {
+    FindingKind.DEAD_EXPERT,
+    FindingKind.COLD_EXPERT,
+    FindingKind.HOT_EXPERT,
+    FindingKind.LOAD_IMBALANCE,
+    FindingKind.RANK_STRAGGLER,
+    FindingKind.DRIFT,
+    FindingKind.DUPLICATE_EXPERTS,
+}
+_ORDER = (pb.FINDING_STATE_OPEN, pb.FINDING_STATE_SUPERSEDED, pb.FINDING_STATE_CLOSED)
 
 
 class TrackedFindings:
@@ -25,11 +36,12 @@ class TrackedFindings:
 
     An occurrence is one second of broker time in which the rule held, so looking twice at the same data counts once. A
     second in which the rule does not hold counts towards the end only where there was enough data to judge it: silence
-    is no recovery.
+    is no recovery. Nor is it one where the rule does not look because of an open finding that says more, such as the
+    collapse of the layer: the finding is superseded by that one until its rule speaks again.
 
     Attributes:
         evaluated_ns: broker time of the newest data that was looked at.
-        turned: rule ids that opened or closed since this object was made.
+        turned: rule ids that opened, closed or were superseded since this object was made.
         evicted: rule ids that had to go since this object was made.
     """
 
@@ -52,11 +64,15 @@ class TrackedFindings:
             has_news |= self._hold(finding, newest_ns, is_new_second=is_new_second)
         if not has_news:
             return False
-        if is_new_second:
-            limits = thresholds or Thresholds()
-            for rule_id, finding in self.findings.items():
-                if self._is_open(rule_id) and rule_id not in holding and _is_judged(finding, analysis, limits):
-                    self._be_quiet(finding, newest_ns)
+        limits = thresholds or Thresholds()
+        for rule_id, finding in self.findings.items():
+            if rule_id in holding or finding.state == pb.FINDING_STATE_CLOSED:
+                continue
+            greater = self._greater(finding)
+            if greater:
+                self._supersede(finding, greater)
+            elif is_new_second and _is_judged(finding, analysis, limits):
+                self._be_quiet(finding, newest_ns)
         self.evaluated_ns = newest_ns
         self._evict(known)
         return True
@@ -76,30 +92,51 @@ class TrackedFindings:
             finding.first_seen_at_unix_ns = before.first_seen_at_unix_ns
             finding.num_occurrences = before.num_occurrences + is_new_second
             finding.num_reopened = before.num_reopened
-            if before.state == pb.FINDING_STATE_OPEN:
+            if before.state == pb.FINDING_STATE_CLOSED:
+                finding.num_reopened += 1
+            else:
+                # Later looks see other rows, and would move the begin of an episode that has one.
                 finding.opened_at_unix_ns = before.opened_at_unix_ns
                 if before.HasField("since_step"):
-                    now = finding.since_step if finding.HasField("since_step") else before.since_step
-                    finding.since_step = min(before.since_step, now)
-            else:
-                finding.num_reopened += 1
+                    finding.since_step = before.since_step
         if before is None or before.state != pb.FINDING_STATE_OPEN:
             self.turned.add(finding.rule_id)
         self.findings[finding.rule_id] = finding
         # Not by ==: NaN differs from itself.
         return before is None or _content(before) != _content(finding)
 
+    def _greater(self, finding: pb.Finding) -> str:
+        """Return the rule id of an open finding beside which the rule of `finding` does not speak; empty for none."""
+        # Detectors of others know nothing of it.
+        if not finding.HasField("layer_index") or "." in finding.code:
+            return ""
+        layer, kind = f"l{finding.layer_index}", _kind(finding)
+        names = [f"router_collapse.{layer}"] if kind in _PART_OF_COLLAPSE else []
+        if kind is FindingKind.COLD_EXPERT:
+            names.append(f"dead_expert.{layer}.e{finding.expert_id}")
+        if kind is FindingKind.LOAD_IMBALANCE:
+            names += sorted(name for name in self.findings if name.startswith(f"hot_expert.{layer}.e"))
+        if finding.code == "load_imbalance_steps":
+            names.append(f"load_imbalance.{layer}")
+        return next((name for name in names if self._is_open(name)), "")
+
+    def _supersede(self, finding: pb.Finding, greater: str) -> None:
+        finding.num_quiet_seconds = 0
+        if finding.superseded_by != greater:
+            finding.state, finding.superseded_by = pb.FINDING_STATE_SUPERSEDED, greater
+            self.turned.add(finding.rule_id)
+
     def _be_quiet(self, finding: pb.Finding, newest_ns: int) -> None:
         finding.num_quiet_seconds += 1
         if finding.num_quiet_seconds >= QUIET_SECONDS_TO_CLOSE:
-            finding.state = pb.FINDING_STATE_CLOSED
+            finding.state, finding.superseded_by = pb.FINDING_STATE_CLOSED, ""
             finding.closed_at_unix_ns = newest_ns
             self.turned.add(finding.rule_id)
 
     def _evict(self, known: set[str]) -> None:
         by_worth = sorted(
             self.findings.values(),
-            key=lambda one: (one.state == pb.FINDING_STATE_OPEN, one.last_seen_at_unix_ns, one.severity, one.rule_id),
+            key=lambda one: (-_ORDER.index(one.state), one.last_seen_at_unix_ns, one.severity, one.rule_id),
         )
         for old in by_worth[: max(0, len(by_worth) - _MAX_FINDINGS)]:
             del self.findings[old.rule_id]
@@ -108,11 +145,8 @@ class TrackedFindings:
                 self.evicted.add(old.rule_id)
 
     def in_order(self) -> list[pb.Finding]:
-        """Return the findings: open ones first, the most severe first."""
-        return sorted(
-            self.findings.values(),
-            key=lambda one: (one.state != pb.FINDING_STATE_OPEN, -one.severity, one.rule_id),
-        )
+        """Return the findings: open ones first, closed ones last, of these the most severe first."""
+        return sorted(self.findings.values(), key=lambda one: (_ORDER.index(one.state), -one.severity, one.rule_id))
 
     def encode(self) -> bytes:
         """Return the findings as a Redis value."""
@@ -163,6 +197,10 @@ def _content(finding: pb.Finding) -> bytes:
     return finding.SerializeToString(deterministic=True)
 
 
+def _kind(finding: pb.Finding) -> FindingKind:
+    return FindingKind(pb.FindingKind.Name(finding.kind).removeprefix("FINDING_KIND_").lower())
+
+
 def _is_judged(finding: pb.Finding, analysis: Analysis, limits: Thresholds) -> bool:
     """Return whether the data were enough for the rule of `finding` to speak, had it held."""
     if not finding.HasField("layer_index"):
@@ -170,7 +208,7 @@ def _is_judged(finding: pb.Finding, analysis: Analysis, limits: Thresholds) -> b
     metrics = analysis.metrics.get(finding.layer_index)
     if metrics is None or not metrics.num_tokens:
         return False
-    kind = FindingKind(pb.FindingKind.Name(finding.kind).removeprefix("FINDING_KIND_").lower())
+    kind = _kind(finding)
     if kind in _NEED_NO_MINIMUM or finding.code == _INSUFFICIENT:
         return True
     if any(one.code == _INSUFFICIENT and one.layer_index == finding.layer_index for one in analysis.findings):

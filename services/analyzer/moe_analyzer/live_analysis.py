@@ -79,8 +79,6 @@ class LiveAnalysis:
         self._known[(tenant, session_id)] = known
         while len(self._known) > _MAX_SESSIONS:
             del self._known[next(iter(self._known))]
-        if known.analysis is not None and known.flushes == flushes:
-            return known.analysis
         if not known.newest_ns <= newest_ns < known.newest_ns + known.refresh_ns:
             known.history, num_bytes = await self._read(tenant, session_id, flushes)
             known.refresh_ns = min(_REFRESH_NS_PER_BYTE * num_bytes, _MAX_REFRESH_NS)
@@ -89,6 +87,8 @@ class LiveAnalysis:
             if index in totals.layers:
                 layer = totals.layers[index]
                 layer.load_series, layer.step_sample, layer.token_sample = series, steps, tokens
+        if known.analysis is not None and known.flushes == flushes:
+            return known.analysis
         # Some hundred milliseconds for many layers: other sessions are answered meanwhile.
         analysis = await asyncio.to_thread(
             finish,

@@ -133,11 +133,12 @@ def _worst_layer(layers: Sequence[session_pb2.LayerSnapshot]) -> session_pb2.Lay
 
 
 def open_findings(findings: Sequence[session_pb2.Finding]) -> list[session_pb2.Finding]:
-    """Return the findings that are open and not silenced, the worst first."""
+    """Return the findings that are open and not silenced, the worst first; none that is part of another."""
     return [
         finding
         for finding in sorted(findings, key=lambda finding: -finding.severity)
-        if finding.state != session_pb2.FINDING_STATE_CLOSED and not finding.silenced_until_unix_ns
+        if finding.state not in (session_pb2.FINDING_STATE_CLOSED, session_pb2.FINDING_STATE_SUPERSEDED)
+        and not finding.silenced_until_unix_ns
     ]
 
 

@@ -111,6 +111,8 @@ class _FindingStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingS
     FINDING_STATE_OPEN: _FindingState.ValueType  # 1
     """Its rule held less than `num_quiet_seconds_to_close` evaluated seconds ago."""
     FINDING_STATE_CLOSED: _FindingState.ValueType  # 2
+    FINDING_STATE_SUPERSEDED: _FindingState.ValueType  # 3
+    """It is not over: while the finding `superseded_by` is there, its rule does not speak of this place."""
 
 class FindingState(_FindingState, metaclass=_FindingStateEnumTypeWrapper): ...
 
@@ -118,6 +120,8 @@ FINDING_STATE_UNSPECIFIED: FindingState.ValueType  # 0
 FINDING_STATE_OPEN: FindingState.ValueType  # 1
 """Its rule held less than `num_quiet_seconds_to_close` evaluated seconds ago."""
 FINDING_STATE_CLOSED: FindingState.ValueType  # 2
+FINDING_STATE_SUPERSEDED: FindingState.ValueType  # 3
+"""It is not over: while the finding `superseded_by` is there, its rule does not speak of this place."""
 Global___FindingState: _TypeAlias = FindingState  # noqa: Y015
 
 class _EarlyWarningStatus:
@@ -475,6 +479,7 @@ class Finding(_message.Message):
     SILENCED_UNTIL_UNIX_NS_FIELD_NUMBER: _builtins.int
     SILENCED_BY_FIELD_NUMBER: _builtins.int
     EXPLANATION_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_BY_FIELD_NUMBER: _builtins.int
     rule_id: _builtins.str
     kind: Global___FindingKind.ValueType
     severity: Global___Severity.ValueType
@@ -489,7 +494,9 @@ class Finding(_message.Message):
     """Seconds of data in which the rule held, over all episodes."""
     state: Global___FindingState.ValueType
     opened_at_unix_ns: _builtins.int
-    """Begin and end of the episode, in broker time; closed_at is 0 while it is open. `since_step` is of the episode."""
+    """Begin and end of the episode, in broker time; closed_at is 0 while it is open. `since_step` is what the rows showed
+    when the episode opened, and stays; `explanation.started_at` looks at the steps before, too.
+    """
     closed_at_unix_ns: _builtins.int
     num_reopened: _builtins.int
     """How often it came back after it was closed."""
@@ -502,6 +509,8 @@ class Finding(_message.Message):
     silenced_until_unix_ns: _builtins.int
     """In the future, 0 = not silenced."""
     silenced_by: _builtins.str
+    superseded_by: _builtins.str
+    """Rule id of the open finding that it is part of; empty but in state SUPERSEDED."""
     @_builtins.property
     def args(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -537,10 +546,11 @@ class Finding(_message.Message):
         silenced_until_unix_ns: _builtins.int = ...,
         silenced_by: _builtins.str = ...,
         explanation: Global___Explanation | None = ...,
+        superseded_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "expert_id", b"expert_id", "explanation", b"explanation", "layer_index", b"layer_index", "since_step", b"since_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "acknowledged_at_unix_ns", b"acknowledged_at_unix_ns", "acknowledged_by", b"acknowledged_by", "args", b"args", "closed_at_unix_ns", b"closed_at_unix_ns", "code", b"code", "evidence", b"evidence", "expert_id", b"expert_id", "explanation", b"explanation", "first_seen_at_unix_ns", b"first_seen_at_unix_ns", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "layer_index", b"layer_index", "num_occurrences", b"num_occurrences", "num_quiet_seconds", b"num_quiet_seconds", "num_quiet_seconds_to_close", b"num_quiet_seconds_to_close", "num_reopened", b"num_reopened", "opened_at_unix_ns", b"opened_at_unix_ns", "rule_id", b"rule_id", "severity", b"severity", "silenced_by", b"silenced_by", "silenced_until_unix_ns", b"silenced_until_unix_ns", "since_step", b"since_step", "state", b"state", "statistic", b"statistic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id", "_layer_index", b"_layer_index", "_since_step", b"_since_step", "acknowledged_at_unix_ns", b"acknowledged_at_unix_ns", "acknowledged_by", b"acknowledged_by", "args", b"args", "closed_at_unix_ns", b"closed_at_unix_ns", "code", b"code", "evidence", b"evidence", "expert_id", b"expert_id", "explanation", b"explanation", "first_seen_at_unix_ns", b"first_seen_at_unix_ns", "kind", b"kind", "last_seen_at_unix_ns", b"last_seen_at_unix_ns", "layer_index", b"layer_index", "num_occurrences", b"num_occurrences", "num_quiet_seconds", b"num_quiet_seconds", "num_quiet_seconds_to_close", b"num_quiet_seconds_to_close", "num_reopened", b"num_reopened", "opened_at_unix_ns", b"opened_at_unix_ns", "rule_id", b"rule_id", "severity", b"severity", "silenced_by", b"silenced_by", "silenced_until_unix_ns", b"silenced_until_unix_ns", "since_step", b"since_step", "state", b"state", "statistic", b"statistic", "superseded_by", b"superseded_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expert_id: _TypeAlias = _typing.Literal["expert_id"]  # noqa: Y015
     _WhichOneofArgType__expert_id: _TypeAlias = _typing.Literal["_expert_id", b"_expert_id"]  # noqa: Y015
@@ -983,6 +993,9 @@ class LayerSnapshot(_message.Message):
     NUM_SKIPPED_SLOTS_FIELD_NUMBER: _builtins.int
     NUM_UNUSED_SLOTS_FIELD_NUMBER: _builtins.int
     MEAN_PROBABILITY_FIELD_NUMBER: _builtins.int
+    RANK_STEP_IMBALANCE_FIELD_NUMBER: _builtins.int
+    RANK_WASTE_SHARE_FIELD_NUMBER: _builtins.int
+    NUM_RANK_STEPS_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     """Valid tokens routed by this layer, whole session."""
     expert_counts: _builtins.bytes
@@ -1014,6 +1027,12 @@ class LayerSnapshot(_message.Message):
     num_unused_slots: _builtins.int
     mean_probability: _builtins.bytes
     """f32 [num_experts], mean probability that the router gave each expert, whole session; empty where it has none."""
+    rank_step_imbalance: _builtins.float
+    """Expert-parallel ranks in single steps, of which at most 64 are sampled over the whole session: `layer_imbalance` and
+    `waste_share` (of this layer alone) of docs/metrics.md. Absent where experts are not spread, or no step was kept.
+    """
+    rank_waste_share: _builtins.float
+    num_rank_steps: _builtins.int
     @_builtins.property
     def description(self) -> _routing_pb2.LayerDescription: ...
     @_builtins.property
@@ -1042,12 +1061,22 @@ class LayerSnapshot(_message.Message):
         num_skipped_slots: _builtins.int = ...,
         num_unused_slots: _builtins.int = ...,
         mean_probability: _builtins.bytes = ...,
+        rank_step_imbalance: _builtins.float | None = ...,
+        rank_waste_share: _builtins.float | None = ...,
+        num_rank_steps: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank_step_imbalance", b"_rank_step_imbalance", "_rank_waste_share", b"_rank_waste_share", "description", b"description", "rank_step_imbalance", b"rank_step_imbalance", "rank_waste_share", b"rank_waste_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "effective_experts", b"effective_experts", "expert_counts", b"expert_counts", "expert_parallel_counts", b"expert_parallel_counts", "hottest_expert", b"hottest_expert", "hottest_load_ratio", b"hottest_load_ratio", "load_entropy", b"load_entropy", "mean_probability", b"mean_probability", "mean_router_entropy", b"mean_router_entropy", "mean_top1_probability", b"mean_top1_probability", "num_dropped_slots", b"num_dropped_slots", "num_identity_slots", b"num_identity_slots", "num_padding_tokens", b"num_padding_tokens", "num_skipped_slots", b"num_skipped_slots", "num_tokens", b"num_tokens", "num_unused_experts", b"num_unused_experts", "num_unused_slots", b"num_unused_slots", "recent_expert_counts", b"recent_expert_counts", "recent_num_tokens", b"recent_num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank_step_imbalance", b"_rank_step_imbalance", "_rank_waste_share", b"_rank_waste_share", "description", b"description", "effective_experts", b"effective_experts", "expert_counts", b"expert_counts", "expert_parallel_counts", b"expert_parallel_counts", "hottest_expert", b"hottest_expert", "hottest_load_ratio", b"hottest_load_ratio", "load_entropy", b"load_entropy", "mean_probability", b"mean_probability", "mean_router_entropy", b"mean_router_entropy", "mean_top1_probability", b"mean_top1_probability", "num_dropped_slots", b"num_dropped_slots", "num_identity_slots", b"num_identity_slots", "num_padding_tokens", b"num_padding_tokens", "num_rank_steps", b"num_rank_steps", "num_skipped_slots", b"num_skipped_slots", "num_tokens", b"num_tokens", "num_unused_experts", b"num_unused_experts", "num_unused_slots", b"num_unused_slots", "rank_step_imbalance", b"rank_step_imbalance", "rank_waste_share", b"rank_waste_share", "recent_expert_counts", b"recent_expert_counts", "recent_num_tokens", b"recent_num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__rank_step_imbalance: _TypeAlias = _typing.Literal["rank_step_imbalance"]  # noqa: Y015
+    _WhichOneofArgType__rank_step_imbalance: _TypeAlias = _typing.Literal["_rank_step_imbalance", b"_rank_step_imbalance"]  # noqa: Y015
+    _WhichOneofReturnType__rank_waste_share: _TypeAlias = _typing.Literal["rank_waste_share"]  # noqa: Y015
+    _WhichOneofArgType__rank_waste_share: _TypeAlias = _typing.Literal["_rank_waste_share", b"_rank_waste_share"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_step_imbalance) -> _WhichOneofReturnType__rank_step_imbalance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_waste_share) -> _WhichOneofReturnType__rank_waste_share | None: ...
 
 Global___LayerSnapshot: _TypeAlias = LayerSnapshot  # noqa: Y015
 

@@ -21,6 +21,7 @@ from moe_debugger.wire.ids import new_id
 
 SECOND = 1_000_000_000
 EXPERTS, TOKENS = 8, 2000
+EXPERT_RANKS = [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 class Training:
@@ -50,7 +51,7 @@ class Training:
 
     async def run(self, num_steps: int, num_idle_per_step: float = 0.0) -> pb.SessionSnapshot:
         """Ten steps a second; after `num_idle_per_step` steps one more expert of layer 1 gets nothing."""
-        messages = [self._source.manifest()] if self.step == 0 else []
+        messages = [self._source.manifest(EXPERT_RANKS)] if self.step == 0 else []
         snapshot = pb.SessionSnapshot()
         for step in range(num_steps):
             messages.append(self._sums(num_idle_per_step * (step + 1)))
@@ -109,7 +110,7 @@ async def test_learning_then_watching_then_warned_with_the_stated_rate(training:
 
 
 async def test_the_same_data_are_analysed_once(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
-    await training.run(20)
+    first = await training.run(20)
     calls = []
     read = training._store.read_state
 
@@ -118,7 +119,9 @@ async def test_the_same_data_are_analysed_once(training: Training, monkeypatch: 
         return await read(*args)
 
     monkeypatch.setattr(training._store, "read_state", counted)
-    await training._queries.snapshot("default", training._session_id)
+    again, _ = await training._queries.snapshot("default", training._session_id)
+    assert again.layers == first.layers
+    assert [layer.num_rank_steps for layer in again.layers] == [20, 20]
     assert all("steps:index" not in fields for *_, fields in calls)
 
 

@@ -59,6 +59,7 @@ def test_the_sum_over_all_ranks_is_what_one_process_counts(
             assert layer.num_tokens == sum(one.is_valid.sum() for one in expected[name])
             by_rank = [] if name == "pp" else counts.reshape(2, 4).sum(axis=1).tolist()
             assert list(layer.expert_parallel_counts) == by_rank
+            assert (layer.num_rank_steps > 0) == (layer.rank_step_imbalance >= 1) == bool(by_rank)
         assert snapshot.account.num_produced == snapshot.account.num_counted
         by_id = {source.source_id: source for source in snapshot.sources}
         for number, rank in enumerate(ranks):

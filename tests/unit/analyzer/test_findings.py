@@ -61,8 +61,9 @@ def test_a_finding_opens_once_and_is_updated() -> None:
     assert again.severity == pb.SEVERITY_CRITICAL
     assert (again.since_step, again.num_occurrences) == (70, 4)
     assert (again.opened_at_unix_ns, again.last_seen_at_unix_ns) == (1001 * SECOND, 1004 * SECOND)
-    assert session.see(look(hot(step=60))).since_step == 60
-    assert session.see(look(hot())).since_step == 60
+    # Later looks see other rows: the begin that was said stays.
+    assert session.see(look(hot(step=60))).since_step == 70
+    assert session.see(look(hot())).since_step == 70
     assert session.tracked.turned == {HOT}
 
 
@@ -156,6 +157,72 @@ def test_an_early_warning_closes_when_its_layer_is_watched_again() -> None:
     assert session.tracked.findings["collapse_warning.l1"].state == pb.FINDING_STATE_OPEN
     session.see(look(hot(), early_warning=report(WarningStatus.WATCHING)), QUIET_SECONDS_TO_CLOSE)
     assert session.tracked.findings["collapse_warning.l1"].state == pb.FINDING_STATE_CLOSED
+
+
+def of_layer(kind: FindingKind, code: str = "", expert: int | None = None, **more: str) -> Finding:
+    return Finding(kind, Severity.WARNING, code or kind.value, 1, expert, args=more)
+
+
+_COLLAPSE = of_layer(FindingKind.ROUTER_COLLAPSE)
+
+
+@pytest.mark.parametrize(
+    ("part", "greater"),
+    [
+        (hot(), _COLLAPSE),
+        (of_layer(FindingKind.DEAD_EXPERT, expert=2), _COLLAPSE),
+        (of_layer(FindingKind.COLD_EXPERT, expert=2), _COLLAPSE),
+        (of_layer(FindingKind.LOAD_IMBALANCE), _COLLAPSE),
+        (of_layer(FindingKind.RANK_STRAGGLER, rank="3"), _COLLAPSE),
+        (of_layer(FindingKind.DRIFT), _COLLAPSE),
+        (of_layer(FindingKind.DUPLICATE_EXPERTS, expert=2, other="3"), _COLLAPSE),
+        (of_layer(FindingKind.COLD_EXPERT, expert=2), of_layer(FindingKind.DEAD_EXPERT, expert=2)),
+        (of_layer(FindingKind.LOAD_IMBALANCE), hot(expert=5)),
+        (of_layer(FindingKind.LOAD_IMBALANCE, "load_imbalance_steps"), of_layer(FindingKind.LOAD_IMBALANCE)),
+    ],
+    ids=lambda finding: finding.rule_id,
+)
+def test_what_another_finding_covers_is_no_recovery(part: Finding, greater: Finding) -> None:
+    session = Session()
+    session.see(look(hot(expert=2), part))
+    opened = session.tracked.findings[part.rule_id].opened_at_unix_ns
+    session.tracked.turned.clear()
+    session.see(look(hot(expert=2, layer=0), greater), 2 * QUIET_SECONDS_TO_CLOSE)
+    covered = session.tracked.findings[part.rule_id]
+    assert (covered.state, covered.superseded_by) == (pb.FINDING_STATE_SUPERSEDED, greater.rule_id)
+    assert (covered.num_quiet_seconds, covered.closed_at_unix_ns) == (0, 0)
+    assert part.rule_id in session.tracked.turned
+    # Its rule speaks again: the same episode goes on.
+    session.see(look(greater, part))
+    again = session.tracked.findings[part.rule_id]
+    assert (again.state, again.superseded_by, again.num_reopened) == (pb.FINDING_STATE_OPEN, "", 0)
+    assert again.opened_at_unix_ns == opened
+    # The other one is over and this one, too: now it is judged.
+    session.see(look(greater))
+    session.see(look(), QUIET_SECONDS_TO_CLOSE)
+    assert session.tracked.findings[part.rule_id].state == pb.FINDING_STATE_SUPERSEDED
+    session.see(look(), QUIET_SECONDS_TO_CLOSE)
+    covered = session.tracked.findings[part.rule_id]
+    assert (covered.state, covered.superseded_by) == (pb.FINDING_STATE_CLOSED, "")
+
+
+def test_a_collapse_covers_its_own_layer_and_no_other_kind() -> None:
+    elsewhere = hot(layer=0)
+    others = [
+        of_layer(FindingKind.LOW_CONFIDENCE),
+        of_layer(FindingKind.CAPACITY_OVERFLOW),
+        # A detector of others does not stop at a collapse.
+        of_layer(FindingKind.LOAD_IMBALANCE, "mine.skew"),
+    ]
+    session = Session()
+    session.see(look(hot(), elsewhere, *others))
+    session.see(look(_COLLAPSE), QUIET_SECONDS_TO_CLOSE)
+    states = {name: one.state for name, one in session.tracked.findings.items()}
+    assert states.pop(HOT) == pb.FINDING_STATE_SUPERSEDED
+    assert states.pop(_COLLAPSE.rule_id) == pb.FINDING_STATE_OPEN
+    assert set(states) == {one.rule_id for one in (elsewhere, *others)}
+    assert set(states.values()) == {pb.FINDING_STATE_CLOSED}
+    assert [one.rule_id for one in session.tracked.in_order()][:2] == [_COLLAPSE.rule_id, HOT]
 
 
 def test_what_needs_no_minimum_closes_on_little_data() -> None:

@@ -73,6 +73,7 @@ class _Gateway(gateway_pb2_grpc.DebuggerServiceServicer):
         findings = [
             finding("dead_expert", severity=2),
             finding("cold_expert", severity=1, state=session_pb2.FINDING_STATE_CLOSED),
+            finding("load_imbalance", severity=2, state=session_pb2.FINDING_STATE_SUPERSEDED),
             finding("hot_expert", severity=2, silenced_until_unix_ns=2**62),
         ]
         return gateway_pb2.GetSessionResponse(snapshot=session_pb2.SessionSnapshot(findings=findings))
