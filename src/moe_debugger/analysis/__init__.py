@@ -44,7 +44,7 @@ from moe_debugger.analysis.plugins import Detector, DetectorOutcome, DetectorVie
 from moe_debugger.analysis.row_set import RowSet
 from moe_debugger.analysis.rules import CaptureHealth
 from moe_debugger.analysis.saturation import LayerSaturation, router_saturation
-from moe_debugger.analysis.small_samples import BalancedBand, Band, balanced_band
+from moe_debugger.analysis.small_samples import BalancedBand, Band, balanced_band, balanced_rank_imbalance
 from moe_debugger.analysis.specialisation import (
     DomainSpecialisation,
     VocabularySpecialisation,
@@ -112,6 +112,7 @@ __all__ = [
     "always_together",
     "analyze",
     "balanced_band",
+    "balanced_rank_imbalance",
     "best_assignment",
     "capacity_drops",
     "collapse_warnings",

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.analysis._row_runs import load_of_runs, run_starts, sums_by_group
-from moe_debugger.analysis.layer_state import FIXED_POINT, MAX_ABSOLUTE, LayerState
+from moe_debugger.analysis.layer_state import FIXED_POINT, MAX_ABSOLUTE, LayerState, even_squares
 from moe_debugger.analysis.sketch import combine, hash_strings, mix, observe
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
@@ -135,6 +135,7 @@ def fold_layer(state: LayerState, layer: LayerColumns, batch: Batch) -> None:
     state.num_identity_slots += slots.num_identity
     state.num_unused_slots += slots.num_unused
     is_load = None if slots.num_load == slots.is_load.size else slots.is_load
+    state.squared_loads += len(ids) * ids.shape[1] ** 2 if is_load is None else _squared_loads(is_load)
     known, blocks = batch.known[rows][valid], batch.blocks[rows][valid]
     _fold_load(state, ids, is_load, steps, blocks, batch.stretches[rows][valid], known, batch.step_source)
     if state.token_sample is not None:
@@ -152,6 +153,16 @@ def fold_layer(state: LayerState, layer: LayerColumns, batch: Batch) -> None:
     if layer.probability_sum is not None:
         _add_probabilities(state, layer.probability_sum, len(steps))
     _fold_content(state, layer, ids, valid, columns, rows)
+
+
+def _squared_loads(is_load: npt.NDArray[np.bool_]) -> int:
+    """Return the sum over rows of the square of their number of slots that are load."""
+    routed = np.zeros(len(is_load), np.intp)
+    # Column by column: sums over short rows are slow.
+    for slot in is_load.T:
+        routed += slot
+    tokens = np.bincount(routed)
+    return int(tokens @ np.square(np.arange(len(tokens))))
 
 
 def _fold_load(
@@ -282,7 +293,9 @@ def fold_sums(state: LayerState, layer: LayerCountColumns, columns: CountsColumn
     """Add the sums of one layer, in place."""
     if layer.probability_sum is not None:
         _add_probabilities(state, np.asarray(layer.probability_sum, np.float64), layer.num_tokens)
-    state.counts += np.asarray(layer.expert_counts, np.uint64)
+    counts = np.asarray(layer.expert_counts, np.uint64)
+    state.counts += counts
+    state.squared_loads += even_squares(int(counts.sum()), layer.num_tokens)
     state.num_padding += layer.num_padding
     state.num_tokens += layer.num_tokens
     state.num_dropped_slots += layer.dropped_slots
@@ -291,7 +304,7 @@ def fold_sums(state: LayerState, layer: LayerCountColumns, columns: CountsColumn
     state.num_unused_slots += layer.num_tokens * state.shape.top_k - _num_accounted(layer)
     if layer.num_tokens:
         state.see_steps(columns.first_step, columns.last_step)
-        sums = (columns.last_step, np.asarray(layer.expert_counts, np.uint64), layer.num_tokens, step_source)
+        sums = (columns.last_step, counts, layer.num_tokens, step_source)
         if state.load_series is not None:
             state.load_series.add_sums(*sums)
         if state.step_sample is not None and columns.first_step == columns.last_step:

@@ -4,10 +4,11 @@ Layout, little-endian: ``b"MoRS"``, u8 major, u8 minor, u16 zero, u32 CRC-32 of 
 registers, phase counts, token classes, u32 number of layers, layers. Integer arrays are written in the narrowest
 unsigned width that holds their maximum (one byte says which), so that a window's blocks cost one byte a cell.
 
-Major 3 adds blocks of positions, workloads, and the history: the series over steps and the samples of steps and tokens,
-each layer's behind a byte that says whether it is there. Major 2 told skipped, identity and unused slots apart and knew
-identity experts. Major 1 had one number for the three; it is read as unused slots. States of both are read as states
-without a history.
+Major 4 adds the sum of squares of the tokens' routed slots, and keeps means in multiples of 2**-40 instead of 2**-20;
+older states get the sum of squares of equal tokens. Major 3 added blocks of positions, workloads, and the history: the
+series over steps and the samples of steps and tokens, each layer's behind a byte that says whether it is there. Major 2
+told skipped, identity and unused slots apart and knew identity experts. Major 1 had one number for the three; it is
+read as unused slots. States of the first two are read as states without a history.
 """
 
 import struct
@@ -16,6 +17,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis.layer_state import even_squares
 from moe_debugger.analysis.sketch import NUM_REGISTERS
 from moe_debugger.analysis.state import (
     NUM_PHASES,
@@ -33,15 +35,18 @@ from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireF
 
 __all__ = ["STATE_FORMAT_MAJOR", "decode_state", "encode_state"]
 
-STATE_FORMAT_MAJOR = 3
+STATE_FORMAT_MAJOR = 4
 STATE_FORMAT_MINOR = 0
 _MAGIC = b"MoRS"
 _HEADER = struct.Struct("<4sBBHI")
-_LAYER = struct.Struct("<IIII8QQQ")
+_LAYER = struct.Struct("<IIII9QQQ")
+_LAYER_2 = struct.Struct("<IIII8QQQ")
 _LAYER_1 = struct.Struct("<III6QQQ")
 _SERIES = struct.Struct("<BIQQQQ")
 _SUMS = ("router_entropy", "top1_probability", "margin", "z_squared")
 _WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}
+# Up to major 3 means were multiples of 2**-20.
+_COARSE_BITS = 20
 _NO_STEP = 2**64 - 1
 _MAX_LAYERS = 4096
 
@@ -74,6 +79,7 @@ def _encode_layer(layer: LayerState) -> list[bytes]:
         layer.num_unused_slots,
         layer.num_skipped_slots,
         layer.num_identity_slots,
+        layer.squared_loads,
         layer.num_probability_tokens,
         layer.num_fingerprints,
         _NO_STEP if layer.first_step is None else layer.first_step,
@@ -209,13 +215,19 @@ def decode_state(data: bytes) -> RoutingState:
 
 def _decode_layer(reader: _Reader, major: int) -> LayerState:
     identity_experts = skipped = identity = 0
+    squared_loads: int | None = None
     if major == 1:
         index, experts, top_k, *numbers = _LAYER_1.unpack(reader.take(_LAYER_1.size, "a layer's head"))
         tokens, padding, dropped, unused, probability_tokens, fingerprints, first, last = numbers
+    elif major < 4:
+        head = _LAYER_2.unpack(reader.take(_LAYER_2.size, "a layer's head"))
+        index, experts, top_k, identity_experts, *numbers = head
+        tokens, padding, dropped, unused, skipped, identity, probability_tokens, fingerprints, first, last = numbers
     else:
         head = _LAYER.unpack(reader.take(_LAYER.size, "a layer's head"))
         index, experts, top_k, identity_experts, *numbers = head
-        tokens, padding, dropped, unused, skipped, identity, probability_tokens, fingerprints, first, last = numbers
+        tokens, padding, dropped, unused, skipped, identity, squared_loads, *numbers = numbers
+        probability_tokens, fingerprints, first, last = numbers
     try:
         shape = LayerShape(index, experts, top_k, identity_experts)
     except InvalidInputError as error:
@@ -225,7 +237,7 @@ def _decode_layer(reader: _Reader, major: int) -> LayerState:
     for name in _SUMS:
         total = int.from_bytes(reader.take(16, f"{what}: {name}"), "little", signed=True)
         (num_values,) = struct.unpack("<Q", reader.take(8, f"{what}: {name}"))
-        sums.append(FixedSum(total, num_values))
+        sums.append(FixedSum(total if major >= 4 else total << _COARSE_BITS, num_values))
     blocks = num_blocks(experts)
     registers = reader.registers(f"{what}: fingerprints")
     counts = reader.unsigned(experts, f"{what}: counts")
@@ -251,6 +263,7 @@ def _decode_layer(reader: _Reader, major: int) -> LayerState:
         num_unused_slots=unused,
         num_skipped_slots=skipped,
         num_identity_slots=identity,
+        squared_loads=even_squares(int(counts.sum()), tokens) if squared_loads is None else squared_loads,
         num_probability_tokens=probability_tokens,
         num_fingerprints=fingerprints,
         router_entropy=sums[0],

@@ -147,8 +147,8 @@ def _kish(sizes: _Floats) -> float:
     return float(sizes.sum() ** 2 / np.square(sizes).sum()) if len(sizes) else 0.0
 
 
-def jackknife(blocks: Blocks, top_k: int) -> tuple[Interval, float]:
-    """Return the 95 % interval of effective experts, and the design effect of the shares.
+def jackknife(blocks: Blocks, per_token: float) -> tuple[Interval, float]:
+    """Return the 95 % interval of effective experts, and the design effect of the shares; `per_token` as there.
 
     Delete-one-block jackknife (Efron 1982) on the load entropy, whose interval is then exponentiated. The upper bound
     starts from the jackknife's bias-corrected entropy where that is higher: sampling makes entropy look low.
@@ -167,7 +167,7 @@ def jackknife(blocks: Blocks, top_k: int) -> tuple[Interval, float]:
     highest = math.log(table.shape[1])
     upper = min(max(entropy, corrected) + width, highest)
     interval = Interval(math.exp(max(entropy - width, 0.0)), math.exp(upper))
-    return interval, design_effect(table, top_k)
+    return interval, design_effect(table, per_token)
 
 
 def _share_variance(table: _Floats, total: _Floats) -> _Floats:
@@ -179,28 +179,30 @@ def _share_variance(table: _Floats, total: _Floats) -> _Floats:
     return variance
 
 
-def design_effect(table: _Floats, top_k: int) -> float:
+def design_effect(table: _Floats, per_token: float) -> float:
     """Return the variance of the shares between blocks over that of independent tokens (Kish 1965); NaN without load.
 
     Args:
         table: [b, E] load per block.
+        per_token: routed slots of a token, `LayerState.routed_per_token`; k where every slot is routed.
     """
     total = table.sum(axis=0)
     if len(table) < 2 or not total.any():
         return float("nan")
     share = total / total.sum()
-    # k draws without replacement: variance of a share over T = N / k independent tokens.
-    per_token = np.clip(share * top_k, 0, 1)
-    independent = float((per_token * (1 - per_token)).sum() / (top_k * total.sum()))
+    # a draws of each token without replacement. The variance of a share p is the sum over independent tokens of
+    # E (x - p a)^2 = p E a - p^2 E a^2, over N^2, which is p (1 - p a') / N with a' = E a^2 / E a.
+    chosen = np.clip(share * per_token, 0, 1)
+    independent = float((chosen * (1 - chosen)).sum() / (per_token * total.sum()))
     return float(_share_variance(table, total).sum()) / independent if independent > 0 else float("nan")
 
 
-def share_tests(blocks: Blocks, top_k: int, *, hot: float, cold: float) -> tuple[_Floats, _Floats] | None:
+def share_tests(blocks: Blocks, per_token: float, *, hot: float, cold: float) -> tuple[_Floats, _Floats] | None:
     """Test each expert's share against the effect floors `hot` / E and `cold` / E.
 
     The null is "the long-run share lies between the floors", so natural skew inside them is no evidence at all. The
     standard error is the larger of the blocks' own and of that of a share at the floor under the layer's design
-    effect: an expert that no block happened to use has no variance of its own.
+    effect (`per_token` as there): an expert that no block happened to use has no variance of its own.
 
     Returns:
         p-values [E] for "above hot / E", and [E] for "below cold / E"; None where there are too few blocks.
@@ -212,7 +214,7 @@ def share_tests(blocks: Blocks, top_k: int, *, hot: float, cold: float) -> tuple
     experts = table.shape[1]
     share = total / total.sum()
     variance = _share_variance(table, total)
-    effect = design_effect(table, top_k)
+    effect = design_effect(table, per_token)
     effect = 1.0 if math.isnan(effect) else max(effect, 1.0)
 
     def tail(floor: float, sign: float) -> _Floats:

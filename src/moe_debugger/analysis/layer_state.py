@@ -12,13 +12,28 @@ from moe_debugger.analysis.step_loads import LoadSeries, StepSample
 from moe_debugger.analysis.token_sample import TokenSample
 from moe_debugger.errors import InvalidInputError
 
-__all__ = ["FIXED_POINT", "MAX_ABSOLUTE", "MAX_EXPERTS", "FixedSum", "LayerShape", "LayerState", "num_blocks"]
+__all__ = [
+    "FIXED_POINT",
+    "MAX_ABSOLUTE",
+    "MAX_EXPERTS",
+    "FixedSum",
+    "LayerShape",
+    "LayerState",
+    "even_squares",
+    "num_blocks",
+]
 
 MAX_EXPERTS = 65_535
-# Means are kept as sums of round(value * 2**20): exact to 1e-6 a value, and independent of the order of addition.
+# Probabilities are kept as sums of round(value * 2**20): exact to 1e-6, and independent of the order of addition.
 FIXED_POINT = 1 << 20
-# Beyond this a router statistic is no statistic any more; the bound keeps a batch's sum inside int64.
+# A batch's sum of an expert's probabilities is at most its tokens; the bound keeps the sum inside int64.
 MAX_ABSOLUTE = float(1 << 26)
+# Means over tokens are kept as sums of round(value * 2**40): exact to 1e-12 a value.
+_FRACTION_BITS = 40
+# Beyond this (a logsumexp above two million) a router statistic is no statistic any more.
+_MAX_VALUE = float(1 << 42)
+# So many values, or fractions, of any size sum up inside int64.
+_ROWS_AT_ONCE = 1 << 20
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -26,6 +41,14 @@ _U64 = npt.NDArray[np.uint64]
 def num_blocks(num_experts: int) -> int:
     """Return how many blocks a layer with that many experts keeps: 64, down to 16 for wide layers (bounded memory)."""
     return max(16, min(64, 4096 // num_experts))
+
+
+def even_squares(num_slots: int, num_tokens: int) -> int:
+    """Return the least sum of squares of `num_tokens` whole numbers that add up to `num_slots`: of equal ones."""
+    if not num_tokens:
+        return 0
+    each, more = divmod(num_slots, num_tokens)
+    return num_tokens * each**2 + more * (2 * each + 1)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -66,17 +89,25 @@ class LayerShape:
 
 @dataclass(slots=True)
 class FixedSum:
-    """A sum of real values in fixed point, with its sample size."""
+    """A sum of real values in fixed point (multiples of 2**-40), exact for any number of them, with its sample size."""
 
     total: int = 0
     num_values: int = 0
 
     def add(self, values: npt.NDArray[np.floating]) -> None:
-        """Add the finite ones of `values`."""
-        finite = values[np.isfinite(values)].astype(np.float64)
-        clipped = np.clip(finite, -MAX_ABSOLUTE, MAX_ABSOLUTE)
-        self.total += int(np.rint(clipped * FIXED_POINT).astype(np.int64).sum())
-        self.num_values += len(finite)
+        """Add the values of at most 2**42; the others, and NaN, are left out of the sum and of the sample size."""
+        usable = values[np.abs(values) <= _MAX_VALUE].astype(np.float64)
+        self.num_values += len(usable)
+        largest = max(float(usable.max(initial=0.0)), -float(usable.min(initial=0.0)))
+        if largest * len(usable) < 1 << (62 - _FRACTION_BITS):
+            self.total += int(np.rint(usable * (1 << _FRACTION_BITS)).astype(np.int64).sum())
+            return
+        # One 64-bit sum could overflow: wholes and fractions have one each.
+        wholes = np.floor(usable)
+        fractions = np.rint((usable - wholes) * (1 << _FRACTION_BITS)).astype(np.int64)
+        for start in range(0, len(usable), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            self.total += (int(wholes[rows].astype(np.int64).sum()) << _FRACTION_BITS) + int(fractions[rows].sum())
 
     def plus(self, other: "FixedSum") -> "FixedSum":
         """Return the sum of both."""
@@ -85,7 +116,8 @@ class FixedSum:
     @property
     def mean(self) -> float:
         """The mean, NaN without a value."""
-        return self.total / FIXED_POINT / self.num_values if self.num_values else float("nan")
+        # One rounding, of two exact integers.
+        return self.total / (self.num_values << _FRACTION_BITS) if self.num_values else float("nan")
 
 
 @dataclass(slots=True)
@@ -105,6 +137,9 @@ class LayerState:
         num_padding: padding rows; never part of anything else.
         num_dropped_slots, num_skipped_slots, num_identity_slots, num_unused_slots: slots of valid tokens that are no
             load, by what became of them. With the counts they add up to ``num_tokens * k``.
+        squared_loads: sum over valid tokens of the square of their number of routed slots, ``num_tokens * k**2`` where
+            every slot is routed. Of sums, which do not tell single tokens, that of tokens with as equal numbers as
+            there can be.
         router_entropy, top1_probability, margin, z_squared: sums over valid tokens, where captured.
             `z_squared` is the square of the logits' logsumexp (router z-loss).
         probability_sum: [E] int64, fixed-point sum of the router's probability per expert.
@@ -127,6 +162,7 @@ class LayerState:
     num_skipped_slots: int = 0
     num_identity_slots: int = 0
     num_unused_slots: int = 0
+    squared_loads: int = 0
     num_probability_tokens: int = 0
     num_fingerprints: int = 0
     router_entropy: FixedSum = field(default_factory=FixedSum)
@@ -161,6 +197,15 @@ class LayerState:
     def num_assignments(self) -> int:
         """Load of all experts together."""
         return int(self.counts.sum())
+
+    @property
+    def routed_per_token(self) -> float:
+        """Routed slots of a token, tokens weighted by that number: sum of a^2 / sum of a; k where every slot is routed.
+
+        It is what takes the place of k in the variance of the load of independent tokens. k without load.
+        """
+        load = self.num_assignments
+        return self.squared_loads / load if load else float(self.shape.top_k)
 
     @property
     def num_occupied_blocks(self) -> int:
@@ -203,6 +248,7 @@ class LayerState:
             num_skipped_slots=self.num_skipped_slots + other.num_skipped_slots,
             num_identity_slots=self.num_identity_slots + other.num_identity_slots,
             num_unused_slots=self.num_unused_slots + other.num_unused_slots,
+            squared_loads=self.squared_loads + other.squared_loads,
             num_probability_tokens=self.num_probability_tokens + other.num_probability_tokens,
             num_fingerprints=self.num_fingerprints + other.num_fingerprints,
             router_entropy=self.router_entropy.plus(other.router_entropy),

@@ -114,16 +114,21 @@ def coefficient_of_variation(counts: npt.ArrayLike) -> float:
     return float(c.std() / c.mean()) if c.sum() else _NAN
 
 
-def debiased_coefficient_of_variation(counts: npt.ArrayLike, *, top_k: int, num_tokens: int) -> float:
-    """Return the CV less what sampling adds at perfect balance: sqrt(max(0, CV^2 - E (1 - k/E) / (T k))).
+def debiased_coefficient_of_variation(counts: npt.ArrayLike, *, per_token: float) -> float:
+    """Return the CV less what sampling adds at perfect balance: sqrt(max(0, CV^2 - E (1 - a/E) / N)).
 
     The term is exact for independent tokens; for dependent ones it takes away too little.
+
+    Args:
+        counts: [E] load.
+        per_token: a, `LayerState.routed_per_token`; k where every slot is routed.
     """
     c = _counts(counts)
-    if not num_tokens:
+    total = c.sum()
+    if not total:
         return _NAN
-    sampling = c.size * (1 - top_k / c.size) / (num_tokens * top_k)
-    return math.sqrt(max(0.0, coefficient_of_variation(c) ** 2 - sampling)) if c.sum() else _NAN
+    sampling = c.size * (1 - per_token / c.size) / total
+    return math.sqrt(max(0.0, coefficient_of_variation(c) ** 2 - sampling))
 
 
 def gini(counts: npt.ArrayLike) -> float:
@@ -167,6 +172,8 @@ class LayerMetrics:
         effective_experts_interval: two-sided 95 % (so each bound is one-sided 97.5 %), from blocks.
         design_effect: variance of the shares over that of independent tokens; NaN without blocks.
         effective_tokens: num_tokens / design_effect (not above num_tokens).
+        routed_per_token: sum of a^2 / sum of a over tokens with a routed slots each; k where every slot is routed.
+        switch_balancing_loss: over the load and the mean probability of `num_probability_tokens` tokens.
         mean_token_entropy: nats, over `num_token_entropy` tokens; of the router's probabilities.
         mean_confidence: mean top-1 probability, over `num_confidence` tokens.
         mean_margin: K-th minus (K+1)-th selection score, over `num_margin` tokens.
@@ -198,7 +205,9 @@ class LayerMetrics:
     num_unused: int
     design_effect: float
     effective_tokens: float
+    routed_per_token: float
     switch_balancing_loss: float
+    num_probability_tokens: int
     router_z_loss: float
     num_z: int
     mean_token_entropy: float
@@ -215,12 +224,14 @@ class LayerMetrics:
     def balanced_band(self) -> BalancedBand:
         """What a perfectly balanced router shows on as many independent tokens as these are worth.
 
-        T is `effective_tokens` where requests are known, else all tokens, less the share of slots that are no load.
+        These are `effective_tokens` where requests are known, else all tokens. Where tokens have other numbers of
+        routed slots than k, it is as many tokens of `routed_per_token` slots as have the same load.
         """
-        slots = self.num_tokens * self.top_k
-        tokens = self.num_tokens if math.isnan(self.effective_tokens) else self.effective_tokens
-        used = tokens * self.num_assignments / slots if slots else 0.0
-        return balanced_band(self.num_experts, min(self.top_k, self.num_experts), used)
+        a = min(self.routed_per_token, float(self.num_experts))
+        tokens = self.num_assignments / a
+        if self.num_tokens and not math.isnan(self.effective_tokens):
+            tokens *= self.effective_tokens / self.num_tokens
+        return balanced_band(self.num_experts, a, tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics as plain values, `balanced_band` with them."""
@@ -237,7 +248,7 @@ def layer_metrics(state: LayerState, blocks: Blocks | None = None) -> LayerMetri
     blocks = variance_blocks(state) if blocks is None else blocks
     counts, shape = state.counts, state.shape
     num_slots = state.num_tokens * shape.top_k
-    interval, design_effect = jackknife(blocks, shape.top_k)
+    interval, design_effect = jackknife(blocks, state.routed_per_token)
     has_load = state.num_assignments > 0
     return LayerMetrics(
         layer_index=shape.layer_index,
@@ -258,13 +269,15 @@ def layer_metrics(state: LayerState, blocks: Blocks | None = None) -> LayerMetri
         max_violation=max_violation(counts),
         hottest_expert=int(counts.argmax()) if has_load else -1,
         cv=coefficient_of_variation(counts),
-        cv_debiased=debiased_coefficient_of_variation(counts, top_k=shape.top_k, num_tokens=state.num_tokens),
+        cv_debiased=debiased_coefficient_of_variation(counts, per_token=state.routed_per_token),
         gini=gini(counts),
         jain=jain(counts),
         num_unused=unused_experts(counts),
         design_effect=design_effect,
         effective_tokens=_NAN if math.isnan(design_effect) else state.num_tokens / max(design_effect, 1.0),
+        routed_per_token=state.routed_per_token,
         switch_balancing_loss=switch_balancing_loss(counts, state.mean_probability),
+        num_probability_tokens=state.num_probability_tokens,
         router_z_loss=state.z_squared.mean,
         num_z=state.z_squared.num_values,
         mean_token_entropy=state.router_entropy.mean,

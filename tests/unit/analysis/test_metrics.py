@@ -28,7 +28,7 @@ def test_metrics_equal_the_hand_worked_example() -> None:
     assert metrics.max_violation(EXAMPLE) == 2
     assert metrics.coefficient_of_variation(EXAMPLE) == pytest.approx(math.sqrt(6) / 2)
     # 4 tokens, k = 2: CV^2 = 1.5, less 4 * (1 - 2/4) / 8 = 0.25.
-    assert metrics.debiased_coefficient_of_variation(EXAMPLE, top_k=2, num_tokens=4) == pytest.approx(math.sqrt(1.25))
+    assert metrics.debiased_coefficient_of_variation(EXAMPLE, per_token=2) == pytest.approx(math.sqrt(1.25))
     assert metrics.gini(EXAMPLE) == pytest.approx(0.625)
     assert metrics.jain(EXAMPLE) == pytest.approx(0.4)
     assert metrics.unused_experts(EXAMPLE) == 2
@@ -91,7 +91,7 @@ def test_debiased_cv_is_near_zero_at_perfect_balance_where_the_raw_one_is_not() 
     ids = np.argsort(rng.random((256, 64)), axis=1)[:, :8]
     counts = np.bincount(ids.ravel(), minlength=64)
     assert metrics.coefficient_of_variation(counts) == pytest.approx(0.16, abs=0.04)
-    assert metrics.debiased_coefficient_of_variation(counts, top_k=8, num_tokens=256) < 0.08
+    assert metrics.debiased_coefficient_of_variation(counts, per_token=8) < 0.08
 
 
 def test_entropy_of_the_load_and_of_tokens_are_apart(simulate: Callable[..., dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_debugger.analysis import analyze, metrics
-from moe_debugger.analysis.small_samples import balanced_band, balanced_counts
+from moe_debugger.analysis.small_samples import balanced_band, balanced_counts, balanced_rank_imbalance
 from moe_debugger.errors import InvalidInputError
 
 # Simulated apart from this code (docs/metrics.md): E, k, T: max/mean, CV, Gini, H / ln E, share of unused experts.
@@ -131,7 +131,82 @@ def test_metrics_of_a_layer_carry_the_band_of_their_effective_tokens() -> None:
     assert layer.balanced_band.max_over_mean.holds(layer.max_over_mean)
     assert layer.balanced_band.cv.holds(metrics.coefficient_of_variation(np.bincount(ids.ravel(), minlength=8)))
     assert layer.to_dict()["balanced_band"]["top_k"] == 2
-    # Half of the slots were dropped: the load is that of half as many tokens.
+    # Half of the slots were dropped: the load is that of tokens with one expert each.
     ids[:, 1] = -1
     half = analyze(rows, num_experts=8, top_k=2).metrics[0]
-    assert half.balanced_band.num_tokens == pytest.approx(half.effective_tokens / 2, rel=0.05)
+    assert half.balanced_band.top_k == 1
+    assert half.balanced_band.num_tokens == round(half.effective_tokens)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_identity", "top_k", "num_tokens", "dropped"),
+    [(512, 256, 12, 500, 0.0), (4, 28, 8, 3000, 0.0), (8, 8, 4, 240, 0.0), (8, 0, 2, 240, 0.5)],
+    ids=["LongCat", "mostly identity", "half identity", "whole tokens dropped"],
+)
+def test_balanced_routers_are_balanced_where_tokens_have_fewer_routed_slots_than_k(
+    num_experts: int, num_identity: int, top_k: int, num_tokens: int, dropped: float
+) -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(10 if num_experts > 100 else 100):
+        ids = np.argsort(rng.random((num_tokens, num_experts + num_identity)), axis=1)[:, :top_k]
+        ids[rng.random(num_tokens) < dropped] = -1
+        rows = {
+            "layer_index": np.zeros(num_tokens, np.int64),
+            "expert_ids": ids,
+            "request_id": [f"request {row // 4}" for row in range(num_tokens)],
+        }
+        result = analyze(rows, num_experts=num_experts, top_k=top_k, num_identity_experts=num_identity)
+        found.append(result.metrics[0])
+    # CV^2 is 1 times what sampling adds, with the relative spread of a chi-square of E - 1 degrees.
+    error = 4 * math.sqrt(2 / (num_experts - 1) / len(found))
+    ratios = [(layer.cv / layer.balanced_band.cv_rms) ** 2 for layer in found]
+    assert statistics.mean(ratios) == pytest.approx(1, abs=error + 0.02)
+    assert statistics.mean(layer.cv**2 - layer.cv_debiased**2 for layer in found) <= found[0].balanced_band.cv_rms ** 2
+    assert all(layer.cv_debiased < layer.cv for layer in found)
+    held = sum(layer.balanced_band.cv.holds(layer.cv) for layer in found)
+    assert held >= 0.87 * len(found)
+    if not dropped:
+        assert statistics.mean(layer.design_effect for layer in found) == pytest.approx(1, abs=0.03)
+        assert min(layer.effective_tokens for layer in found) > 0.7 * num_tokens
+
+
+def test_bands_of_fractional_sizes_keep_the_load_and_lie_between_those_of_whole_ones() -> None:
+    for a in (1.001, 1.3, 2.5, 7.5):
+        band = balanced_band(8, a, 1200 / a)
+        below, above = (balanced_band(8, k, 1200 / k) for k in (math.floor(a), math.ceil(a)))
+        assert band.num_tokens * band.top_k == pytest.approx(1200, rel=0.005)
+        assert above.cv_rms < band.cv_rms <= below.cv_rms
+        assert band.cv_rms**2 == pytest.approx(8 * (1 - a / 8) / 1200, rel=0.03)
+        assert band.cv.expected == pytest.approx(0.965 * band.cv_rms, rel=0.05)
+
+
+def test_the_loss_of_a_balanced_router_is_1_and_what_its_loads_add() -> None:
+    rng = np.random.default_rng(2)
+    band = balanced_band(16, 2, 100)
+    losses, flat = [], []
+    for _ in range(400):
+        scores = rng.random((100, 16))
+        ids = np.argsort(-scores, axis=1)[:, :2]
+        counts = np.bincount(ids.ravel(), minlength=16)
+        losses.append(metrics.switch_balancing_loss(counts, counts / counts.sum()))
+        flat.append(metrics.switch_balancing_loss(counts, np.full(16, 1 / 16)))
+    assert statistics.mean(losses) == pytest.approx(band.switch_balancing_loss.expected, rel=0.01)
+    assert 0.9 < sum(map(band.switch_balancing_loss.holds, losses)) / 400 < 0.99
+    assert flat == pytest.approx([1] * 400)
+
+
+def test_rank_imbalance_at_balance_is_that_of_routers_drawn_token_by_token() -> None:
+    rng = np.random.default_rng(3)
+    found = []
+    for _ in range(400):
+        ids = np.argsort(rng.random((256, 16)), axis=1)[:, :2]
+        ranks = np.bincount(ids.ravel() // 4, minlength=4)
+        found.append(ranks.max() / ranks.mean())
+    band = balanced_rank_imbalance(16, 2, 4, 256)
+    assert band.expected == pytest.approx(statistics.mean(found), abs=0.006)
+    assert 0.9 < sum(map(band.holds, found)) / 400 < 0.99
+    assert balanced_rank_imbalance(16, 16, 4, 10).expected == 1
+    assert math.isnan(balanced_rank_imbalance(16, 2, 4, 0).expected)
+    with pytest.raises(InvalidInputError, match="expected a divisor of the 16 experts"):
+        balanced_rank_imbalance(16, 2, 3, 10)

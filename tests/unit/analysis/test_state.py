@@ -1,16 +1,19 @@
 """The foldable state against a loop over rows, and its algebra."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_debugger.analysis._state_codec import STATE_FORMAT_MAJOR
 from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate, hash_strings, observe
-from moe_debugger.analysis.state import LayerShape, RoutingState, num_blocks
+from moe_debugger.analysis.state import FixedSum, LayerShape, RoutingState, num_blocks
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireFormatError
 from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
 
@@ -85,7 +88,7 @@ def test_fold_equals_a_loop_over_rows(make_columns: MakeColumns, seed: int) -> N
     for layer in columns.layers:
         rows = range(columns.num_tokens) if layer.row_index is None else layer.row_index.tolist()
         counts: Counter[int] = Counter()
-        tokens = padding = dropped = skipped = unused = 0
+        tokens = padding = dropped = skipped = unused = squares = 0
         margins = []
         assert layer.slot_status is not None
         assert layer.margin is not None
@@ -96,6 +99,7 @@ def test_fold_equals_a_loop_over_rows(make_columns: MakeColumns, seed: int) -> N
             tokens += 1
             if np.isfinite(layer.margin[at]):
                 margins.append(float(layer.margin[at]))
+            before = counts.total()
             for expert, status in zip(layer.expert_ids[at].tolist(), layer.slot_status[at].tolist(), strict=True):
                 if status == 2:
                     dropped += 1
@@ -105,13 +109,41 @@ def test_fold_equals_a_loop_over_rows(make_columns: MakeColumns, seed: int) -> N
                     skipped += 1
                 else:
                     unused += 1
+            squares += (counts.total() - before) ** 2
         got = state.layers[layer.layer_index]
         assert got.counts.tolist() == [counts[expert] for expert in range(8)]
         assert (got.num_tokens, got.num_padding) == (tokens, padding)
         assert (got.num_dropped_slots, got.num_skipped_slots, got.num_unused_slots) == (dropped, skipped, unused)
         assert got.num_assignments + dropped + skipped + unused == tokens * 2
+        assert got.squared_loads == squares
         assert got.margin.num_values == len(margins)
-        assert got.margin.mean == pytest.approx(np.mean(margins), abs=1e-6)
+        assert got.margin.mean == pytest.approx(np.mean(margins), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.full(200_000, 8000.0**2), 8000.0**2),
+        (np.full(3_000_000, 2.0**42), 2.0**42),
+        (np.array([3e-7, 3e-7, 3e-7]), 3e-7),
+        (np.array([-(2.0**41) - 0.25, 2.0**41 + 0.75]), 0.25),
+    ],
+    ids=["z-loss of large logits", "many of the largest values", "near 0", "both signs"],
+)
+def test_sums_of_statistics_are_exact(values: npt.NDArray[np.float64], expected: float) -> None:
+    whole, parts = FixedSum(), FixedSum()
+    whole.add(values)
+    for part in np.array_split(values, 7):
+        parts.add(part)
+    assert whole == parts
+    assert whole.mean == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    assert whole.num_values == len(values)
+
+
+def test_values_that_are_no_statistics_are_in_no_mean_and_no_sample_size() -> None:
+    total = FixedSum()
+    total.add(np.array([1.0, math.nan, math.inf, -math.inf, 3e38, 2.0], np.float32))
+    assert (total.num_values, total.mean) == (2, 1.5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -181,7 +213,7 @@ def test_damaged_bytes_are_a_wire_format_error(make_columns: MakeColumns) -> Non
         with pytest.raises(WireFormatError):
             RoutingState.from_bytes(bytes(damaged))
     with pytest.raises(UnsupportedFormatError, match="upgrade"):
-        RoutingState.from_bytes(data[:4] + b"\x04" + data[5:])
+        RoutingState.from_bytes(data[:4] + bytes([STATE_FORMAT_MAJOR + 1]) + data[5:])
 
 
 def test_unnamed_training_rows_form_blocks_by_forward_and_unnamed_decode_rows_none() -> None:
@@ -243,6 +275,8 @@ def test_fold_counts_adds_load_without_blocks() -> None:
     assert (layer.num_tokens, layer.num_padding, layer.num_dropped_slots) == (5, 7, 1)
     assert (layer.num_identity_slots, layer.num_skipped_slots, layer.num_unused_slots) == (1, 1, 1)
     assert (layer.first_step, layer.last_step, layer.num_occupied_blocks) == (5, 6, 0)
+    # Sums do not tell single tokens: six routed slots of five tokens are 2, 1, 1, 1, 1.
+    assert layer.squared_loads == 8
     assert (state.layers[1].num_tokens, state.phase_tokens.tolist()) == (1, [0, 0, 0, 5, 0])
     before = state.to_bytes()
     for wrong, text in (

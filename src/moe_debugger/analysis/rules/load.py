@@ -259,8 +259,8 @@ def hot_and_cold_experts(look: Look, layers: list[int], dead: set[tuple[int | No
     for index in layers:
         if look.shortage(index):
             continue
-        top_k = look.state.layers[index].shape.top_k
-        tests = share_tests(look.blocks[index], top_k, hot=limits.hot_expert, cold=limits.cold_expert)
+        per_token = look.state.layers[index].routed_per_token
+        tests = share_tests(look.blocks[index], per_token, hot=limits.hot_expert, cold=limits.cold_expert)
         if tests is not None:
             tested.append((index, tests))
     if not tested:

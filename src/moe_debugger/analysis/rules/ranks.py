@@ -25,7 +25,7 @@ def rank_stragglers(look: Look, layers: list[int]) -> Iterator[Finding]:
         spread = np.zeros((len(ranks), num_ranks))
         spread[np.arange(len(ranks)), ranks] = 1
         blocks = Blocks(look.blocks[index].table @ spread, look.blocks[index].kind)
-        tests = share_tests(blocks, look.state.layers[index].shape.top_k, hot=floor, cold=0.0)
+        tests = share_tests(blocks, look.state.layers[index].routed_per_token, hot=floor, cold=0.0)
         if tests is not None:
             tested.append((index, spread, tests[0]))
     if not tested:

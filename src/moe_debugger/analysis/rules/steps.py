@@ -53,7 +53,7 @@ def step_imbalance(look: Look, layer_index: int) -> list[Finding]:
     lower = float(ratios.mean()) - error - max(by_chance, 0.0)
     if not lower > limits.step_imbalance or long_run > limits.step_imbalance:
         return []
-    of_steps = design_effect(table, layer.shape.top_k)
+    of_steps = design_effect(table, layer.routed_per_token)
     of_requests = max(look.metrics[layer_index].design_effect, 1.0)
     is_own = look.blocks[layer_index].kind is not BlockKind.STEPS and of_steps > _MIN_STEP_EFFECT * of_requests
     # Every training begins with routers so undecided that a small change moves all their tokens at once.
@@ -117,7 +117,7 @@ def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
     if recent is None:
         return []
     table = series.counts[-recent:].astype(np.float64)
-    interval, _ = jackknife(Blocks(table, BlockKind.STEPS), layer.shape.top_k)
+    interval, _ = jackknife(Blocks(table, BlockKind.STEPS), layer.routed_per_token)
     now = effective_experts(table.sum(axis=0))
     if not interval.upper < limit:
         return []
