@@ -8,7 +8,7 @@ import grpc
 
 from moe_debugger.v1 import analyzer_pb2 as pb
 from moe_debugger.v1 import analyzer_pb2_grpc, query_pb2, session_pb2
-from moe_gateway.errors import upstream_error
+from moe_gateway.errors import UpstreamError, upstream_error
 
 __all__ = ["CHANNEL_OPTIONS", "AnalyzerClient"]
 
@@ -206,6 +206,9 @@ class AnalyzerClient:
         try:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s == remaining_s:
+                # The caller's own deadline ended it, here a moment before its own call.
+                raise UpstreamError(error.code(), f"the deadline of {timeout_s:.1f} s is over") from error
             raise self._error(error) from error
 
     def _error(self, error: grpc.aio.AioRpcError) -> Exception:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moe_debugger.errors import AlreadyAttachedError
 
+from .buffers import copy_written, overwritten
 from .compiled import Receivers, reset_compiled_code
 from .context import (
     CacheLength,
@@ -67,6 +68,9 @@ class Capture:
         for site in self.discovery.sites:
             self._layers_of.setdefault(site.root, []).append(site.info.layer_index)
         self._handles: list[Any] = []
+        self._tap_hooks: dict[int, list[TapHook]] = {}
+        # Layers whose tensors are written again within a forward, so that they are copied in the hook.
+        self._copied_at_once: set[int] = set()
         self._receivers = Receivers()
         self._local = ThreadState()
         # A task is under way where a call recomputes a forward within backward (gradient checkpointing).
@@ -101,6 +105,12 @@ class Capture:
         """The index that the next forward gets."""
         return self._next_forward
 
+    @property
+    def current_forward(self) -> tuple[int, int] | None:
+        """Index and step of the forward that runs on this thread; None where none does."""
+        forward = self._local.forward
+        return None if forward is None or forward.raw is None else (forward.raw.forward_index, forward.raw.step)
+
     def attach(self) -> None:
         """Install the hooks.
 
@@ -112,6 +122,7 @@ class Capture:
         self._reserve()
         for module, root in self._entries():
             self._add_entry(module, root)
+        self._tap_hooks.clear()
         for site in self.discovery.sites:
             for tap in site.taps:
                 self._add_tap(site, tap)
@@ -193,6 +204,7 @@ class Capture:
             capture.receive(site, tap, values, num_rows)
 
         hook = TapHook(self, self._local, site, tap, self._receivers.add(_weakly(self, received)))
+        self._tap_hooks.setdefault(site.info.layer_index, []).append(hook)
         if tap.moment == "before":
             self._handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
@@ -329,8 +341,25 @@ class Capture:
                 if carrier is not None and frame.are_ids_minted and ids and frame.past_length == 0:
                     self._tracker.remember(carrier, ids)
         self._note_unseen(forward, raw)
+        self._refuse_overwritten(raw)
         self._transfer.start(raw)
         self._drafts.offer(raw)
+
+    def _refuse_overwritten(self, raw: RawForward) -> None:
+        """Lose the layers whose tensors a later layer has written its own into, and copy theirs at once from now on."""
+        layers = overwritten(raw.layers)
+        if not layers:
+            return
+        raw.layers = [layer for layer in raw.layers if not any(layer is each for each in layers)]
+        self._lose(sum(layer.num_rows for layer in layers))
+        for layer in layers:
+            self._copied_at_once.add(layer.layer_index)
+            for hook in self._tap_hooks.get(layer.layer_index, ()):
+                hook.reads_at_once()
+            self._problem(
+                f"{self.discovery.sites[layer.layer_index].info.module_name}: its routes lie in a buffer that another "
+                "layer wrote into before the forward ended; they were not kept, and are copied at once from now on"
+            )
 
     def _note_unseen(self, forward: OpenForward, raw: RawForward) -> None:
         """Compare the tokens that each stack was given with those that were seen at its MoE layers."""
@@ -425,6 +454,8 @@ class Capture:
     def _keep(self, forward: OpenForward | None, site: Site, tap: Tap, kept: Kept, shown: tuple[Any, ...]) -> None:
         index = site.info.layer_index
         tensors, num_rows = kept
+        if index in self._copied_at_once:
+            copy_written(tensors)
         if forward is None or forward.raw is None:
             if tap.completes:
                 self._lose(num_rows)

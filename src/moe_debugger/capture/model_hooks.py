@@ -115,6 +115,10 @@ class TapHook(_Hook):
         self._tap = tap
         self._deliver = deliver
 
+    def reads_at_once(self) -> None:
+        """Hand over what the tap picks in the call itself, from now on."""
+        self._may_wait = False
+
     def __call__(self, module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         """Keep what the tap picks."""
         if self._is_compiling():

@@ -155,3 +155,34 @@ def test_a_full_buffer_drops_whole_forwards_and_counts_them() -> None:
     assert {layer.num_tokens for layer in stats.layers} == {4}
     assert performance.num_decisions == 3 * 1604
     assert performance.buffer_peak_bytes <= performance.buffer_limit_bytes
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["buffer_of_each_layer", "one_buffer_of_all_layers"])
+def test_routes_in_a_buffer_that_is_written_again_are_copied_before(*, is_shared: bool) -> None:
+    model = build("mixtral")
+    ids = torch.randint(3, 90, (12, 2, 5))
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    buffers = [torch.empty(10, gates[0].top_k, dtype=torch.int64) for _ in gates]
+    truth: list[torch.Tensor] = []
+
+    def into_buffer(module: Any, args: Any, output: Any) -> Any:
+        logits, weights, chosen = output
+        truth.append(chosen.clone())
+        return logits, weights, buffers[0 if is_shared else gates.index(module)].copy_(chosen)
+
+    for gate in gates:
+        gate.register_forward_hook(into_buffer)
+    with torch.no_grad(), MoEDebugger(model) as debugger:
+        for each in ids:
+            model(each)
+        assert debugger.session is not None
+        decisions = debugger.session.decisions()
+        performance = debugger.get_performance_metrics()
+    # Of one buffer, the last layer alone can be read of the first forward, and that is said.
+    num_lost = 10 * (len(gates) - 1) if is_shared else 0
+    assert performance.num_dropped == ({"capture_error": num_lost} if num_lost else {})
+    assert any("another layer wrote into" in text for text in performance.problems) == is_shared
+    assert len(decisions) == 10 * len(truth) - num_lost
+    for forward, layer in zip(decisions.forward_index, decisions.layer_index, strict=True):
+        rows = (decisions.forward_index == forward) & (decisions.layer_index == layer)
+        assert decisions.expert_ids[rows].tolist() == truth[forward * len(gates) + layer].tolist()
