@@ -16,7 +16,7 @@ from moe_debugger.errors import InvalidInputError
 from moe_debugger.reporting.building import check_format
 from moe_debugger.reporting.comparability import Point, blocking, common_layers, points
 from moe_debugger.reporting.comparison_pictures import comparison_pictures
-from moe_debugger.reporting.comparison_tests import RowTests, compare_layer, run_tests
+from moe_debugger.reporting.comparison_tests import RowTests, compare_layer, run_tests, usable_tests
 from moe_debugger.reporting.content import Fact, FindingEntry, Model, Notice, Picture, Text, known, say
 from moe_debugger.reporting.findings_text import finding_entries
 from moe_debugger.reporting.header import facts, notices
@@ -175,7 +175,7 @@ def _compare(a: Material, b: Material, alpha: float, same_model: bool, num_permu
     if not blocking(found, "tests"):
         parts = run_tests(a, b, wanted, num_permutations, seed, found)
     is_comparable = not blocking(found, "everything")
-    tests = [name for name, each in (("loads", parts.permutation), ("choices", parts.has_overlap)) if each]
+    tests = usable_tests(parts, alpha, found)
     each_alpha = alpha / max(1, len(tests))
     layers = [compare_layer(a, b, index, parts, each_alpha, len(wanted)) for index in wanted] if is_comparable else []
     verdict, text = _verdict(found, layers, parts, tests, alpha)

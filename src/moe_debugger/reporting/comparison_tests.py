@@ -24,7 +24,7 @@ from moe_debugger.reporting.layer_diff import ExpertChange, LayerDiff, MarginRat
 from moe_debugger.reporting.material import Material
 from moe_debugger.reporting.renaming import best_renaming
 
-__all__ = ["OVERLAP_FLOOR", "RowTests", "compare_layer", "overlap_bound", "run_tests"]
+__all__ = ["OVERLAP_FLOOR", "RowTests", "compare_layer", "overlap_bound", "run_tests", "usable_tests"]
 
 # Choices that agree more than this are a numeric wobble (see docs/report.md), not another router.
 OVERLAP_FLOOR = 0.95
@@ -120,6 +120,33 @@ def run_tests(
         )
     )
     return parts
+
+
+def usable_tests(parts: RowTests, alpha: float, found: list[Point]) -> list[str]:
+    """Return the names of the tests that share `alpha`.
+
+    A test of loads that cannot find anything, as there are too few requests, is none: it goes from `parts`, and the
+    point of `found` about requests says so.
+    """
+    tests = [name for name, each in (("loads", parts.permutation), ("choices", parts.has_overlap)) if each]
+    loads = parts.permutation
+    if loads is None or loads.smallest_p_value <= alpha / len(tests):
+        return tests
+    follows = say(
+        "cmp.blunt_documents",
+        a=loads.num_units_a,
+        b=loads.num_units_b,
+        num=loads.num_permutations,
+        least=loads.smallest_p_value,
+        level=alpha / len(tests),
+    )
+    for index, point in enumerate(found):
+        if point.key == "documents":
+            found[index] = point.model_copy(
+                update={"status": "differs", "follows": follows, "remedy": say("do.few_documents")}
+            )
+    parts.permutation = None
+    return [name for name in tests if name != "loads"]
 
 
 def compare_layer(a: Material, b: Material, index: int, parts: RowTests, alpha: float, num_layers: int) -> LayerDiff:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_debugger.analysis import Analysis, Finding, FindingKind
-from moe_debugger.messages import render_finding
+from moe_debugger.messages import render_finding, sample_unit
 from moe_debugger.reporting.content import EvidenceLine, FindingEntry, LeadTime, Text, known, say
 from moe_debugger.reporting.explanation_text import explanation_entry
 from moe_debugger.reporting.step_series import effective_over_steps
@@ -40,7 +40,7 @@ def _entry(finding: Finding) -> FindingEntry:
                 baseline=None if row.baseline is None else known(row.baseline),
                 rule=row.rule,
                 sample_size=row.sample_size,
-                sample_unit="",
+                sample_unit=sample_unit(row.metric, finding.code, row.unit),
                 unit=row.unit,
                 layer_index=finding.layer_index,
                 expert_id=finding.expert_id,

@@ -182,9 +182,20 @@ def test_sums_and_single_requests_are_too_little(first: Recording, tmp_path: Pat
     found = diff(first, one)
     assert found.verdict == "insufficient_evidence"
     assert "too few for a test" in found.verdict_text.text
-    few = diff(_open(tmp_path / "few", forwards(_choices(3), [8, 8])), first)
-    assert few.tests == ["loads"]
-    assert few.smallest_p_value is not None
+
+
+@pytest.mark.parametrize(("num", "is_enough"), [(2, False), (3, False), (5, True)])
+def test_few_requests_are_too_little_wherever_no_difference_could_be_found(
+    tmp_path: Path, num: int, *, is_enough: bool
+) -> None:
+    chosen = [np.array([[4 * side, 4 * side + 1]] * 9, np.int32) for side in (0, 1)]
+    sides = [
+        _open(tmp_path / str(side), forwards([[ids, ids]] * num, [8, 8], first_request=77 * side))
+        for side, ids in enumerate(chosen)
+    ]
+    found = diff(*sides)
+    assert found.verdict == ("different" if is_enough else "insufficient_evidence")
+    assert ("cannot give a p-value below" in found.verdict_text.text) is not is_enough
 
 
 def test_it_goes_to_json_and_back(first: Recording, tmp_path: Path) -> None:

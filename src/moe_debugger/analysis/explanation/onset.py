@@ -44,6 +44,8 @@ class Course:
 
 def course_of(finding: Finding, histories: Mapping[int, LayerHistory]) -> Course:
     """Return how `finding` came about."""
+    # A layer without a step that holds enough tokens tells nothing.
+    histories = {index: history for index, history in histories.items() if len(history.steps)}
     if finding.kind in _WITHOUT or not histories:
         return Course(None, None, (), None, 0)
     own_index = finding.layer_index
