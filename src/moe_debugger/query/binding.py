@@ -351,7 +351,10 @@ class _Binder:
             case form.Contains(name, text):
                 column = self._column(name)
                 if column.kind is not Kind.TEXT:
-                    raise self._error(f"`contains` looks into texts, and `{column.name}` is a {column.kind}", name)
+                    raise self._error(
+                        f"`contains` looks into texts, and `{column.name}` is not one: it holds {column.kind} values",
+                        name,
+                    )
                 return HasText(column.name, str(text.value).lower())
             case form.Membership(name, values):
                 column = self._searchable(name)

@@ -118,7 +118,7 @@ class _Run:
             is_truncated=self._ended_early or num_shown < gathered.num_matched,
             num_rows_scanned=self._progress.num_read,
             elapsed_s=time.monotonic() - self._progress.started,
-            notes=tuple(source.notes(plan)),
+            notes=(*_layers_that_are_not(plan, source.layers), *source.notes(plan)),
         )
 
     def _take(self, table: Table) -> None:
@@ -208,3 +208,12 @@ def _advice(plan: Plan) -> str:
     if missing:
         return f"narrow it with {' or '.join(missing)} in `where`, joined by `and`"
     return "narrow it further, or record the session and query the recording where it lies"
+
+
+def _layers_that_are_not(plan: Plan, layers: Sequence[LayerFacts]) -> list[str]:
+    """Say which layers were asked for and are none: else no rows look as if they were quiet ones."""
+    known = sorted(layer.layer_index for layer in layers)
+    asked = sorted((plan.scope.layers or frozenset()) - set(known))
+    if not asked or not known:
+        return []
+    return [f"there is no layer {', '.join(map(str, asked[:8]))}: the layers are {known[0]} to {known[-1]}"]

@@ -290,6 +290,8 @@ def test_a_worked_example() -> None:
     # The most loaded first, where tokens were chosen.
     assert run_query("experts where token_id = 9 show expert, load", source).rows[0] == (3, 4.0)
     assert run_query("experts where token_id = 9 and load >= 4x show expert", source).rows == [(3,)]
+    partly = run_query("experts where layer in (0, 23)", source)
+    assert partly.notes == ("there is no layer 23: the layers are 0 to 0",)
 
 
 def _names(condition: str) -> list[Any]:
