@@ -114,6 +114,8 @@ export class FakeGateway {
     Pick<
       Finding,
       | "state"
+      | "severity"
+      | "supersededBy"
       | "closedAtUnixNs"
       | "numReopened"
       | "numQuietSeconds"

@@ -1,7 +1,7 @@
 import { lazy, Suspense, useEffect, useRef, useState } from "react";
 import { useTranslation } from "react-i18next";
 import { useServices } from "./context";
-import { countFindings, findingKey, isAcknowledged, needsAttention } from "./findings";
+import { countFindings, findingKey, isAcknowledged, needsAttention, SEVERITY_NAME } from "./findings";
 import { formatClockMs } from "./format";
 import { Severity } from "./gen/moe_debugger/v1/session_pb";
 import { useHistoryPolling } from "./history";
@@ -13,6 +13,7 @@ import { Heatmap } from "./panels/Heatmap";
 import { HistoryStrip } from "./panels/History";
 import { RecordButton, RecordingsButton } from "./panels/Recordings";
 import { Details, Diagnosis, Sidebar, useRequestList } from "./panels/Sidebar";
+import { SilencedNotice } from "./panels/SilencedNotice";
 import { StatusBar } from "./panels/StatusBar";
 import { TokensPanel } from "./panels/Tokens";
 import {
@@ -79,6 +80,7 @@ export function AppShell() {
         <Main isPhone={isPhone} />
       </main>
       {isPhone ? <PhoneTabs /> : <StatusBar />}
+      <SilencedNotice />
       <Announcer />
     </div>
   );
@@ -299,9 +301,11 @@ function Main({ isPhone }: { isPhone: boolean }) {
 }
 
 function WorstCard() {
-  const worst = useFindings().find(needsAttention);
-  const severity =
-    worst && worst.severity >= Severity.WARNING ? (worst.severity === Severity.CRITICAL ? "critical" : "warning") : "";
+  const findings = useFindings();
+  const selected = useApp((state) => state.findingKey);
+  const shown = findings.find((finding) => findingKey(finding) === selected) ?? findings[0];
+  const name = shown && needsAttention(shown) ? SEVERITY_NAME[shown.severity] : undefined;
+  const severity = name === "critical" || name === "warning" ? name : "";
   return (
     <div className={`card worst ${severity}`}>
       <ErrorBoundary name="diagnosis">

@@ -1,7 +1,7 @@
 // Words of the page, and sentences of findings from the one catalogue that the CLI reads too.
 import i18next from "i18next";
 import { initReactI18next } from "react-i18next";
-import type { Finding } from "./gen/moe_debugger/v1/session_pb";
+import type { EvidenceRow, Finding } from "./gen/moe_debugger/v1/session_pb";
 import en from "./locales/en.json";
 
 export const i18n = i18next.createInstance();
@@ -48,6 +48,16 @@ export function findingText(finding: Pick<Finding, "code" | "args">, part: "titl
 export function metricName(metric: string): string {
   const key = `metric.${metric}`;
   if (i18n.exists(key, { ns: "findings" })) return String(i18n.t(key, { ns: "findings" }));
-  const words = metric.replaceAll("_", " ");
+  const words = metric.replace(/^num_/, "").replaceAll("_", " ");
   return words.charAt(0).toUpperCase() + words.slice(1);
+}
+
+/** What a row of evidence counts as n, such as "tokens"; empty where the catalogue does not say. */
+export function sampleUnit({ metric, unit }: Pick<EvidenceRow, "metric" | "unit">, code: string): string {
+  const family = metric.split("_")[0];
+  // A check of the capture counts the same things as its violations.
+  if (family === "capture") return unit;
+  const keys = [`sample.${code}.${metric}`, `sample.${metric}`, `sample.${family}`];
+  const key = keys.find((each) => i18n.exists(each, { ns: "findings" }));
+  return key ? String(i18n.t(key, { ns: "findings" })) : "";
 }

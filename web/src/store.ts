@@ -50,7 +50,10 @@ export interface AppState {
   expert: number | null;
   panel: Panel;
   sidebar: SidebarTab;
+  /** The finding of the diagnosis: the one chosen, else the worst when it was first shown. */
   findingKey: string | null;
+  /** What was silenced last on this page, until that is dismissed or taken back. */
+  justSilenced: Finding | null;
   isTable: boolean;
   theme: ThemeChoice;
 }
@@ -75,6 +78,7 @@ export const useApp = create<AppState>(() => ({
   panel: "experts",
   sidebar: "diagnosis",
   findingKey: null,
+  justSilenced: null,
   isTable: false,
   theme: "system",
 }));
@@ -174,6 +178,7 @@ export class App {
       row: 0,
       expert: null,
       findingKey: null,
+      justSilenced: null,
       ...(sessionId ? { unknownSession: null } : {}),
     });
     this.live.reset();
@@ -198,6 +203,8 @@ export class App {
     const { sessionId } = useApp.getState();
     const { finding } = await this.client.silenceFinding({ sessionId, ruleId, durationS });
     this.#marked(sessionId, finding);
+    if (useApp.getState().sessionId === sessionId)
+      useApp.setState({ justSilenced: durationS ? (finding ?? null) : null });
   }
 
   #marked(sessionId: string, finding: Finding | undefined): void {

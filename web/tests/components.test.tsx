@@ -233,7 +233,11 @@ describe("ranks", () => {
       expertParallelRank: 1,
       replicaOfRank: 0,
     });
-    for (const layer of shown.snapshot.layers) layer.expertParallelCounts = [30n, 10n];
+    shown.snapshot.layers.forEach((layer, row) => {
+      // Opposite ranks: even in the sum over layers, and uneven in each.
+      layer.expertParallelCounts = row % 2 ? [10n, 30n] : [30n, 10n];
+      Object.assign(layer, { rankStepImbalance: 1.6, rankWasteShare: 0.375, numRankSteps: 40 });
+    });
     useApp.setState({ sessionId: SESSION_ID, picture: shown });
     show(fake, element);
   }
@@ -249,10 +253,15 @@ describe("ranks", () => {
     expect(screen.getByTestId("ranks-missing").textContent).toContain("1 of 2 ranks have reported");
   });
 
-  it("gives the fullest rank over the mean", () => {
+  it("leads with the most uneven layer, and says of single steps and of the sum what they are", () => {
     showRanks(<Capture />);
-    expect(screen.getByTestId("ranks-load").textContent).toContain("ep 0");
-    expect(screen.getByTestId("ranks-ratio").textContent).toBe("max/mean 1.50×");
+    expect(screen.getByTestId("worst-rank").textContent).toBe("L0: ep 0 has 1.50× of the mean");
+    expect(screen.getByTestId("ranks-load").textContent).toContain("1.50×");
+    expect(screen.getByTestId("rank-steps").textContent).toContain("In single steps of L0 the fullest rank has 1.60×");
+    expect(screen.getByTestId("rank-steps").textContent).toContain("wait for 38 % of their time");
+    const sum = screen.getByTestId("ranks-sum").textContent;
+    expect(sum).toContain("max/mean 1.00×");
+    expect(sum).toContain("Layers that overload opposite ranks cancel out");
   });
 
   it("shows the load per expert-parallel rank", () => {

@@ -1,24 +1,30 @@
 // @vitest-environment happy-dom
 import { create } from "@bufbuild/protobuf";
 import { createClient } from "@connectrpc/connect";
-import { fireEvent, render, screen, waitFor, within } from "@testing-library/react";
+import { act, fireEvent, render, screen, waitFor, within } from "@testing-library/react";
 import { I18nextProvider } from "react-i18next";
 import { beforeEach, describe, expect, it } from "vitest";
 import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
 import { ServicesContext } from "../src/context";
-import { countFindings, sortFindings } from "../src/findings";
+import { countFindings, filterable, findingKey, sortFindings } from "../src/findings";
 import { DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
 import {
   EarlyWarningStatus,
+  EvidenceRowSchema,
   ExplanationSchema,
+  type Finding,
   FindingSchema,
   FindingState,
   Severity,
 } from "../src/gen/moe_debugger/v1/session_pb";
 import { i18n } from "../src/i18n";
+import type { Picture } from "../src/live";
+import { matchesFilter } from "../src/model/filter";
 import { recentWindow, wholeSession } from "../src/model/load";
 import { Console } from "../src/panels/Console";
+import { EvidenceTable } from "../src/panels/Findings";
 import { Diagnosis } from "../src/panels/Sidebar";
+import { SilencedNotice } from "../src/panels/SilencedNotice";
 import { useQuery } from "../src/query";
 import { App, useApp } from "../src/store";
 import { Generator } from "../src/tokens";
@@ -60,6 +66,7 @@ describe("order and counts", () => {
   const all = [
     finding("closed", Severity.CRITICAL, { state: FindingState.CLOSED }),
     finding("silenced", Severity.CRITICAL, { silencedUntilUnixNs: NOW }),
+    finding("covered", Severity.CRITICAL, { state: FindingState.SUPERSEDED, supersededBy: "bad" }),
     finding("info", Severity.INFO),
     finding("seen", Severity.WARNING, { acknowledgedAtUnixNs: NOW }),
     finding("bad", Severity.CRITICAL),
@@ -68,11 +75,58 @@ describe("order and counts", () => {
   ];
 
   it("puts what needs attention first", () => {
-    expect(sortFindings(all).map(({ ruleId }) => ruleId)).toEqual(["bad", "old", "seen", "info", "silenced", "closed"]);
+    const order = ["bad", "old", "seen", "info", "silenced", "covered", "closed"];
+    expect(sortFindings(all).map(({ ruleId }) => ruleId)).toEqual(order);
   });
 
   it("counts what needs attention, acknowledged or not", () => {
-    expect(countFindings(all)).toEqual({ critical: 1, warning: 2, info: 1, silenced: 1, closed: 1 });
+    expect(countFindings(all)).toEqual({ critical: 1, warning: 2, info: 1, silenced: 1, superseded: 1, closed: 1 });
+  });
+
+  it("are found by every word that is true of them", () => {
+    const both = finding("both", Severity.WARNING, { acknowledgedAtUnixNs: NOW, silencedUntilUnixNs: NOW });
+    const found = (query: string) =>
+      [...all, both].filter((one) => matchesFilter(filterable(one), query)).map(({ ruleId }) => ruleId);
+    expect(found("state:acknowledged")).toEqual(["seen", "both"]);
+    expect(found("state:silenced")).toEqual(["silenced", "both"]);
+    expect(found("state:open")).toEqual(["silenced", "info", "seen", "bad", "old", "both"]);
+    expect(found("state:open -state:silenced")).toEqual(["info", "seen", "bad", "old"]);
+    expect(found("state:superseded")).toEqual(["covered"]);
+    expect(found("state:closed")).toEqual(["closed"]);
+  });
+});
+
+describe("evidence", () => {
+  const table = (...rows: Record<string, unknown>[]) => {
+    const evidence = rows.map((row) => create(EvidenceRowSchema, row));
+    show(new FakeGateway(), <EvidenceTable rows={evidence} severity="warning" code="collapse_warning" isFinding />);
+    return [...screen.getByTestId("evidence").querySelectorAll("tbody tr")].map((row) =>
+      [...row.children].map(({ textContent }) => textContent),
+    );
+  };
+
+  it("says what n counts, and no unit of nothing", () => {
+    expect(
+      table(
+        { metric: "max_over_mean", value: 2.5, sampleSize: 76_800n },
+        { metric: "design_effect", value: Number.NaN, unit: "from requests", sampleSize: 62n },
+        // Of a finding of this code it counts something else.
+        { metric: "effective_experts", value: 2.31, unit: "experts", rule: "< 3", sampleSize: 2n },
+        { metric: "num_requests", value: 50, unit: "requests" },
+      ),
+    ).toEqual([
+      ["Max over mean", "2.5", "", "76,800 tokens"],
+      ["Design effect", "–", "", "62 blocks"],
+      ["Effective experts", "2.31 experts", "< 3", "2 points of steps"],
+      ["Requests", "50", "", "–"],
+    ]);
+    expect(screen.getByText(/No baseline was given/)).toBeTruthy();
+  });
+
+  it("has a column of baselines where one row has one", () => {
+    const rows = table({ metric: "effective_experts", value: 2, baseline: 7.8 }, { metric: "p_value", value: 0.001 });
+    expect(rows.map((row) => row[2])).toEqual(["7.8", "–"]);
+    expect(screen.queryByText(/No baseline was given/)).toBeNull();
   });
 });
 
@@ -110,6 +164,34 @@ describe("Console", () => {
     fireEvent.click(screen.getByRole("button", { name: /^Unsilence/ }));
     await waitFor(() => expect(screen.queryByTestId("finding")).toBeNull());
     expect(fake.life.silencedUntilUnixNs).toBe(0n);
+  });
+
+  it("says what was silenced, and takes it back", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    show(
+      fake,
+      <>
+        <Console />
+        <SilencedNotice />
+      </>,
+    );
+    fireEvent.click(screen.getByRole("button", { name: "1 error" }));
+    fireEvent.click(screen.getByRole("button", { name: /Show the evidence/ }));
+    const silence = screen.getByRole("button", { name: /^Silence 1 h/ });
+    silence.focus();
+    fireEvent.click(silence);
+    // The row is gone from under the filter; the keyboard is where it can be taken back.
+    await waitFor(() => expect(screen.queryByTestId("finding")).toBeNull());
+    expect(screen.getByRole("status").textContent).toContain("Silenced for 1 h: Router collapse in layer 2");
+    const undo = screen.getByRole("button", { name: "Undo" });
+    await waitFor(() => expect(document.activeElement).toBe(undo));
+    fake.findingError = "not now";
+    fireEvent.click(undo);
+    await waitFor(() => expect(screen.getByRole("status").textContent).toContain("Not done: not now"));
+    fake.findingError = "";
+    fireEvent.click(undo);
+    await waitFor(() => expect(screen.getByRole("status").textContent).toBe(""));
+    expect(screen.getByTestId("finding").dataset.state).toBe("open");
   });
 
   it("says why it was not done, and lets one try again", async () => {
@@ -156,7 +238,43 @@ describe("Diagnosis", () => {
     const fake = new FakeGateway({ isCollapsed: true });
     fake.life = { numQuietSeconds: 4 };
     show(fake, <Diagnosis />);
-    expect(screen.getByTestId("finding-life").textContent).toMatch(/Since step 120, .*quiet for 4 of 10 s/);
+    expect(screen.getByTestId("finding-life").textContent).toMatch(
+      /, on rows that show it from step 120 on .*quiet for 4 of 10 s/,
+    );
+  });
+
+  it("says what a finding is part of, and does not call it closed", () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.life = { state: FindingState.SUPERSEDED, supersededBy: "router_collapse.l2" };
+    useApp.setState({ findingKey: findingKey(fake.snapshot().findings[0] as Finding) });
+    show(fake, <Diagnosis />);
+    expect(screen.getByTestId("diagnosis").querySelector(".state-tag")?.textContent).toBe("superseded");
+    const life = screen.getByTestId("finding-life").textContent;
+    expect(life).toContain("superseded by router_collapse.l2: not judged on its own");
+    expect(life).not.toContain("closed");
+  });
+
+  it("stays with the finding that it shows when that is silenced or a worse one comes", async () => {
+    const fake = new FakeGateway({ isCollapsed: true });
+    fake.life = { severity: Severity.WARNING };
+    show(fake, <Diagnosis />);
+    const rule = () => screen.getByTestId("diagnosis").dataset.rule;
+    const silence = screen.getByTestId("silence");
+    silence.focus();
+    fireEvent.click(silence);
+    await screen.findByRole("button", { name: /^Unsilence/ });
+    expect(rule()).toBe("MOE-R001");
+    expect(document.activeElement).toBe(silence);
+    const worse = finding("worse.l1", Severity.CRITICAL, { code: "worse", lastSeenAtUnixNs: NOW });
+    act(() => {
+      const picture = useApp.getState().picture as Picture;
+      const findings = [...picture.snapshot.findings, worse];
+      useApp.setState({ picture: { ...picture, snapshot: { ...picture.snapshot, findings } } });
+    });
+    expect(rule()).toBe("MOE-R001");
+    fireEvent.click(within(screen.getByTestId("worse")).getByRole("button", { name: "Show it" }));
+    expect(rule()).toBe("worse.l1");
+    expect(screen.queryByTestId("worse")).toBeNull();
   });
 
   it("does not open what is over by itself", () => {

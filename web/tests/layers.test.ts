@@ -105,14 +105,26 @@ describe("layers of different sizes", () => {
 });
 
 describe("ranks", () => {
-  const layer = (counts: bigint[]) => create(LayerSnapshotSchema, { expertParallelCounts: counts });
-
-  it("add up over layers, and name the most uneven one", () => {
-    expect(rankLoad([layer([30n, 10n]), layer([0n, 0n]), layer([10n, 30n]), layer([1n, 9n])])).toEqual({
-      totals: [41, 49],
-      maxOverMean: (49 / 90) * 2,
-      worst: { row: 3, rank: 1, maxOverMean: 1.8 },
+  const layer = (counts: bigint[], imbalance?: number) =>
+    create(LayerSnapshotSchema, {
+      expertParallelCounts: counts,
+      rankStepImbalance: imbalance,
+      rankWasteShare: imbalance && 1 - 1 / imbalance,
+      numRankSteps: imbalance ? 64 : 0,
     });
+
+  it("name the most uneven layer, which a sum over layers with opposite ranks hides", () => {
+    expect(rankLoad([layer([30n, 10n]), layer([0n, 0n]), layer([10n, 30n])])).toEqual({
+      worst: { row: 0, rank: 0, counts: [30, 10], maxOverMean: 1.5 },
+      worstSteps: null,
+      totals: [40, 40],
+    });
+  });
+
+  it("name the layer that is most uneven in single steps, which a sum over steps hides", () => {
+    const load = rankLoad([layer([30n, 10n], 1.6), layer([20n, 20n], 2), layer([20n, 20n])]);
+    expect(load?.worst?.row).toBe(0);
+    expect(load?.worstSteps).toEqual({ row: 1, imbalance: 2, waste: 0.5, numSteps: 64 });
   });
 
   it("are null where experts are not spread", () => {

@@ -1,7 +1,8 @@
 """Texts for people: a code and its args become a sentence by one catalogue, which the web page reads as well.
 
 Templates are i18next's: ``{{name}}`` is replaced by the argument of that name. Findings have three keys each:
-``finding.<code>.title``, ``.summary`` and ``.remedy``.
+``finding.<code>.title``, ``.summary`` and ``.remedy``. ``sample.<metric>`` says what the sample size of a row of
+evidence counts; ``sample.<code>.<metric>`` where a finding or cause of that code counts something else.
 """
 
 import json
@@ -12,7 +13,7 @@ from importlib import resources
 
 from moe_debugger.errors import InvalidInputError
 
-__all__ = ["catalogue", "render", "render_finding"]
+__all__ = ["catalogue", "render", "render_finding", "sample_unit"]
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
@@ -57,3 +58,20 @@ def render_finding(code: str, args: Mapping[str, object], part: str = "summary",
     if part in args and f"finding.{code}.{part}" not in catalogue(locale):
         return str(args[part])
     return render(f"finding.{code}.{part}", args, locale)
+
+
+def sample_unit(metric: str, code: str = "", unit: str = "", locale: str = "en") -> str:
+    """Return what the sample size of a row of evidence counts, such as "tokens"; empty where that is not known.
+
+    Args:
+        metric: name of the row.
+        code: of the finding or cause that the row is of.
+        unit: of the row's value.
+    """
+    family = metric.split("_", 1)[0]
+    # A check of the capture counts the same things as its violations.
+    if family == "capture":
+        return unit
+    words = catalogue(locale)
+    keys = (f"sample.{code}.{metric}", f"sample.{metric}", f"sample.{family}")
+    return next((words[key] for key in keys if key in words), "")

@@ -91,12 +91,13 @@ def test_ranks_their_replicas_and_their_load(page: Page) -> None:
     assert [row[:4] for row in shown] == [[str(n // 2), "0", str(n % 2), "0"] for n in range(4)]
     assert [row[4] for row in shown] == ["780 decisions"] * 3 + ["replica of 2"]
     assert [row[5] for row in shown] == ["✕ 1 failed", "✓ passes", "✓ passes", "✓ passes"]
-    by_rank = np.zeros(2, np.int64)
-    for index, _, _, _, num_experts, *_ in LAYERS:
-        np.add.at(by_rank, np.arange(num_experts) * 2 // num_experts, expert_counts(index))
-    ratio = by_rank.max() / by_rank.mean()
-    expect(page.get_by_test_id("ranks-ratio")).to_have_text(f"max/mean {ratio:.2f}×")
-    expect(page.get_by_test_id("worst-rank")).to_contain_text("dec L4 attn, ep 0")
+    by_rank = np.zeros((len(LAYERS), 2), np.int64)
+    for row, (index, _, _, _, num_experts, *_) in enumerate(LAYERS):
+        np.add.at(by_rank[row], np.arange(num_experts) * 2 // num_experts, expert_counts(index))
+    worst = (by_rank.max(axis=1) / np.maximum(by_rank.mean(axis=1), 1)).max()
+    expect(page.get_by_test_id("worst-rank")).to_have_text(f"dec L4 attn: ep 0 has {worst:.2f}× of the mean")
+    total = by_rank.sum(axis=0)
+    expect(page.get_by_test_id("ranks-sum")).to_contain_text(f"max/mean {total.max() / total.mean():.2f}×")
 
 
 def test_a_failed_check_is_red_and_says_what_it_saw(page: Page) -> None:

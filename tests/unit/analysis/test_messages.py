@@ -3,7 +3,7 @@
 import pytest
 
 from moe_debugger.errors import InvalidInputError
-from moe_debugger.messages import catalogue, render, render_finding
+from moe_debugger.messages import catalogue, render, render_finding, sample_unit
 
 
 def test_render_fills_in_the_arguments() -> None:
@@ -35,6 +35,21 @@ def test_every_finding_has_a_title_a_summary_and_a_remedy() -> None:
     keys = {key for key in catalogue() if key.startswith("finding.")}
     codes = {key.rsplit(".", 1)[0] for key in keys}
     assert {f"{code}.{part}" for code in codes for part in ("title", "summary", "remedy")} == keys
+
+
+@pytest.mark.parametrize(
+    ("metric", "code", "unit", "expected"),
+    [
+        ("effective_experts", "router_collapse", "experts", "tokens"),
+        ("effective_experts", "collapse_warning", "experts", "points of steps"),
+        ("p_value", "hot_expert", "", "blocks"),
+        ("profile_slow_expert_low", "profile_slow_expert", "x", "calls"),
+        ("capture_range", "capture_unhealthy", "slots", "slots"),
+        ("mine", "mine.skew", "x", ""),
+    ],
+)
+def test_a_sample_size_has_the_unit_of_its_metric(metric: str, code: str, unit: str, expected: str) -> None:
+    assert sample_unit(metric, code, unit) == expected
 
 
 @pytest.mark.parametrize("locale", ["xx", "../en", "en/../../secret"])

@@ -3,7 +3,8 @@
 
 export interface Filterable {
   text: string;
-  fields: Record<string, string | number | undefined>;
+  /** Of several words any may match. */
+  fields: Record<string, string | number | readonly string[] | undefined>;
 }
 
 interface Term {
@@ -50,7 +51,7 @@ function matchesTerm(item: Filterable, { key, value }: Term): boolean {
   const field = item.fields[key];
   if (field === undefined) return false;
   if (typeof field === "number") return matchesNumber(field, value) ?? false;
-  return field.toLowerCase().startsWith(value);
+  return [field].flat().some((word) => word.toLowerCase().startsWith(value));
 }
 
 export function matchesFilter(item: Filterable, query: string): boolean {

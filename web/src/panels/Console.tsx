@@ -12,13 +12,15 @@ import { FindingRow, useFindings } from "./Findings";
 // Its tables and completions are no part of the first look.
 const QueryConsole = lazy(() => import("./QueryConsole"));
 
-type Chip = "all" | "critical" | "warning" | "info" | "silenced" | "closed" | "component";
+type Chip = "all" | "critical" | "warning" | "info" | "silenced" | "superseded" | "closed" | "component";
 
 const SEVERITY_OF: Partial<Record<Chip, Severity>> = {
   critical: Severity.CRITICAL,
   warning: Severity.WARNING,
   info: Severity.INFO,
 };
+
+const SET_ASIDE = new Set<Chip>(["silenced", "superseded", "closed"]);
 
 function isUnderChip(finding: Finding, chip: Chip): boolean {
   if (chip === "all" || chip === stateName(finding)) return true;
@@ -57,11 +59,12 @@ export function Console() {
     ["warning", counts.warning],
     ["info", counts.info],
     ["silenced", counts.silenced],
+    ["superseded", counts.superseded],
     ["closed", counts.closed],
     ["component", events.length + problems.length],
   ];
   // Chips of what is set aside are there where there is some.
-  const shownChips = chips.filter(([id, n]) => n > 0 || id === chip || (id !== "silenced" && id !== "closed"));
+  const shownChips = chips.filter(([id, n]) => n > 0 || id === chip || !SET_ASIDE.has(id));
   return (
     <div className="console">
       <div className="console-bar">

@@ -122,7 +122,7 @@ function Cause({ cause }: { cause: FindingCause }) {
         <summary className="muted">
           {t("explanation.rule", { rule: cause.rule, score: cause.score.toFixed(1) })}
         </summary>
-        <EvidenceTable rows={cause.evidence} severity="info" />
+        <EvidenceTable rows={cause.evidence} severity="info" code={cause.code} />
       </details>
     </li>
   );

@@ -1,9 +1,9 @@
 import { Fragment, lazy, Suspense, useMemo, useState } from "react";
 import { useTranslation } from "react-i18next";
-import { findingKey, isOpen, SEVERITY_NAME, sortFindings, stateName } from "../findings";
+import { findingKey, isClosed, isOpen, isSuperseded, SEVERITY_NAME, sortFindings, stateName } from "../findings";
 import { formatClock, formatInteger, formatValue } from "../format";
 import type { EvidenceRow, Finding } from "../gen/moe_debugger/v1/session_pb";
-import { findingText, metricName } from "../i18n";
+import { findingText, metricName, sampleUnit } from "../i18n";
 import { layerName } from "../layers";
 import { useApp } from "../store";
 import { SeverityGlyph } from "../ui/icons";
@@ -94,7 +94,7 @@ export function FindingRow({ finding }: { finding: Finding }) {
       {isOpen && (
         <div className="finding-details">
           <p className="finding-sentence">{summary}</p>
-          <EvidenceTable rows={finding.evidence} severity={severity} />
+          <EvidenceTable rows={finding.evidence} severity={severity} code={finding.code} isFinding />
           <div>
             <FindingLife finding={finding} />
             <FindingActions finding={finding} />
@@ -106,12 +106,22 @@ export function FindingRow({ finding }: { finding: Finding }) {
   );
 }
 
-export function EvidenceTable({ rows, severity }: { rows: EvidenceRow[]; severity: string }) {
+interface EvidenceProps {
+  rows: EvidenceRow[];
+  severity: string;
+  /** Of the finding or cause. */
+  code: string;
+  /** Says that there is no baseline, where there is none. */
+  isFinding?: boolean;
+}
+
+export function EvidenceTable({ rows, severity, code, isFinding = false }: EvidenceProps) {
   const { t } = useTranslation();
   if (rows.length === 0) return null;
   const hasBaseline = rows.some(({ baseline }) => baseline !== undefined);
   return (
-    <table className="evidence">
+    <table className="evidence" data-testid="evidence">
+      {isFinding && !hasBaseline && <caption className="muted small">{t("diagnosis.noBaseline")}</caption>}
       <thead>
         <tr>
           <th scope="col">{t("diagnosis.metric")}</th>
@@ -126,21 +136,27 @@ export function EvidenceTable({ rows, severity }: { rows: EvidenceRow[]; severit
           <tr key={row.metric}>
             <th scope="row">{metricName(row.metric)}</th>
             <td className={`num ${row.rule ? severity : ""}`}>
-              <bdi dir="ltr">
-                {formatValue(row.value)}
-                {row.unit && row.unit !== "1" ? ` ${row.unit}` : ""}
-              </bdi>
+              <bdi dir="ltr">{withUnit(formatValue(row.value), valueUnit(row))}</bdi>
             </td>
             {hasBaseline && <td className="num">{row.baseline === undefined ? "–" : formatValue(row.baseline)}</td>}
             <td className="num">
               <bdi dir="ltr">{row.rule}</bdi>
             </td>
-            <td className="num">{row.sampleSize > 0n ? formatInteger(row.sampleSize) : "–"}</td>
+            <td className="num">
+              {row.sampleSize > 0n ? withUnit(formatInteger(row.sampleSize), sampleUnit(row, code)) : "–"}
+            </td>
           </tr>
         ))}
       </tbody>
     </table>
   );
+}
+
+const withUnit = (value: string, unit: string) => (unit ? `${value} ${unit}` : value);
+
+function valueUnit({ metric, unit, value }: EvidenceRow): string {
+  // "Requests: 62 requests" says it twice, and nothing has no unit.
+  return Number.isNaN(value) || unit === "1" || metricName(metric).toLowerCase() === unit ? "" : unit;
 }
 
 /** Where it began, why, and what to do; of a finding that was not explained, what the catalogue advises. */
@@ -171,7 +187,11 @@ export function StateTag({ finding }: { finding: Finding }) {
   const { t } = useTranslation();
   const state = stateName(finding);
   if (state === "open") return null;
-  return <span className={`state-tag ${state}`}>{t(`life.state.${state}`)}</span>;
+  return (
+    <span className={`state-tag ${state}`} title={finding.supersededBy || undefined}>
+      {t(`life.state.${state}`)}
+    </span>
+  );
 }
 
 /** Since when, until when, how often, and who said what. */
@@ -186,9 +206,10 @@ export function FindingLife({ finding }: { finding: Finding }) {
         });
   const lines = [
     since,
-    isOpen(finding)
-      ? t("diagnosis.seen", { clock: formatClock(finding.lastSeenAtUnixNs) })
-      : t("life.closed", { clock: formatClock(finding.closedAtUnixNs) }),
+    isClosed(finding)
+      ? t("life.closed", { clock: formatClock(finding.closedAtUnixNs) })
+      : t("diagnosis.seen", { clock: formatClock(finding.lastSeenAtUnixNs) }),
+    isSuperseded(finding) && t("life.supersededBy", { rule: finding.supersededBy }),
     t("life.occurrences", { count: finding.numOccurrences, n: formatInteger(finding.numOccurrences) }),
     finding.numReopened > 0 && t("life.reopened", { count: finding.numReopened }),
     isOpen(finding) &&

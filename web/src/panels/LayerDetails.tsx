@@ -4,11 +4,11 @@ import { formatFixed, formatInteger, formatPercent, formatRatio } from "../forma
 import type { LayerSnapshot } from "../gen/moe_debugger/v1/session_pb";
 import { layerName } from "../layers";
 import { type LayerShape, loadRatio, type RowStats, rowOf, rowStats } from "../model/load";
-import { maxOverMean } from "../model/ranks";
+import { maxOverMean, rankSteps } from "../model/ranks";
 import { useApp, useIsCountsOnly } from "../store";
 import { recentSeconds, useShownLoad, useUnseen } from "./Heatmap";
 import { Sparkline } from "./History";
-import { RankBars } from "./Ranks";
+import { RankBars, RankStepsLine } from "./Ranks";
 
 const MAX_BARS = 32;
 
@@ -30,6 +30,7 @@ export default function LayerDetails() {
       : t("toolbar.recent", { seconds: recentSeconds(picture?.snapshot.recentWindowS) });
   const name = layerName(load.layers, row);
   const rankCounts = snapshot.expertParallelCounts.map(Number);
+  const steps = rankSteps(snapshot);
   return (
     <div className="layer-details">
       <h3 data-testid="layer-title">{name.title}</h3>
@@ -57,6 +58,7 @@ export default function LayerDetails() {
             </span>
           </h4>
           <RankBars counts={rankCounts} />
+          {steps && <RankStepsLine steps={steps} layer={t("ranks.thisLayer")} />}
         </>
       )}
       <Aside layer={layer} snapshot={snapshot} />

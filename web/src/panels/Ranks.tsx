@@ -1,12 +1,17 @@
 // Where each source stands in a sharded model, and how the load spreads over the expert-parallel ranks.
 import { useTranslation } from "react-i18next";
-import { formatCompact, formatInteger, formatRatio } from "../format";
+import { formatCompact, formatInteger, formatPercent, formatRatio } from "../format";
 import { CheckStatus } from "../gen/moe_debugger/v1/routing_pb";
 import type { SessionSnapshot, Source } from "../gen/moe_debugger/v1/session_pb";
+import { i18n } from "../i18n";
 import { layerName } from "../layers";
+import words from "../locales/en.ranks.json";
 import { loadRatio } from "../model/load";
-import { maxOverMean, rankLoad } from "../model/ranks";
+import { maxOverMean, type RankSteps, rankLoad } from "../model/ranks";
 import { useApp } from "../store";
+
+// The panel's words come with it.
+i18n.addResourceBundle("en", "page", words, true, true);
 
 // More ranks than this are columns of one small picture, with the numbers folded below it.
 const MAX_ROWS = 16;
@@ -94,38 +99,51 @@ function RankRows({ counts, testId }: Required<RankBarsProps>) {
   );
 }
 
-/** All layers' load by expert-parallel rank, and the layer where it is most uneven. */
+/** How uneven ranks are in single steps of a layer: what sums over steps hide. */
+export function RankStepsLine({ steps, layer }: { steps: RankSteps; layer: string }) {
+  const { t } = useTranslation();
+  return (
+    <p className="small" data-testid="rank-steps">
+      {t("ranks.steps", {
+        layer,
+        ratio: formatRatio(steps.imbalance),
+        waste: formatPercent(steps.waste),
+        n: formatInteger(steps.numSteps),
+      })}
+    </p>
+  );
+}
+
+/** The layers that load the expert-parallel ranks least evenly, over the session and in single steps; then the sum. */
 export function RankLoadPicture({ snapshot }: { snapshot: SessionSnapshot }) {
   const { t } = useTranslation();
   const layers = useApp((state) => state.picture?.whole.layers);
   const load = rankLoad(snapshot.layers);
-  if (!load) return null;
-  const { worst } = load;
+  if (!load?.worst || !layers) return null;
+  const { worst, worstSteps } = load;
+  const nameOf = (row: number) => layerName(layers, row).short;
   return (
     <>
-      <h4>
-        {t("ranks.load")}{" "}
-        <span className="num" data-testid="ranks-ratio">
-          {t("ranks.maxOverMean", { ratio: formatRatio(load.maxOverMean) })}
-        </span>
-      </h4>
-      <RankBars counts={load.totals} testId="ranks-load" />
-      {worst && layers && (
-        <p className="small">
-          <button
-            type="button"
-            className="link"
-            data-testid="worst-rank"
-            onClick={() => useApp.setState({ row: worst.row, sidebar: "layer", panel: "experts" })}
-          >
-            {t("ranks.worst", {
-              layer: layerName(layers, worst.row).short,
-              rank: worst.rank,
-              ratio: formatRatio(worst.maxOverMean),
-            })}
-          </button>
-        </p>
-      )}
+      <h4>{t("ranks.load")}</h4>
+      <p className="small">
+        {t("ranks.mostUneven")}{" "}
+        <button
+          type="button"
+          className="link"
+          data-testid="worst-rank"
+          title={t("ranks.worstHint")}
+          onClick={() => useApp.setState({ row: worst.row, sidebar: "layer", panel: "experts" })}
+        >
+          {t("ranks.worst", { layer: nameOf(worst.row), rank: worst.rank, ratio: formatRatio(worst.maxOverMean) })}
+        </button>
+      </p>
+      <RankBars counts={worst.counts} testId="ranks-load" />
+      {worstSteps && <RankStepsLine steps={worstSteps} layer={nameOf(worstSteps.row)} />}
+      <details className="rank-numbers" data-testid="ranks-sum">
+        <summary>{t("ranks.sum", { ratio: formatRatio(maxOverMean(load.totals)) })}</summary>
+        <p className="muted small">{t("ranks.sumHint")}</p>
+        <RankBars counts={load.totals} testId="ranks-sum-load" />
+      </details>
     </>
   );
 }

@@ -76,14 +76,17 @@ function SelectedFinding() {
   const selected = useApp((state) => state.findingKey);
   const layers = useApp((state) => state.picture?.whole.layers);
   const numTokens = useApp((state) => Math.max(0, ...(state.picture?.whole.numTokens ?? [])));
-  const at = Math.max(
-    0,
-    findings.findIndex((finding) => findingKey(finding) === selected),
-  );
-  const finding = findings[at];
+  const chosen = findings.findIndex((finding) => findingKey(finding) === selected);
+  const at = Math.max(0, chosen);
   const [first] = findings;
-  const isNoneOpen = !findings.some(needsAttention);
-  if (!finding || (isNoneOpen && selected === null)) {
+  const worst = first && needsAttention(first) ? first : undefined;
+  const finding = chosen >= 0 ? findings[chosen] : worst;
+  // Once it is on screen it stays: what comes or is set aside must not change what is being read.
+  const pinned = finding && findingKey(finding);
+  useEffect(() => {
+    if (pinned !== undefined) useApp.setState({ findingKey: pinned });
+  }, [pinned]);
+  if (!finding) {
     return (
       <div className="diagnosis">
         <h3>{t("diagnosis.none")}</h3>
@@ -141,11 +144,19 @@ function SelectedFinding() {
       )}
       <FindingLife finding={finding} />
       <FindingActions finding={finding} />
+      {worst && worst.severity > (needsAttention(finding) ? finding.severity : 0) && (
+        <p className="worse small" data-testid="worse">
+          {t("diagnosis.worse", { title: findingText(worst, "title") })}{" "}
+          <button type="button" className="link" onClick={() => showFinding(worst)}>
+            {t("diagnosis.showWorse")}
+          </button>
+        </p>
+      )}
       {place && <p className="muted small">{place}</p>}
       <p className="diagnosis-summary">{findingText(finding, "summary")}</p>
       {row >= 0 && <Sparkline row={row} label={t("layer.spark")} />}
       <h4>{t("diagnosis.evidence")}</h4>
-      <EvidenceTable rows={finding.evidence} severity={severity} />
+      <EvidenceTable rows={finding.evidence} severity={severity} code={finding.code} isFinding />
       <Advice finding={finding} />
       {row >= 0 && (
         <p>
