@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis._columns import neighbour_blocks, size_of_layer
+from moe_debugger.analysis._columns import checked_columns, neighbour_blocks, size_of_layer
 from moe_debugger.analysis._row_runs import RowsOf, rows_of_each
 from moe_debugger.analysis.early_warning import WarningReport
 from moe_debugger.analysis.findings import Finding, Severity, Thresholds
@@ -185,7 +185,8 @@ def analyze(
     """Return the metrics and findings of captured decisions.
 
     Args:
-        decisions: columns of equal length, one row per token and MoE layer, as `session.decisions()` gives them.
+        decisions: columns of equal length, one row per token and MoE layer, as `session.decisions()` gives them, or a
+            table of them (pandas, polars, pyarrow; of the slots, columns of lists of k).
             Required: `layer_index`, `expert_ids` ([n, k], -1 where a slot reached no expert). Used where present:
             `request_id`, `step`, `forward_index`, `phase`, `position`, `is_padding`, `token_id`, `gate_weights`,
             `slot_status`, `margin`, `router_entropy`, `router_logsumexp`, `top1_probability`, and `workload`, a label
@@ -199,7 +200,8 @@ def analyze(
         expert_ranks: [E] rank that holds each expert, by layer index, where experts are spread over ranks.
 
     Raises:
-        InvalidInputError: a column is missing, or of another length, or holds ids out of range.
+        InvalidInputError: a column is missing, or of another length or shape, or holds what it cannot: fractions, text,
+            ids and other numbers out of range.
     """
     sizes: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "num_identity_experts": num_identity_experts}
     state = fold_decisions(decisions, **sizes)
@@ -216,10 +218,12 @@ def fold_decisions(
     num_identity_experts: int | Sequence[int] = 0,
 ) -> RoutingState:
     """Return the state of captured decisions; see `analyze` for the columns."""
-    layer_index, columns = _checked(decisions)
+    columns = checked_columns(decisions, _USED)
+    layer_index, ids = columns.pop("layer_index"), columns.pop("expert_ids")
     n = len(layer_index)
-    ids = np.asarray(columns.pop("expert_ids"))
-    ids = ids.reshape(n, -1).astype(np.int32, copy=False) if n else np.empty((0, 1), np.int32)
+    if "step" not in columns and "forward_index" in columns:
+        # What a step without a number is (docs/decisions.md).
+        columns["step"] = columns["forward_index"]
     rows_of_layer = rows_of_each(layer_index)
     shapes = [
         LayerShape(
@@ -247,19 +251,10 @@ def fold_decisions(
         phase_tokens = np.maximum(phase_tokens, state.phase_tokens)
         token_classes = np.maximum(token_classes, state.token_classes)
     state.phase_tokens, state.token_classes = phase_tokens, token_classes
+    if "step" not in columns:
+        for layer in state.layers.values():
+            layer.first_step = layer.last_step = None
     return state
-
-
-def _checked(decisions: Mapping[str, Any]) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
-    missing = [name for name in ("layer_index", "expert_ids") if name not in decisions]
-    if missing:
-        raise InvalidInputError(f"decisions has no column {missing}; it has {sorted(decisions)}")
-    layer_index = np.asarray(decisions["layer_index"]).astype(np.int64, copy=False)
-    columns = {name: column for name, column in decisions.items() if column is not None and name in _USED}
-    wrong = {name: len(column) for name, column in columns.items() if len(column) != len(layer_index)}
-    if wrong:
-        raise InvalidInputError(f"columns have other lengths than layer_index ({len(layer_index)} rows): {wrong}")
-    return layer_index, columns
 
 
 _ROW_COLUMNS: dict[str, tuple[str, int]] = {
@@ -290,11 +285,11 @@ def _workload_classes(workload: Any, num_rows: int) -> npt.NDArray[np.intp] | No
     return classes.astype(np.intp)[index]
 
 
-def _requests(request_id: Any, num_rows: int) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
+def _requests(request_id: npt.NDArray[Any] | None, num_rows: int) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
     """Return the distinct request ids and each row's index; None where rows name no requests."""
     if request_id is None:
         return None, np.zeros(num_rows, np.uint32)
-    column = np.asarray(request_id)
+    column = request_id
     # Neighbours mostly share their request: sorting one row of each run is much less than sorting all.
     is_first = np.r_[True, column[1:] != column[:-1]][:num_rows]
     firsts = column[is_first]
@@ -315,7 +310,7 @@ def _layer_columns(
     shape: LayerShape,
     rows: RowsOf,
     ids: npt.NDArray[np.int32],
-    columns: Mapping[str, Any],
+    columns: Mapping[str, npt.NDArray[Any]],
     requests: list[str] | None,
     request_index: npt.NDArray[np.uint32],
 ) -> RoutingColumns:
@@ -326,14 +321,14 @@ def _layer_columns(
             f"layer {shape.layer_index}: expert_ids has {ids.shape[1]} columns, expected top_k = {k}"
         )
     if requests is None:
-        steps = rows.of(np.asarray(columns["step"])) if "step" in columns else None
+        steps = rows.of(columns["step"]) if "step" in columns else None
         blocks = neighbour_blocks(n, steps)
         names, index = [f"rows {block}" for block in range(int(blocks.max(initial=-1)) + 1)], blocks.astype(np.uint32)
     else:
         names, index = requests, rows.of(request_index)
 
     def column_of(name: str) -> npt.NDArray[Any]:
-        return rows.of(np.asarray(columns[name]))
+        return rows.of(columns[name])
 
     row_values: dict[str, Any] = {
         name: column_of(name).astype(dtype, copy=False) if name in columns else np.full(n, default, dtype)

@@ -22,6 +22,7 @@ from moe_debugger.analysis.document_means import UNKNOWN_INTERVAL
 from moe_debugger.analysis.intervals import Interval
 from moe_debugger.analysis.row_set import RowSet, comparable_layers
 from moe_debugger.analysis.saturation import layer_saturation
+from moe_debugger.errors import InvalidInputError
 
 __all__ = ["Drift", "LayerDrift", "jensen_shannon_bits", "routing_drift"]
 
@@ -41,8 +42,15 @@ def jensen_shannon_bits(loads_a: npt.ArrayLike, loads_b: npt.ArrayLike) -> _Floa
 
     Returns:
         NaN where either has no load.
+
+    Raises:
+        InvalidInputError: they are of other numbers of experts, or negative.
     """
     a, b = np.asarray(loads_a, np.float64), np.asarray(loads_b, np.float64)
+    if a.shape[-1:] != b.shape[-1:] or (a < 0).any() or (b < 0).any():
+        raise InvalidInputError(
+            f"loads have shapes {a.shape} and {b.shape}; expected loads of the same experts, 0 or more each"
+        )
     with np.errstate(invalid="ignore", divide="ignore"):
         p, q = a / a.sum(axis=-1, keepdims=True), b / b.sum(axis=-1, keepdims=True)
         middle = (p + q) / 2

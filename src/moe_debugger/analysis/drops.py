@@ -158,15 +158,18 @@ def capacity_drops(
 
 
 def _factor(capacity_factor: float | Sequence[float | None] | None, layer_index: int) -> float | None:
-    if isinstance(capacity_factor, Sequence):
-        if layer_index >= len(capacity_factor):
-            raise InvalidInputError(
-                f"capacity_factor has {len(capacity_factor)} entries, but the rows have layer {layer_index}"
-            )
-        capacity_factor = capacity_factor[layer_index]
-    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-        raise InvalidInputError(f"capacity_factor is {capacity_factor}, expected more than 0, or None for no capacity")
-    return capacity_factor
+    factor: Any = capacity_factor
+    if isinstance(factor, Sequence | np.ndarray) and not isinstance(factor, str) and np.ndim(factor):
+        if layer_index >= len(factor):
+            raise InvalidInputError(f"capacity_factor has {len(factor)} entries, but the rows have layer {layer_index}")
+        factor = factor[layer_index]
+    if factor is None:
+        return None
+    if not isinstance(factor, int | float | np.integer | np.floating) or not 0 < factor < math.inf:
+        raise InvalidInputError(
+            f"capacity_factor is {factor!r}, expected a number above 0, None (no capacity), or one for each layer index"
+        )
+    return float(factor)
 
 
 def _drops(

@@ -225,7 +225,7 @@ class _Exchange:
         return first, loads_a.sum(axis=0) + loads_b.sum(axis=0) - first
 
     def smallest_p_value(self) -> float:
-        """Return the least share of arrangements: one of all, or two where each has a mirror image of the same value."""
+        """Return the least share of arrangements: one of all, or two where each has a mirror image."""
         a, b = len(self.single_a), len(self.single_b)
         log = math.lgamma(a + b + 1) - math.lgamma(a + 1) - math.lgamma(b + 1) + len(self.paired_a) * math.log(2)
         return min(1.0, (2 if a == b else 1) * math.exp(-log))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis._columns import size_of_layer
+from moe_debugger.analysis._columns import checked_columns, size_of_layer
 from moe_debugger.analysis.state import LayerShape
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
@@ -90,8 +90,9 @@ class RowSet:
         Raises:
             InvalidInputError: no rows were given, a column is missing or of another length, or ids are out of range.
         """
-        layer_index, columns = _checked(decisions, document_column)
-        is_valid = ~np.asarray(columns["is_padding"], np.bool_) if "is_padding" in columns else None
+        columns = checked_columns(decisions, (*_COLUMNS, document_column))
+        layer_index = columns["layer_index"]
+        is_valid = ~columns["is_padding"] if "is_padding" in columns else None
         row = np.arange(len(layer_index)) if is_valid is None else np.flatnonzero(is_valid)
         row = row[np.argsort(layer_index[row], kind="stable")]
         present, num_rows = np.unique(layer_index, return_counts=True)
@@ -103,8 +104,8 @@ class RowSet:
         padded = {i: shape for i, shape in shapes.items() if bounds[i].stop == bounds[i].start}
         for i in padded:
             del shapes[i], bounds[i]
-        ids = np.asarray(columns["expert_ids"])[row].astype(np.int32, copy=False)
-        status = np.asarray(columns["slot_status"])[row] if "slot_status" in columns else None
+        ids = columns["expert_ids"][row]
+        status = columns["slot_status"][row] if "slot_status" in columns else None
         is_load = np.zeros(ids.shape, np.bool_)
         for i, bound in bounds.items():
             _check_ids(ids[bound], shapes[i])
@@ -115,12 +116,12 @@ class RowSet:
         document, documents = _codes(columns[document_column], row) if document_column in columns else (none, ())
         unit, units = document, documents
         if document_column == "request_id" and {"phase", "step"} <= columns.keys():
-            is_train = np.asarray(columns["phase"])[row] == pb.PHASE_TRAIN
-            unit, units = _units(document, documents, np.asarray(columns["step"])[row], is_train)
+            is_train = columns["phase"][row] == pb.PHASE_TRAIN
+            unit, units = _units(document, documents, columns["step"][row], is_train)
         workload, workloads = _codes(columns["workload"], row) if "workload" in columns else (None, ())
 
         def optional(name: str, dtype: type[np.generic]) -> npt.NDArray[Any] | None:
-            return np.asarray(columns[name])[row].astype(dtype) if name in columns else None
+            return columns[name][row].astype(dtype) if name in columns else None
 
         return cls(
             shapes=shapes,
@@ -191,28 +192,7 @@ def comparable_layers(a: RowSet, b: RowSet, layers: Sequence[int] | None = None)
     return wanted
 
 
-def _checked(decisions: Mapping[str, Any], document_column: str) -> tuple[_Ints, dict[str, Any]]:
-    if not isinstance(decisions, Mapping):
-        raise InvalidInputError(
-            f"got {type(decisions).__name__}: this needs rows, columns as `session.decisions()` gives them; counts and "
-            "folded states do not say which token or request a choice belongs to"
-        )
-    missing = [name for name in ("layer_index", "expert_ids") if name not in decisions]
-    if missing:
-        raise InvalidInputError(f"decisions has no column {missing}; it has {sorted(decisions)}")
-    layer_index = np.asarray(decisions["layer_index"]).astype(np.int64)
-    names = {*_COLUMNS, document_column} & set(decisions)
-    columns = {name: decisions[name] for name in names if decisions[name] is not None}
-    wrong = {name: len(column) for name, column in columns.items() if len(column) != len(layer_index)}
-    if wrong:
-        raise InvalidInputError(f"columns have other lengths than layer_index ({len(layer_index)} rows): {wrong}")
-    if np.ndim(columns["expert_ids"]) != 2:
-        raise InvalidInputError(f"expert_ids has shape {np.shape(columns['expert_ids'])}, expected [n, k]")
-    return layer_index, columns
-
-
 _COLUMNS = (
-    "expert_ids",
     "is_padding",
     "margin",
     "phase",
@@ -235,9 +215,9 @@ def _check_ids(ids: npt.NDArray[np.int32], shape: LayerShape) -> None:
         raise InvalidInputError(f"{where}expert_ids has {ids.shape[1]} columns, expected top_k = {shape.top_k}")
 
 
-def _codes(column: Any, row: _Ints) -> tuple[_Ints, tuple[str, ...]]:
+def _codes(column: npt.NDArray[Any], row: _Ints) -> tuple[_Ints, tuple[str, ...]]:
     """Return each row's index into the sorted names that occur, -1 for None and ""."""
-    values = np.asarray(column)[row]
+    values = column[row]
     # Neighbours mostly share their name: naming one row of each run is much less than naming all.
     firsts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]][: len(values)])
     texts = ["" if name is None else str(name) for name in values[firsts].tolist()]

@@ -1,7 +1,8 @@
 """Specialisation: which kinds of text, and which tokens, an expert is chosen for.
 
-Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060), sections 5.3 and 5.4. Rates are over tokens, so they sum to k over
-the experts of a layer (to less where slots reached no routed expert), and chance is k / (E + Z).
+Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060), sections 5.3 and 5.4. Rates are over tokens and their sets of experts
+(one that has two slots of a token counts once), so they sum to k over the experts of a layer (to less where slots
+reached no routed expert), and chance is k / (E + Z).
 
 Example: k = 1, workload "code" has 4 tokens, 3 of them on expert 0: its rate is .75. Token 7 occurs once, on expert 0:
 its rate is 1, but of one token; shrunk towards the layer's overall .5 by 10 tokens' worth it is (1 + 10 * .5) / 11 =
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from moe_debugger.analysis.intervals import MIN_BLOCKS, student_quantile
 from moe_debugger.analysis.row_set import RowSet, comparable_layers
+from moe_debugger.analysis.token_rows import expert_sets
 from moe_debugger.errors import InvalidInputError
 
 __all__ = ["DomainSpecialisation", "VocabularySpecialisation", "domain_specialisation", "vocabulary_specialisation"]
@@ -83,7 +85,7 @@ class VocabularySpecialisation:
 
 
 def domain_specialisation(rows: RowSet, *, layers: Sequence[int] | None = None) -> Mapping[int, DomainSpecialisation]:
-    """Return the domain specialisation of each layer, by layer index; O(n + documents * E).
+    """Return the domain specialisation of each layer, by layer index; O(n k log(n k)) whatever documents there are.
 
     Raises:
         InvalidInputError: the rows have no column `workload`, or no label in it, or not the layers.
@@ -96,12 +98,12 @@ def domain_specialisation(rows: RowSet, *, layers: Sequence[int] | None = None) 
 
 def _domains(rows: RowSet, workload: _Ints, layer_index: int) -> DomainSpecialisation:
     bound, shape = rows.bounds[layer_index], rows.shapes[layer_index]
-    label, unit, ids, is_load = workload[bound], rows.unit[bound], rows.expert_ids[bound], rows.is_load[bound]
+    label, unit = workload[bound], rows.unit[bound]
     num_labels, num_units, experts = len(rows.workloads), len(rows.units), shape.num_experts
+    sets = expert_sets(rows.expert_ids[bound], rows.is_load[bound], experts)
     is_labelled = label >= 0
     num_tokens = np.bincount(label[is_labelled], minlength=num_labels)
-    is_counted = is_load & is_labelled[:, None]
-    cells = (label[:, None] * experts + ids)[is_counted]
+    cells = (label[:, None] * experts + sets)[(sets < experts) & is_labelled[:, None]]
     counts = np.bincount(cells, minlength=num_labels * experts).reshape(num_labels, experts)
     with np.errstate(invalid="ignore"):
         rate = counts / num_tokens[:, None]
@@ -110,13 +112,10 @@ def _domains(rows: RowSet, workload: _Ints, layer_index: int) -> DomainSpecialis
     for d in range(num_labels):
         of_label = (label == d) & (unit >= 0)
         sizes = np.bincount(unit[of_label], minlength=num_units)
-        has_tokens = sizes > 0
-        num_documents[d] = np.count_nonzero(has_tokens)
+        num_documents[d] = np.count_nonzero(sizes)
         # An interval from some of the tokens would be one of another number.
         if np.count_nonzero(of_label) == num_tokens[d]:
-            cells = (unit[of_label][:, None] * experts + ids[of_label])[is_load[of_label]]
-            table = np.bincount(cells, minlength=num_units * experts).reshape(num_units, experts)
-            half_width[d] = _half_width(table[has_tokens], sizes[has_tokens], rate[d])
+            half_width[d] = _half_width(sets[of_label], unit[of_label], sizes, rate[d])
     return DomainSpecialisation(
         layer_index=layer_index,
         labels=rows.workloads,
@@ -129,14 +128,28 @@ def _domains(rows: RowSet, workload: _Ints, layer_index: int) -> DomainSpecialis
     )
 
 
-def _half_width(table: _Ints, sizes: _Ints, rate: _Floats) -> _Floats:
-    """Return half of the 95 % interval of a ratio over documents (Cochran 1977, eq. 6.13), [E]."""
-    num, total = len(sizes), float(sizes.sum())
-    kish = total**2 / float(np.square(sizes).sum()) if num else 0.0
+def _half_width(sets: npt.NDArray[np.int32], unit: _Ints, sizes: _Ints, rate: _Floats) -> _Floats:
+    """Return half of the 95 % interval of a ratio over documents (Cochran 1977, eq. 6.13), [E].
+
+    Args:
+        sets: [n, k] the tokens' experts, E where there is none.
+        unit: [n] document of each token.
+        sizes: [documents] tokens of each, 0 where none is here.
+        rate: [E].
+    """
+    experts, squares = len(rate), np.square(sizes)
+    num, total = int(np.count_nonzero(sizes)), float(sizes.sum())
+    kish = total**2 / float(squares.sum()) if num else 0.0
     if kish < MIN_BLOCKS:
-        return np.full(len(rate), np.nan)
-    residual = table - rate * sizes[:, None]
-    width: _Floats = student_quantile(kish - 1) * np.sqrt(num / (num - 1) * np.square(residual).sum(axis=0)) / total
+        return np.full(experts, np.nan)
+    # Only the documents that use an expert, not a table of all: those may be as many as there are tokens.
+    pairs, together = _counted((unit[:, None] * experts + sets)[sets < experts], len(sizes) * experts)
+    document, expert = pairs // experts, pairs % experts
+    residuals = np.square(together - rate[expert] * sizes[document])
+    spread = np.bincount(expert, residuals, minlength=experts)
+    # A document without the expert is its rate times the document's size away from it.
+    spread += np.square(rate) * (squares.sum() - np.bincount(expert, squares[document], minlength=experts))
+    width: _Floats = student_quantile(kish - 1) * np.sqrt(num / (num - 1) * spread) / total
     return width
 
 
@@ -173,12 +186,13 @@ def _counted(codes: _Ints, num_codes: int) -> tuple[_Ints, _Ints]:
 def _vocabulary(rows: RowSet, token_id: _Ints, layer_index: int, prior: float) -> VocabularySpecialisation:
     bound, experts = rows.bounds[layer_index], rows.shapes[layer_index].num_experts
     is_known = token_id[bound] >= 0
-    ids, is_load = rows.expert_ids[bound][is_known], rows.is_load[bound][is_known]
+    sets = expert_sets(rows.expert_ids[bound][is_known], rows.is_load[bound][is_known], experts)
+    is_there = sets < experts
     tokens, token, sizes = np.unique(token_id[bound][is_known], return_inverse=True, return_counts=True)
-    pairs, together = _counted((token[:, None] * experts + ids)[is_load], len(tokens) * experts)
+    pairs, together = _counted((token[:, None] * experts + sets)[is_there], len(tokens) * experts)
     of_token, expert = pairs // experts, pairs % experts
-    num_known = len(ids)
-    counts = np.bincount(ids[is_load], minlength=experts)
+    num_known = len(sets)
+    counts = np.bincount(sets[is_there], minlength=experts)
     overall = counts / num_known if num_known else np.full(experts, np.nan)
     num_tokens = sizes[of_token]
     return VocabularySpecialisation(

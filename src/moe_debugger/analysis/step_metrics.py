@@ -63,13 +63,18 @@ def step_balance(counts: npt.ArrayLike, *, top_k: int | None = None) -> StepBala
         top_k: k, for the value at perfect balance; None = not wanted.
 
     Raises:
-        InvalidInputError: `counts` is no table, or holds negative or non-finite numbers.
+        InvalidInputError: `counts` is no table, or holds negative or non-finite numbers or text, or k is not in 1..E.
     """
-    table = np.asarray(counts, dtype=np.float64)
+    try:
+        table = np.asarray(counts, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"step loads are no table of numbers ({error}); expected [steps, experts]") from error
     if table.ndim != 2 or not table.shape[1]:
         raise InvalidInputError(f"step loads have shape {table.shape}, expected [steps, experts]")
     if not np.isfinite(table).all() or (table < 0).any():
         raise InvalidInputError("step loads hold negative or non-finite numbers; expected counts")
+    if top_k is not None and not 1 <= top_k <= table.shape[1]:
+        raise InvalidInputError(f"top_k is {top_k}, expected 1 to {table.shape[1]}, the experts of the layer")
     table = table[table.sum(axis=1) > 0]
     if not len(table):
         nan = math.nan

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis._columns import neighbour_blocks
+from moe_debugger.analysis._columns import checked_columns, neighbour_blocks
 from moe_debugger.analysis._folding import row_blocks
 from moe_debugger.analysis.intervals import MIN_BLOCKS, Interval, student_quantile
 from moe_debugger.analysis.row_set import RowSet
@@ -35,6 +35,7 @@ __all__ = [
     "LayerRows",
     "block_sums",
     "chance_of_common_expert",
+    "expert_sets",
     "plain",
     "ratio_interval",
     "unique_rows",
@@ -43,6 +44,18 @@ __all__ = [
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 _LARGEST_CODE = 2**62
+_USED = (
+    "request_id",
+    "rank",
+    "forward_index",
+    "step",
+    "phase",
+    "position",
+    "token_id",
+    "is_padding",
+    "slot_status",
+    "intended_expert_ids",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,16 +112,12 @@ class DecisionRows:
         top_k: int | Sequence[int],
         num_identity_experts: int | Sequence[int] = 0,
     ) -> None:
+        self._columns = checked_columns(decisions, _USED)
         self._rows = RowSet.of(
-            decisions, num_experts=num_experts, top_k=top_k, num_identity_experts=num_identity_experts
+            self._columns, num_experts=num_experts, top_k=top_k, num_identity_experts=num_identity_experts
         )
-        self._decisions = decisions
-        self.layer_index = np.asarray(decisions["layer_index"]).astype(np.int64, copy=False)
+        self.layer_index: Ints = self._columns["layer_index"]
         self.num_rows = len(self.layer_index)
-        for name in ("rank", "intended_expert_ids"):
-            column = decisions.get(name)
-            if column is not None and len(column) != self.num_rows:
-                raise InvalidInputError(f"column {name} has {len(column)} rows, layer_index {self.num_rows}")
         infos = getattr(decisions, "layers", None) or {}
         self._stacks = {index: getattr(info, "stack", "") for index, info in dict(infos).items()}
         self.shapes = dict(sorted((self._rows.shapes | self._rows.padded_shapes).items()))
@@ -122,8 +131,7 @@ class DecisionRows:
 
     def column(self, name: str) -> npt.NDArray[Any] | None:
         """Return a column, None where it was not given."""
-        column = self._decisions.get(name)
-        return None if column is None else np.asarray(column)
+        return self._columns.get(name)
 
     def is_one_stack(self, first: int, second: int) -> bool:
         """Return False where layers are known to route other tokens: an encoder's and a decoder's."""
@@ -136,7 +144,7 @@ class DecisionRows:
         column = self.column("slot_status")
         is_load = self._rows.is_load[bound][:, : shape.top_k]
         ids = np.ascontiguousarray(self._rows.expert_ids[bound][:, : shape.top_k])
-        experts = _sets(ids, is_load, shape.num_experts)
+        experts = expert_sets(ids, is_load, shape.num_experts)
         blocks = num_blocks(shape.num_experts)
         if not self._has_requests:
             # Without requests neighbours stand for one, as in `analyze`.
@@ -225,7 +233,8 @@ class DecisionRows:
         )
 
 
-def _sets(ids: npt.NDArray[np.int32], is_load: npt.NDArray[np.bool_], num_experts: int) -> npt.NDArray[np.int32]:
+def expert_sets(ids: npt.NDArray[np.int32], is_load: npt.NDArray[np.bool_], num_experts: int) -> npt.NDArray[np.int32]:
+    """Return each row's set of routed experts, [n, k]: ascending, distinct, `num_experts` where there is none."""
     experts = np.sort(np.where(is_load, ids, num_experts).astype(np.int32), axis=1)
     is_repeated = (experts[:, 1:] == experts[:, :-1]) & (experts[:, 1:] < num_experts)
     if is_repeated.any():

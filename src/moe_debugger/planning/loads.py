@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis._columns import checked_columns, whole_numbers
 from moe_debugger.errors import InvalidInputError
+from moe_debugger.wire.slots import SlotClasses
 
 __all__ = ["Floats", "StepLoads", "check_counts", "loads_from_decisions"]
 
 Floats = npt.NDArray[np.float64]
 _PHASES = {"prefill": 1, "decode": 2, "train": 3, "eval": 4}
-_ROUTED = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,8 +71,8 @@ def loads_from_decisions(
     (ids from `num_experts` on) are no load. Give the rows of recording ranks only: those of replicas would count twice.
 
     Args:
-        columns: `layer_index`, `expert_ids` and the step column, of equal length; `is_padding`, `slot_status` and
-            `phase` are used where present.
+        columns: `layer_index`, `expert_ids` and the step column, of equal length, as for `analyze`; `is_padding`,
+            `slot_status` and `phase` are used where present.
         num_experts: routed experts of every layer. Layers of different widths need a plan of their own each.
         num_layers: MoE layers of the model; without it, up to the last that has rows.
         step_column: what tells steps apart. `step` joins the forwards of one training step, whose ranks still wait for
@@ -82,44 +83,29 @@ def loads_from_decisions(
     Raises:
         InvalidInputError: a column is missing or of another length or shape, or a value is out of range.
     """
-    missing = [name for name in ("layer_index", "expert_ids", step_column) if name not in columns]
-    if phase is not None and "phase" not in columns:
-        missing.append("phase")
-    if missing:
-        raise InvalidInputError(f"columns lack {', '.join(missing)}; give session.decisions(), or the same columns")
-    if num_experts < 1:
-        raise InvalidInputError(f"num_experts {num_experts}: expected 1 or more")
-    ids = np.asarray(columns["expert_ids"])
-    layers = np.asarray(columns["layer_index"]).astype(np.int64)
-    if ids.ndim != 2 or len(ids) != len(layers):
-        raise InvalidInputError(f"expert_ids: shape {ids.shape}, expected [{len(layers)}, k]")
+    if not isinstance(num_experts, int | np.integer) or num_experts < 1:
+        raise InvalidInputError(f"num_experts {num_experts!r}: expected a whole number, 1 or more")
+    if phase is not None and phase not in _PHASES:
+        raise InvalidInputError(f"phase {phase!r}: expected one of {', '.join(_PHASES)}")
+    required = [step_column] if phase is None else [step_column, "phase"]
+    found = checked_columns(columns, ("is_padding", "slot_status"), required=required)
+    ids, layers = found["expert_ids"], found["layer_index"]
+    if ids.min(initial=-1) < -1:
+        raise InvalidInputError(f"expert_ids reach down to {ids.min()}, expected 0 and more, or -1 for no expert")
     last = int(layers.max(initial=-1))
     depth = last + 1 if num_layers is None else num_layers
-    if last >= depth or layers.min(initial=0) < 0:
+    if last >= depth:
         raise InvalidInputError(f"layer_index reaches {last}, but num_layers is {depth}")
-    steps = np.asarray(columns[step_column]).astype(np.uint64)
-    if len(steps) != len(layers):
-        raise InvalidInputError(f"{step_column}: {len(steps)} rows, expected {len(layers)}")
-    is_load = _is_load(columns, ids, num_experts, phase)
+    steps = whole_numbers(found[step_column], f"column {step_column}", "<u8")
+    # The same slots as in the metrics: whatever has no status was routed.
+    is_load = SlotClasses.of(ids, found.get("slot_status"), num_experts).is_load
+    if "is_padding" in found:
+        is_load &= ~found["is_padding"][:, None]
+    if phase is not None:
+        is_load &= (found["phase"] == _PHASES[phase])[:, None]
     has_load = is_load.any(axis=1)
     names, step_index = np.unique(steps[has_load], return_inverse=True)
     place = (step_index.reshape(-1) * depth + layers[has_load]) * num_experts
     key = (place[:, None] + ids[has_load])[is_load[has_load]]
     counts = np.bincount(key, minlength=len(names) * depth * num_experts).reshape(len(names), depth, num_experts)
     return StepLoads(counts.astype(np.float64), names)
-
-
-def _is_load(
-    columns: Mapping[str, Any], ids: npt.NDArray[Any], num_experts: int, phase: str | None
-) -> npt.NDArray[np.bool_]:
-    """Return [n, k] which slots are load."""
-    is_load: npt.NDArray[np.bool_] = (ids >= 0) & (ids < num_experts)
-    if "slot_status" in columns:
-        is_load &= np.asarray(columns["slot_status"]) == _ROUTED
-    if "is_padding" in columns:
-        is_load &= ~np.asarray(columns["is_padding"]).astype(np.bool_)[:, None]
-    if phase is not None:
-        if phase not in _PHASES:
-            raise InvalidInputError(f"phase {phase!r}: expected one of {', '.join(_PHASES)}")
-        is_load &= (np.asarray(columns["phase"]) == _PHASES[phase])[:, None]
-    return is_load

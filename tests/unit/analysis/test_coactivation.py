@@ -193,7 +193,7 @@ def test_ids_out_of_range_and_columns_of_other_lengths_are_refused() -> None:
         expert_coactivation(one_layer([[0, 4]]), num_experts=4, top_k=2)
     with pytest.raises(InvalidInputError, match="top_k = 3"):
         expert_coactivation(one_layer([[0, 1]]), num_experts=4, top_k=3)
-    with pytest.raises(InvalidInputError, match="rank has 2 rows"):
+    with pytest.raises(InvalidInputError, match=r"other lengths than layer_index \(1 rows\): {'rank': 2}"):
         expert_coactivation(one_layer([[0, 1]]) | {"rank": [0, 0]}, num_experts=4, top_k=2)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_debugger.analysis import RowSet, jensen_shannon_bits, routing_drift
+from moe_debugger.errors import InvalidInputError
 
 LOADS = st.lists(st.integers(0, 1000), min_size=5, max_size=5)
 
@@ -45,6 +46,9 @@ def test_jensen_shannon_equals_the_hand_worked_example() -> None:
     # (3/4 log2(3/2) + 1/4 log2(1/2)) on either side.
     assert jensen_shannon_bits([3, 1], [1, 3]) == pytest.approx(0.75 * math.log2(1.5) - 0.25)
     assert np.isnan(jensen_shannon_bits([0, 0], [1, 3]))
+    for wrong in ([1, 2, 3], [-1, 3]):
+        with pytest.raises(InvalidInputError, match="loads of the same experts"):
+            jensen_shannon_bits([1, 3], wrong)
 
 
 @settings(max_examples=200, deadline=None)

@@ -190,7 +190,14 @@ def test_the_interval_of_drops_comes_from_requests() -> None:
 
 @pytest.mark.parametrize(
     "argument",
-    [{"capacity_factor": 0.0}, {"capacity_factor": math.inf}, {"position_bounds": (1, 2)}, {"position_bounds": (0, 0)}],
+    [
+        {"capacity_factor": 0.0},
+        {"capacity_factor": math.inf},
+        {"capacity_factor": "1"},
+        {"capacity_factor": {0: 1.0}},
+        {"position_bounds": (1, 2)},
+        {"position_bounds": (0, 0)},
+    ],
 )
 def test_arguments_out_of_range_are_refused(argument: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match="expected"):

@@ -66,7 +66,13 @@ def test_a_balanced_router_has_the_violation_that_its_small_steps_explain() -> N
     assert many.max_violation_batch == 0
 
 
-@pytest.mark.parametrize("counts", [[1, 2], [[1, -2]], [[1, math.nan]], np.zeros((3, 0))])
+@pytest.mark.parametrize("counts", [[1, 2], [[1, -2]], [[1, math.nan]], np.zeros((3, 0)), [["a"]], [[1], [1, 2]]])
 def test_what_is_no_table_of_counts_is_refused(counts: object) -> None:
     with pytest.raises(InvalidInputError, match="step loads"):
         step_balance(counts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("top_k", [0, 3, -1])
+def test_k_that_is_none_of_the_layers_is_refused(top_k: int) -> None:
+    with pytest.raises(InvalidInputError, match="expected 1 to 2"):
+        step_balance([[1, 2]], top_k=top_k)

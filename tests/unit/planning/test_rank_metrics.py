@@ -167,9 +167,10 @@ def test_loads_of_decisions_count_routed_slots_of_valid_tokens_by_forward() -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer_index": None}, "lack layer_index"),
-        ({"expert_ids": np.zeros((2, 1), np.int32)}, r"shape \(2, 1\)"),
-        ({"forward_index": [1, 2]}, "forward_index: 2 rows, expected 1"),
+        ({"layer_index": None}, r"no column \['layer_index'\]"),
+        ({"expert_ids": np.zeros((2, 1), np.int32)}, "'expert_ids': 2"),
+        ({"expert_ids": np.full((1, 1), -5, np.int32)}, "reach down to -5"),
+        ({"forward_index": [1, 2]}, "'forward_index': 2"),
     ],
 )
 def test_decisions_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
