@@ -17,7 +17,7 @@ from moe_debugger.errors import InvalidInputError
 from moe_debugger.messages import render_finding
 
 if TYPE_CHECKING:
-    from moe_debugger.profiling import LayerProfile, LayerTimes, Peak
+    from moe_debugger.profiling import LayerProfile, LayerTimes, Peak, SizeError
 
 __all__ = ["profile"]
 
@@ -96,6 +96,10 @@ def _peak(wanted: str, model: Any) -> "Peak | None":
 
 def show_profile(console: Console, layers: "LayerProfile") -> None:
     """Print a profile as tables."""
+    if layers.nothing_ran:
+        console.print(layers.nothing_ran)
+        _show_notes(console, layers)
+        return
     overhead = layers.overhead
     console.print(
         Text(
@@ -115,11 +119,15 @@ def show_profile(console: Console, layers: "LayerProfile") -> None:
     _show_roofline(console, layers)
     console.print(Text("\nBottlenecks", "bold"))
     for each in layers.bottlenecks:
-        mark = " (estimated)" if each.is_estimated else ""
+        mark = (" (estimated)" if each.is_estimated else "") + f" [{each.num_calls} calls]"
         console.print(f"  {each.severity.value:<9}{render_finding(each.code, each.args)}{mark}", soft_wrap=True)
         console.print(Text(f"           {render_finding(each.code, each.args, 'remedy')}", "dim"), soft_wrap=True)
     if not layers.bottlenecks:
         console.print(Text(f"  none beyond the rules' floors in {layers.num_forwards} forwards", "dim"))
+    _show_notes(console, layers)
+
+
+def _show_notes(console: Console, layers: "LayerProfile") -> None:
     for text, number in layers.notes.items():
         console.print(Text(f"  note ({number}x): {text}", "yellow"), soft_wrap=True)
 
@@ -134,8 +142,8 @@ def _layer_table(layers: "LayerProfile") -> Table:
         rest = 1 - sum(_known(parts[name].share) for name, _ in _SEGMENTS)
         table.add_row(
             str(layer.layer_index),
-            f"{layer.median_ms:.3f}",
-            f"{layer.p95_ms:.3f}",
+            _number(layer.median_ms),
+            _number(layer.p95_ms),
             _percent(layer.share_of_forward),
             _percent(parts["router"].share),
             _percent(parts["experts"].share),
@@ -173,16 +181,24 @@ def _show_experts(console: Console, layers: "LayerProfile") -> None:
     for layer in layers.layers:
         if layer.expert_reason and (not layer.experts or layer is layers.layers[0]):
             console.print(Text(f"  – layer {layer.layer_index}: {layer.expert_reason}", "dim"), soft_wrap=True)
-    models = [layer.model for layer in layers.layers if layer.model.is_fitted]
-    if models:
-        errors = [model.held_out_error for model in models]
+    fitted = [layer for layer in layers.layers if layer.model.is_fitted]
+    if fitted:
+        errors = [layer.model.held_out_error for layer in fitted]
+        sizes = [(layer.model.worst, layer.layer_index) for layer in fitted]
+        worst = max(((size, layer) for size, layer in sizes if size is not None), key=lambda each: each[0].error)
         lines = [
-            "time = a + b x rows + c x active experts, fitted to the calls of each layer; median error on calls that "
-            f"it was not fitted to: {min(errors):.0%} to {max(errors):.0%} by layer",
-            *sorted({model.note for model in models if model.note}),
+            "time = a + b x rows + c x active experts, fitted to the calls of each layer; on calls held out it is off "
+            f"by {min(errors):.0%} to {max(errors):.0%} by layer (medians by size of the calls, weighted by time)",
+            _most_off(*worst),
+            *sorted({layer.model.note for layer in fitted if layer.model.note}),
         ]
         for line in lines:
             console.print(Text(f"  – {line}", "dim"), soft_wrap=True)
+
+
+def _most_off(size: "SizeError", layer: int) -> str:
+    judged = f"{size.num_held_out} of {size.num_calls} calls held out"
+    return f"most in layer {layer} for calls with {size.rows}: {size.error:.0%} (median, {judged})"
 
 
 def _show_roofline(console: Console, layers: "LayerProfile") -> None:
@@ -202,13 +218,17 @@ def _show_roofline(console: Console, layers: "LayerProfile") -> None:
         peak = roofline.peak
         console.print(
             f"  roof {peak.gbps:,.1f} GB/s and {peak.gflops:,.1f} GFLOP/s ({peak.source}); "
-            f"{roofline.attained_share:.1%} of what is attainable there; bound by {roofline.bound}",
+            f"{roofline.attained_share:.1%} of what is attainable at that intensity ({roofline.side} side)",
             soft_wrap=True,
         )
 
 
 def _known(value: float) -> float:
     return value if value == value else 0.0
+
+
+def _number(value: float) -> str:
+    return "–" if value != value else f"{value:.3f}"
 
 
 def _percent(value: float) -> str:

@@ -11,7 +11,7 @@ Reading order: `places` and `placing` (what is timed), `hooks` and `profiler` (h
 """
 
 from .bottlenecks import BottleneckKind, ProfileBottleneck, ProfileRules, find_bottlenecks, imbalance_cost, lower_median
-from .cost_model import CostModel, estimate_experts, fit_cost_model
+from .cost_model import CostModel, MergedCost, SizeError, estimate_experts, fit_cost_model
 from .layers import ExpertTime, LayerTimes, PartTime
 from .peak import measure_peak
 from .profiler import LayerProfiler, refuse_compiled
@@ -26,6 +26,7 @@ __all__ = [
     "LayerProfile",
     "LayerProfiler",
     "LayerTimes",
+    "MergedCost",
     "PartTime",
     "Peak",
     "ProfileBottleneck",
@@ -34,6 +35,7 @@ __all__ = [
     "ProfileTable",
     "Roofline",
     "RooflinePoints",
+    "SizeError",
     "estimate_experts",
     "find_bottlenecks",
     "fit_cost_model",

@@ -45,6 +45,8 @@ class BottleneckKind(StrEnum):
     GLUE_SHARE = "glue_share"
     WAIT_SHARE = "wait_share"
     MEMORY_BOUND = "memory_bound"
+    COMPUTE_BOUND = "compute_bound"
+    BELOW_ROOF = "below_roof"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class ProfileRules:
         slow_expert: an expert takes more than so many times what the other experts of its layer would for its rows.
         imbalance: share of the slowest rank's time that the others stand still.
         router_share, glue_share, wait_share: part of the block; glue is what is neither router, experts nor wait.
+        roof_share: of what is attainable at a step's intensity; from there on the experts are bound by reading weights
+            or by computing, and below it by neither.
         min_calls: fewer give no bottleneck.
     """
 
@@ -65,6 +69,7 @@ class ProfileRules:
     router_share: float = 0.25
     glue_share: float = 0.5
     wait_share: float = 0.25
+    roof_share: float = 0.5
     min_calls: int = 20
 
 
@@ -74,7 +79,8 @@ class ProfileBottleneck:
 
     Attributes:
         statistic: the median that the rule judged.
-        lower_bound: below which it does not lie, with the confidence of docs/profiling.md; NaN for what is no test.
+        lower_bound: below which it does not lie, with the confidence of docs/profiling.md.
+        num_calls: calls, or forwards, that it is the median of.
         is_estimated: whether it rests on estimated times.
         since_step: first step of the calls looked at.
     """
@@ -86,6 +92,7 @@ class ProfileBottleneck:
     since_step: int | None
     statistic: float
     lower_bound: float
+    num_calls: int = 0
     is_estimated: bool = False
     args: dict[str, str] = field(default_factory=dict)
     evidence: tuple[EvidenceRow, ...] = ()
@@ -171,6 +178,8 @@ def find_bottlenecks(
     """Return the bottlenecks, the strongest first, relative to their floors."""
     num_tests = sum(4 + (1 if each.rank_times is not None else 0) for each in layers.values())
     num_tests += sum(each.num_experts for each in layers.values() if each.expert_times is not None)
+    # Each side of the ridge, and each side of the floor below the roof.
+    num_tests += 4
     judge = _Judge(rules, _ERROR / max(1, num_tests))
     found: list[tuple[float, ProfileBottleneck]] = []
     for layer, ratios in _layer_ratios(layers).items():
@@ -187,7 +196,7 @@ def find_bottlenecks(
             cost = 1 - own.rank_times.mean(axis=1) / np.maximum(own.rank_times.max(axis=1), 1e-9)
             found += judge.ratio(BottleneckKind.EXPERT_IMBALANCE, rules.imbalance, layer, own, cost)
     found.sort(key=lambda each: -each[0])
-    return tuple(each for _, each in found) + tuple(_memory_bound(rooflines, rules))
+    return tuple(each for _, each in found) + tuple(judge.whole_step(rooflines))
 
 
 class _Judge:
@@ -221,6 +230,7 @@ class _Judge:
             since_step=own.first_step,
             statistic=middle,
             lower_bound=low,
+            num_calls=num_calls,
             is_estimated=own.is_estimated and kind is BottleneckKind.EXPERT_IMBALANCE,
             args={**place, "value": _shown(middle, unit), "low": _shown(low, unit), "floor": _shown(floor, unit)},
             evidence=(
@@ -230,9 +240,65 @@ class _Judge:
         )
         return [(low / floor, bottleneck)]
 
+    def whole_step(self, rooflines: Sequence[Roofline]) -> list[ProfileBottleneck]:
+        """Return what limits the experts of the whole model: reading weights, computing, or neither of the two.
+
+        Nothing where an interval reaches over the floor or over the ridge.
+        """
+        whole = next((each for each in rooflines if each.layer_index < 0), None)
+        if whole is None or whole.peak is None or len(whole.points) < self.rules.min_calls:
+            return []
+        floor, ridge = self.rules.roof_share, whole.peak.ridge
+        share, low, high = _interval(whole.shares, self._error)
+        intensity, least, most = _interval(whole.points.intensity, self._error)
+        if high < floor:
+            kind, statistic, bound = BottleneckKind.BELOW_ROOF, 1 - share, 1 - high
+        elif low >= floor and (most < ridge or least > ridge):
+            kind = BottleneckKind.MEMORY_BOUND if most < ridge else BottleneckKind.COMPUTE_BOUND
+            statistic, bound = share, low
+        else:
+            return []
+        rule = f"< {floor:g}" if kind is BottleneckKind.BELOW_ROOF else f">= {floor:g}"
+        edge = high if kind is BottleneckKind.BELOW_ROOF else low
+        num_calls = len(whole.points)
+        return [
+            ProfileBottleneck(
+                kind=kind,
+                severity=Severity.INFO,
+                layer_index=None,
+                expert_id=None,
+                since_step=int(whole.points.step[0]),
+                statistic=statistic,
+                lower_bound=bound,
+                num_calls=num_calls,
+                args={
+                    "value": f"{intensity:.2g}",
+                    "ridge": f"{ridge:.2g}",
+                    "experts": f"{whole.median('distinct_experts'):.0f}",
+                    "share": _shown(share, "share"),
+                    "bound": _shown(edge, "share"),
+                    "floor": _shown(floor, "share"),
+                },
+                evidence=(
+                    EvidenceRow("profile_roof_share", share, rule, None, num_calls, "share"),
+                    EvidenceRow("profile_roof_share_bound", edge, rule, None, num_calls, "share"),
+                    EvidenceRow("profile_intensity", intensity, "", ridge, num_calls, "FLOP/byte"),
+                ),
+            )
+        ]
+
+
+def _interval(values: Floats, error: float) -> tuple[float, float, float]:
+    """Return the median, and a lower and an upper bound of it, each with that error."""
+    middle, low = lower_median(values, error)
+    # An upper bound is a lower bound of what is turned round.
+    return middle, low, -lower_median(-values, error)[1]
+
 
 def _shown(value: float, unit: str) -> str:
-    return f"{value:.1f}x" if unit == "x" else f"{value:.0%}"
+    if unit == "x":
+        return f"{value:.1f}x"
+    return f"{value:.2%}" if abs(value) < 0.01 else f"{value:.1%}" if abs(value) < 0.1 else f"{value:.0%}"
 
 
 def _layer_ratios(layers: Mapping[int, LayerTimesInput]) -> dict[int, Floats]:
@@ -273,34 +339,3 @@ def _slow_experts(judge: _Judge, layer: int, own: LayerTimesInput) -> list[tuple
         values = own.expert_times[called, expert] / np.maximum(said, 1e-9)
         found += judge.ratio(BottleneckKind.SLOW_EXPERT, judge.rules.slow_expert, layer, own, values, expert)
     return found
-
-
-def _memory_bound(rooflines: Sequence[Roofline], rules: ProfileRules) -> list[ProfileBottleneck]:
-    """Return, for the whole model, that its experts are bound by reading weights: what a larger batch would change."""
-    whole = next((each for each in rooflines if each.layer_index < 0), None)
-    if whole is None or whole.peak is None or len(whole.points) < rules.min_calls:
-        return []
-    intensity, ridge = whole.points.intensity, whole.peak.ridge
-    # An upper bound is a lower bound of what is turned round.
-    middle, negative = lower_median(-intensity, _ERROR)
-    if not -negative < ridge:
-        return []
-    return [
-        ProfileBottleneck(
-            kind=BottleneckKind.MEMORY_BOUND,
-            severity=Severity.INFO,
-            layer_index=None,
-            expert_id=None,
-            since_step=int(whole.points.step[0]),
-            statistic=-middle,
-            lower_bound=float("nan"),
-            args={
-                "value": f"{-middle:.2g}",
-                "ridge": f"{ridge:.2g}",
-                "experts": f"{whole.median('distinct_experts'):.0f}",
-            },
-            evidence=(
-                EvidenceRow("profile_intensity", -middle, f"< {ridge:.3g}", ridge, len(whole.points), "FLOP/byte"),
-            ),
-        )
-    ]

@@ -212,7 +212,7 @@ class EndHook(_PlaceHook):
 
 
 class IdHook(_Hook):
-    """Hook or pre-hook of the call that shows the expert ids: keeps a reference until the forward ends."""
+    """Hook or pre-hook of the call that shows the expert ids: keeps them until they are counted."""
 
     def __init__(self, watcher: Watcher, state: ThreadState, plan: int, plans: frozenset[int], read: Any) -> None:
         super().__init__(watcher)
@@ -233,7 +233,9 @@ class IdHook(_Hook):
             ids = self._read(args, kwargs, output)
             if ids is not None:
                 inner = forward.layers[-1] if forward.layers else self._plan
-                forward.ids.append((inner if inner in self._plans else self._plan, ids))
+                # A copy: routers may write every call's ids into one buffer.
+                kept = ids if isinstance(ids, list) else ids.detach().clone()
+                forward.ids.append((inner if inner in self._plans else self._plan, kept))
         except Exception as error:  # noqa: BLE001 - a hook never raises into the model
             self._failed(error)
         forward.own_ns += time.perf_counter_ns() - started_ns

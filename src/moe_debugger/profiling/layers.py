@@ -100,7 +100,7 @@ class LayerTimes:
             "parts": {name: asdict(part) for name, part in self.parts.items()},
             "experts": [asdict(expert) for expert in self.experts],
             "expert_reason": self.expert_reason,
-            "model": asdict(self.model),
+            "model": asdict(self.model) | {"note": self.model.note},
             "estimate_error": self.estimate_error,
             "roofline": self.roofline.to_dict(),
         }
@@ -239,6 +239,7 @@ def _roofline_input(
     rows = np.zeros((0, 1)) if calls.expert_rows is None else calls.expert_rows
     return {
         "step": steps[chosen],
+        "record": calls.record[chosen],
         "forward_index": forward_indices[chosen],
         "expert_rows": rows[chosen],
         "seconds": calls.experts[chosen] / 1e9,
@@ -252,21 +253,20 @@ def whole_roofline(layers: Sequence[Roofline], peak: Peak | None) -> Roofline:
     known = [each.points for each in layers if len(each.points)]
     if not known:
         reasons = [each.reason for each in layers if each.reason]
-        none = np.zeros(0)
-        empty = RooflinePoints(none.astype(np.int64), none.astype(np.int64), none, none, none, none)
+        nothing: dict[str, Any] = dict.fromkeys(("step", "record", "forward_index", "seconds"), ())
+        empty = roofline_of(**nothing, expert_rows=np.zeros((0, 1)), expert_bytes=0, flops_per_row=0)
         return Roofline(-1, empty, peak, reasons[0] if reasons else _NO_CALL)
-    forwards, first = np.unique(known[0].forward_index, return_index=True)
-    steps = known[0].step[first]
-    is_whole = np.ones(len(forwards), bool)
-    totals = {name: np.zeros(len(forwards)) for name in ("distinct_experts", "active_bytes", "flops", "seconds")}
+    # By their position: numbers are the caller's, and forwards of two runs may have the same.
+    records, first = np.unique(known[0].record, return_index=True)
+    steps, forwards = known[0].step[first], known[0].forward_index[first]
+    is_whole = np.ones(len(records), bool)
+    totals = {name: np.zeros(len(records)) for name in ("distinct_experts", "active_bytes", "flops", "seconds")}
     for points in known:
-        is_whole &= np.isin(forwards, points.forward_index)
-        at = np.searchsorted(forwards, points.forward_index)
-        inside = (at < len(forwards)) & (forwards[np.minimum(at, len(forwards) - 1)] == points.forward_index)
+        is_whole &= np.isin(records, points.record)
+        at = np.minimum(np.searchsorted(records, points.record), len(records) - 1)
+        inside = records[at] == points.record
         for name, total in totals.items():
             np.add.at(total, at[inside], getattr(points, name)[inside])
-    return Roofline(
-        -1,
-        RooflinePoints(steps[is_whole], forwards[is_whole], *(total[is_whole] for total in totals.values())),
-        peak,
-    )
+    whole = {name: total[is_whole] for name, total in totals.items()}
+    points = RooflinePoints(steps[is_whole], records[is_whole], forwards[is_whole], **whole)
+    return Roofline(-1, points, peak)

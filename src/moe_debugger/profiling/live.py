@@ -78,7 +78,7 @@ class LiveProfile:
         points = [*self._model_points(profile, step), *_layer_points(profile, step), *self._bottlenecks(profile, step)]
         # Many experts take long to look at: no more than a part of the time goes into it, and it is part of the cost.
         took_ns = time.perf_counter_ns() - started_ns
-        self._profiler.own_ns += took_ns
+        self._profiler.spent(took_ns)
         self._next_s = now_s + max(self._interval_s, took_ns / 1e9 / _MAX_SHARE)
         return points
 

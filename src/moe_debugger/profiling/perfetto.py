@@ -1,8 +1,9 @@
 """Chrome trace JSON of a profile, as ui.perfetto.dev and chrome://tracing read it.
 
 Written in the JSON Array/Object form of the Trace Event Format: complete events (ph X) that nest on the track of their
-thread, counter events (ph C) for distinct experts and bytes of active weights, metadata (ph M) for names. Estimated
-times never were a stretch of time, so they are arguments of their layer's experts, and are called estimated there.
+thread, counter events (ph C) for distinct experts and bytes of active weights, metadata (ph M) for names. What lies
+between the measured parts of a block (dispatch, combine, rest) has events too, one for each stretch. Estimated times
+never were a stretch of time, so they are arguments of their layer's experts, and are called estimated there.
 """
 
 import json
@@ -74,7 +75,28 @@ def trace_events(profile: "LayerProfile", *, max_forwards: int | None = None) ->
             call = calls[layer].get((int(spans.record[index]), int(spans.call[index])))
             event["args"] |= {} if call is None else _estimated(summaries[layer], call)
         yield event
+    for summary in summaries:
+        yield from _between(profile, summary, first, origin)
     yield from _counters(profile, first, origin)
+
+
+def _between(profile: "LayerProfile", summary: "LayerSummary", first: int, origin: int) -> Iterator[dict[str, Any]]:
+    """Yield what lies between the measured parts of a layer's blocks."""
+    layer, gaps = summary.times.layer_index, summary.calls.gaps
+    positions = summary.calls.record[gaps.call]
+    columns = (positions, gaps.part, gaps.start, gaps.duration)
+    for position, number, start, duration in zip(*(each[positions >= first].tolist() for each in columns), strict=True):
+        record, part = profile.records[position], Part(number)
+        yield {
+            "name": _name(part, layer, -1),
+            "cat": part.label,
+            "ph": "X",
+            "ts": (record.start_ns - origin + start) / 1e3,
+            "dur": duration / 1e3,
+            "pid": _PROCESS,
+            "tid": record.lane + 1,
+            "args": {"step": record.step, "forward_index": record.forward_index, "layer_index": layer},
+        }
 
 
 def _meta(name: str, thread: int, args: dict[str, Any]) -> dict[str, Any]:
@@ -108,17 +130,18 @@ def _estimated(summary: "LayerSummary", call: int) -> dict[str, Any]:
 
 
 def _counters(profile: "LayerProfile", first: int, origin: int) -> Iterator[dict[str, Any]]:
-    """Yield counters at the begin of each forward, and back to 0 at its end."""
+    """Yield counters at the begin of each forward, and back to 0 at its end; each thread has its own."""
     points = profile.roofline.points
-    place = {int(index): at for at, index in enumerate(points.forward_index)}
+    place = {int(position): at for at, position in enumerate(points.record)}
+    has_threads = len({record.lane for record in profile.records[first:]}) > 1
     for number, record in enumerate(profile.records[first:], start=first):
-        at = place.get(record.forward_index)
+        at = place.get(number)
         if at is None:
             continue
-        begin = (record.start_ns - origin) / 1e3
+        begin, mark = (record.start_ns - origin) / 1e3, f" of thread {record.lane}" if has_threads else ""
         values = {
-            "distinct experts": float(points.distinct_experts[at]),
-            "active weight MB": float(points.active_bytes[at]) / 1e6,
+            f"distinct experts{mark}": float(points.distinct_experts[at]),
+            f"active weight MB{mark}": float(points.active_bytes[at]) / 1e6,
         }
         for name, value in values.items():
             for ts, shown in ((begin, value), (begin + int(profile.forward_ns[number]) / 1e3, 0.0)):

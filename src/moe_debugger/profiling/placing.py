@@ -25,12 +25,16 @@ def refuse_compiled(model: "nn.Module") -> None:
         ModelNotSupportedError: compiled code has no calls of modules left that could be timed.
     """
     for name, module in [("", model), *model.named_modules()]:
-        if getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None:
+        if _is_compiled(module):
             raise ModelNotSupportedError(
                 f"profiling: {name or 'the model'} ({type(module).__name__}) is compiled, and compiled code has no "
                 "calls of routers and experts left to time; profile the model before torch.compile, or watch it "
                 "without profiling and use torch.profiler for its kernels"
             )
+
+
+def _is_compiled(module: "nn.Module") -> bool:
+    return getattr(module, "_orig_mod", None) is not None or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class Placement:
@@ -56,6 +60,7 @@ class Placement:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._known: dict[str, HostClock | CudaClock] = {}
         self.plans: tuple[LayerPlan, ...] = tuple(layer_plan(site, self._modules) for site in sites)
+        self._timed = self._with_parents()
         self.clocks: list[Any] = []
         self.names: list[str] = []
         self.places = self._number()
@@ -64,6 +69,25 @@ class Placement:
     def devices(self) -> dict[str, CudaClock]:
         """The clocks of devices by name."""
         return {name: clock for name, clock in self._known.items() if isinstance(clock, CudaClock)}
+
+    def compiled(self) -> list[str]:
+        """Return the names of what was timed and is compiled by now; of a compiled module its own name alone."""
+        found: list[str] = []
+        for name, module in self._timed:
+            is_inside = bool(found) and (found[-1] == "the model" or f"{name}.".startswith(f"{found[-1]}."))
+            if _is_compiled(module) and not is_inside:
+                found.append(name or "the model")
+        return found
+
+    def _with_parents(self) -> "list[tuple[str, nn.Module]]":
+        """Return the timed modules and those around them by name, each behind those that it lies in."""
+        timed = {id(place.module) for plan in self.plans for place in plan.places}
+        names: set[tuple[str, ...]] = set()
+        for name, module in self._modules.items():
+            if id(module) in timed:
+                parts = tuple(name.split(".")) if name else ()
+                names.update(parts[:length] for length in range(len(parts) + 1))
+        return [(".".join(parts), self._modules[".".join(parts)]) for parts in sorted(names)]
 
     def _number(self) -> Places:
         """Number the places: 0 is the forward, then come the waits of no layer and of each layer, then the modules."""

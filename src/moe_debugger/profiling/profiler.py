@@ -6,6 +6,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,9 @@ _MAX_NOTES = 64
 # Forwards that are read together, and expert ids on the host that may wait for it.
 _BATCH = 32
 _MAX_HELD = 1 << 20
+_NO_NUMBER = (-1, -1)
+# Modules that a note names.
+_MAX_NAMES = 3
 
 
 @dataclass(slots=True)
@@ -48,7 +52,8 @@ class LayerProfiler:
     Args:
         model: the model; only hooks are placed on it, from `attach` to `detach`.
         sites: its MoE layers.
-        numbering: gives index and step of the forward that begins; default: 0, 1, 2...
+        numbering: gives index and step of the forward that begins on this thread, None where it has none; default: 0,
+            1, 2... A forward without a number gets -1.
         limit_bytes: bound on what is kept; the oldest forwards go first, and are counted.
         runtime: of CUDA events; a test gives one without a device.
 
@@ -61,22 +66,25 @@ class LayerProfiler:
         model: "nn.Module",
         sites: Sequence[Site],
         *,
-        numbering: Callable[[], tuple[int, int]] | None = None,
+        numbering: Callable[[], tuple[int, int] | None] | None = None,
         limit_bytes: int = _LIMIT_BYTES,
         runtime: EventRuntime | None = None,
     ) -> None:
         refuse_compiled(model)
         self._model = model
-        self._numbering = numbering or self._own_numbers
-        self._next_index = 0
+        own_numbers = count()
+        self._numbering = numbering or (lambda: (next(own_numbers),) * 2)
         self._host = HostClock()
         self._state = ThreadState()
         self._lanes: dict[int, int] = {}
         self._handles: list[Any] = []
         self._pending: deque[_Pending] = deque()
         self._settling = threading.Lock()
+        # Several threads may run forwards; += is no single step.
+        self._counting = threading.Lock()
         self.store = RecordStore(limit_bytes)
         self.notes: Counter[str] = Counter()
+        self._compiled_note: dict[str, int] = {}
         self.num_forwards = 0
         self.num_given_up = 0
         self._num_held = 0
@@ -130,6 +138,7 @@ class LayerProfiler:
 
     def detach(self) -> None:
         """Remove the hooks; what was timed stays readable."""
+        self.look_for_compiled()
         self._collectives.remove()
         _remove(self._handles)
         self._state.open = None
@@ -157,6 +166,24 @@ class LayerProfiler:
                 return len(self._pending)
             time.sleep(0.002)
 
+    def look_for_compiled(self) -> None:
+        """Note the modules that were compiled while they were timed: their times stop without a word of their own."""
+        if not self._handles:
+            return
+        names = self._placement.compiled()
+        if names:
+            shown = ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" * (len(names) > _MAX_NAMES))
+            self._compiled_note = {
+                f"compiled after profiling began: {shown}; compiled code has no calls left to time, so their times are "
+                "missing from then on": 1
+            }
+
+    @property
+    def all_notes(self) -> dict[str, int]:
+        """What could not be measured, with how often."""
+        with self._counting:
+            return {**self.notes, **self._compiled_note}
+
     def begin(self, entry: object) -> None:
         """Open a forward where none is open on this thread."""
         started_ns = time.perf_counter_ns()
@@ -170,8 +197,10 @@ class LayerProfiler:
             if any(clock.runtime.is_capturing() for clock in devices.values()):
                 self.note("a forward was captured into a CUDA graph, where events cannot be timed: not measured")
                 return
-            index, step = self._numbering()
-            forward = OpenForward(entry, index, step, self._lanes.setdefault(threading.get_ident(), len(self._lanes)))
+            index, step = self._numbering() or _NO_NUMBER
+            with self._counting:
+                lane = self._lanes.setdefault(threading.get_ident(), len(self._lanes))
+            forward = OpenForward(entry, index, step, lane)
             forward.anchors = {name: clock.mark() for name, clock in devices.items()}
             forward.codes.append(0)
             forward.rows.append(0)
@@ -206,8 +235,9 @@ class LayerProfiler:
                 self._pending.popleft()
                 self._give_up("the device is too far behind")
             self._pending.append(_Pending(forward, counts))
-            self.num_forwards += 1
-            self._num_held += counts.num_held
+            with self._counting:
+                self.num_forwards += 1
+                self._num_held += counts.num_held
             # In batches: between two forwards the processor has forgotten this code, so the less often it runs the
             # less it costs. What is held until then are references to expert ids.
             if len(self._pending) % _BATCH == 0 or self._num_held > _MAX_HELD:
@@ -217,26 +247,30 @@ class LayerProfiler:
             self.note(f"end of a forward: {type(error).__name__}: {error}")
         finally:
             now_ns = time.perf_counter_ns()
-            self.own_ns += forward.own_ns + now_ns - started_ns
-            self.forward_ns += now_ns - forward.began_ns
+            with self._counting:
+                self.own_ns += forward.own_ns + now_ns - started_ns
+                self.forward_ns += now_ns - forward.began_ns
 
     def note(self, text: str) -> None:
         """Count something that could not be measured."""
-        if text in self.notes or len(self.notes) < _MAX_NOTES:
-            self.notes[text] += 1
+        with self._counting:
+            if text in self.notes or len(self.notes) < _MAX_NOTES:
+                self.notes[text] += 1
+
+    def spent(self, ns: int) -> None:
+        """Add nanoseconds to what profiling cost."""
+        with self._counting:
+            self.own_ns += ns
 
     def passed_over(self) -> None:
         """A block ran outside of a forward: a checkpoint that computes it again, or a call of the block alone."""
-        self.num_outside += 1
-
-    def _own_numbers(self) -> tuple[int, int]:
-        index = self._next_index
-        self._next_index += 1
-        return index, index
+        with self._counting:
+            self.num_outside += 1
 
     def _give_up(self, why: str) -> None:
         self._state.open = None
-        self.num_given_up += 1
+        with self._counting:
+            self.num_given_up += 1
         self.note(f"{why}: its times were not kept")
 
     def _is_over(self, pending: _Pending) -> bool:

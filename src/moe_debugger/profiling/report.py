@@ -89,7 +89,8 @@ class LayerProfile:
         self.model_name = model_name
         self.peak = peak
         self.rules = rules or ProfileRules()
-        self.notes: dict[str, int] = dict(profiler.notes)
+        profiler.look_for_compiled()
+        self.notes: dict[str, int] = profiler.all_notes
         self.overhead = ProfileOverhead(
             own_s=profiler.own_ns / 1e9,
             share=profiler.own_ns / profiler.forward_ns if profiler.forward_ns else 0.0,
@@ -206,11 +207,30 @@ class LayerProfile:
         }
 
     @property
+    def nothing_ran(self) -> str:
+        """Why there are no times, in words; empty where there are."""
+        if self.num_forwards:
+            return ""
+        counts = (
+            ("was given up", self.overhead.num_given_up),
+            ("is not over on its device", self.overhead.num_pending),
+        )
+        others = [f"{number} {what}" for what, number in counts if number]
+        return (
+            "nothing was timed: no forward of the model ran while it was profiled"
+            if not others
+            else (f"nothing was timed: of the model's forwards {' and '.join(others)}")
+        )
+
+    @property
     def forward_median_ms(self) -> float:
         """Median time of a forward."""
         return float(np.median(self.forward_ns)) / 1e6 if len(self.forward_ns) else math.nan
 
     def __str__(self) -> str:
+        notes = [f"note ({number}x): {text}" for text, number in self.notes.items()]
+        if not self.num_forwards:
+            return "\n".join([self.nothing_ran, *notes])
         lines = [
             f"{self.num_forwards:,} forwards, median {self.forward_median_ms:.3f} ms; profiling took "
             f"{self.overhead.share:.2%} of it by its own clock"
@@ -220,10 +240,11 @@ class LayerProfile:
             [
                 layer.layer_index,
                 layer.num_calls,
-                layer.median_ms,
-                layer.p95_ms,
-                f"{layer.share_of_forward:.1%}",
-                *("–" if math.isnan(part.share) else f"{part.share:.1%}" for part in layer.parts.values()),
+                *("–" if math.isnan(ms) else ms for ms in (layer.median_ms, layer.p95_ms)),
+                *(
+                    "–" if math.isnan(share) else f"{share:.1%}"
+                    for share in (layer.share_of_forward, *(part.share for part in layer.parts.values()))
+                ),
             ]
             for layer in self.layers
         ]
@@ -231,8 +252,7 @@ class LayerProfile:
         parts = [item for layer in self.layers for item in layer.parts.items()]
         lines += sorted({f"– {name}: {part.reason}" for name, part in parts if part.reason})
         lines += [render_finding(each.code, each.args) for each in self.bottlenecks]
-        lines += [f"note ({number}x): {text}" for text, number in self.notes.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + notes)
 
     __repr__ = __str__
 

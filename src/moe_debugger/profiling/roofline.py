@@ -52,6 +52,7 @@ class RooflinePoints:
 
     Attributes:
         step, forward_index: [r].
+        record: [r] position of the forward among those of the profile.
         distinct_experts: [r] experts with any row (of a step: summed over its layers).
         active_bytes: [r] distinct experts x bytes of one expert's weights.
         flops: [r] rows in experts x operations of one row.
@@ -59,6 +60,7 @@ class RooflinePoints:
     """
 
     step: npt.NDArray[np.int64]
+    record: npt.NDArray[np.int64]
     forward_index: npt.NDArray[np.int64]
     distinct_experts: Floats
     active_bytes: Floats
@@ -106,16 +108,24 @@ class Roofline:
         return float(np.median(values)) if len(values) else float("nan")
 
     @property
-    def attained_share(self) -> float:
-        """Median of achieved over attainable GFLOP/s at the same intensity; NaN without a peak."""
-        if self.peak is None or not len(self.points):
-            return float("nan")
-        share = _ratio(self.points.gflops, self.peak.attainable(self.points.intensity))
-        return float(np.median(share[np.isfinite(share)])) if np.isfinite(share).any() else float("nan")
+    def shares(self) -> Floats:
+        """[r] achieved over attainable GFLOP/s at the same intensity; NaN where unknown, empty without a peak."""
+        if self.peak is None:
+            return np.zeros(0)
+        return _ratio(self.points.gflops, self.peak.attainable(self.points.intensity))
 
     @property
-    def bound(self) -> str:
-        """ "memory" or "compute", by the median intensity and the peak's ridge; empty where unknown."""
+    def attained_share(self) -> float:
+        """Median of the shares; NaN without any."""
+        known = self.shares[np.isfinite(self.shares)]
+        return float(np.median(known)) if len(known) else float("nan")
+
+    @property
+    def side(self) -> str:
+        """ "memory" or "compute": which part of the roof lies above the median intensity; empty where unknown.
+
+        Whether that is the limit is another question, which `find_bottlenecks` answers.
+        """
         intensity = self.median("intensity")
         if self.peak is None or not np.isfinite(intensity):
             return ""
@@ -129,7 +139,7 @@ class Roofline:
             "num_points": len(self.points),
             **{name: self.median(name) for name in names},
             "attained_share": self.attained_share,
-            "bound": self.bound,
+            "side": self.side,
             "peak": None if self.peak is None else asdict(self.peak),
             "reason": self.reason,
         }
@@ -138,6 +148,7 @@ class Roofline:
 def roofline_of(
     *,
     step: npt.ArrayLike,
+    record: npt.ArrayLike,
     forward_index: npt.ArrayLike,
     expert_rows: npt.ArrayLike,
     seconds: npt.ArrayLike,
@@ -147,7 +158,7 @@ def roofline_of(
     """Return the points of one layer.
 
     Args:
-        step, forward_index: [r].
+        step, record, forward_index: [r].
         expert_rows: [r, E] rows of each expert.
         seconds: [r] time in the experts.
         expert_bytes: weights of one expert.
@@ -157,6 +168,7 @@ def roofline_of(
     distinct = (rows > 0).sum(axis=1).astype(np.float64)
     return RooflinePoints(
         step=np.asarray(step, np.int64),
+        record=np.asarray(record, np.int64),
         forward_index=np.asarray(forward_index, np.int64),
         distinct_experts=distinct,
         active_bytes=distinct * expert_bytes,

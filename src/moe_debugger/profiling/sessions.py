@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 __all__ = ["LayerProfiling"]
 
 
+_MISSED = (
+    "a forward ran that the profiler did not see (compiled after profiling began, or captured into a CUDA graph): not "
+    "measured"
+)
+
+
 class _Options(Protocol):
     @property
     def layer_numbers(self) -> Mapping[int, int]: ...
@@ -40,14 +46,13 @@ class LayerProfiling:
         from .live import LiveProfile
         from .profiler import LayerProfiler
 
-        def numbering() -> tuple[int, int]:
-            # The capture's hook has counted this forward already.
-            index = max(0, capture.next_forward_index - 1)
-            return index, index if capture.step is None else capture.step
-
+        self._capture = capture
         self._options = options
-        self._profiler = LayerProfiler(capture.model, capture.discovery.sites, numbering=numbering)
+        self._profiler = LayerProfiler(
+            capture.model, capture.discovery.sites, numbering=lambda: capture.current_forward
+        )
         self._profiler.attach()
+        self._num_before = capture.num_forwards
         self._live = LiveProfile(
             self._profiler,
             layer_numbers=options.layer_numbers,
@@ -65,7 +70,10 @@ class LayerProfiling:
         from .report import LayerProfile
 
         self._profiler.settle(timeout_s=1.0)
-        return LayerProfile(
+        # The profiler's hook runs first where a forward ends, so it is never behind.
+        timed = self._profiler.num_forwards + self._profiler.num_given_up
+        num_missed = self._capture.num_forwards - self._num_before - timed
+        profile = LayerProfile(
             self._profiler,
             layer_numbers=self._options.layer_numbers,
             expert_owners=self._options.expert_owners,
@@ -73,6 +81,9 @@ class LayerProfiling:
             records=self._profiler.store.records(after=after),
             model_name=self._options.model_name or "model",
         )
+        if num_missed > 0:
+            profile.notes[_MISSED] = num_missed
+        return profile
 
     def points(self) -> "list[SeriesPoint]":
         """Return what goes to the fleet now."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .places import Layout, Part
 from .store import ForwardRecord
 
-__all__ = ["BlockCalls", "Places", "Spans", "block_calls", "spans_of"]
+__all__ = ["BlockCalls", "Gaps", "Places", "Spans", "block_calls", "spans_of"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -124,6 +124,30 @@ def _partners(starts: Ints, ends: Ints, record: Ints, place: Ints, num_places: i
 
 
 @dataclass(frozen=True, slots=True)
+class Gaps:
+    """g stretches of a block's time in which no measured part ran; they overlap neither each other nor such a part.
+
+    Attributes:
+        call: [g] which of the calls, in their order.
+        part: [g] `Part.DISPATCH`, `Part.COMBINE` or `Part.REST`.
+        start, duration: [g] nanoseconds; the start since the begin of the forward; durations are above 0.
+    """
+
+    call: Ints
+    part: Ints
+    start: Ints
+    duration: Ints
+
+    def __len__(self) -> int:
+        return len(self.call)
+
+    def total(self, part: Part, num_calls: int) -> npt.NDArray[np.float64]:
+        """Return [num_calls] the time of a part."""
+        own = self.part == part
+        return np.bincount(self.call[own], self.duration[own], minlength=num_calls).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockCalls:
     """b calls of one layer's block, in time; times in nanoseconds, NaN where there is no such number.
 
@@ -133,7 +157,8 @@ class BlockCalls:
         rows: [b] rows that the block was given.
         block, router, experts, shared, wait, dispatch, combine, rest: [b] float64. `experts` is the call of the experts
             module, or the sum over the modules of its experts. `rest` is what remains of the block.
-        dispatch_start, combine_start: [b].
+        dispatch_start, combine_start: [b], NaN where there is no such number.
+        gaps: the stretches that dispatch, combine and rest are the sums of.
         expert_times: [b, E] float64, 0 where an expert was not called; None where experts are no modules.
         expert_rows: [b, E] int64; None where they are not known.
     """
@@ -152,6 +177,7 @@ class BlockCalls:
     rest: npt.NDArray[np.float64]
     dispatch_start: npt.NDArray[np.float64]
     combine_start: npt.NDArray[np.float64]
+    gaps: Gaps
     expert_times: npt.NDArray[np.float64] | None
     expert_rows: Ints | None
 
@@ -171,22 +197,21 @@ def block_calls(
     inside = inside[np.isin(spans.record[inside] * width + spans.call[inside], keys)]
     at = np.searchsorted(keys, spans.record[inside] * width + spans.call[inside])
     parts, n = _Parts(spans, inside, at, len(blocks)), len(blocks)
-    has_modules = layout == "modules"
-    compute = (Part.EXPERT,) if has_modules else (Part.EXPERTS,)
-    first, last = parts.first_start(*compute), parts.last_end(*compute)
-    router_end, block_start = parts.last_end(Part.ROUTER), spans.start[blocks].astype(float)
-    block_end = spans.end[blocks].astype(float)
-    experts, router, shared = parts.total(*compute), parts.total(Part.ROUTER), parts.total(Part.SHARED)
-    busy = parts.outer_busy(compute)
-    dispatch = combine = np.full(n, np.nan)
-    if layout in ("modules", "dense"):
-        dispatch = first - router_end - parts.between(router_end, first, Part.SHARED, Part.WAIT)
-        combine = block_end - last - parts.between(last, block_end, Part.SHARED, Part.WAIT)
-        # A router that runs after its experts, or experts that were not called, leave nothing to tell apart.
-        dispatch, combine = (np.where(each >= 0, each, np.nan) for each in (dispatch, combine))
-    block = spans.duration[blocks].astype(float)
-    rest = block - busy - np.nan_to_num(dispatch) - np.nan_to_num(combine)
-    times, rows = _by_expert(parts, n, num_experts) if has_modules else (None, None)
+    compute = Part.EXPERT if layout == "modules" else Part.EXPERTS
+    first, last = parts.first_start(compute), parts.last_end(compute)
+    router_end = parts.last_end(Part.ROUTER)
+    block_start, block_end = spans.start[blocks], spans.end[blocks]
+    experts, router, shared = parts.total(compute), parts.total(Part.ROUTER), parts.total(Part.SHARED)
+    is_told_apart = layout in ("modules", "dense")
+    # A router that runs after its experts, or experts that were not called, leave nothing to tell apart.
+    dispatch_start = np.where(is_told_apart & (router_end <= first), router_end, np.nan)
+    combine_start = np.where(is_told_apart & (last <= block_end), last, np.nan)
+    call, start, end = parts.gaps(block_start, block_end, compute)
+    kind = np.full(len(call), int(Part.REST))
+    kind[(start >= dispatch_start[call]) & (end <= first[call])] = Part.DISPATCH
+    kind[start >= combine_start[call]] = Part.COMBINE
+    gaps = Gaps(call, kind, start, end - start)
+    times, rows = _by_expert(parts, n, num_experts) if layout == "modules" else (None, None)
     if rows is None:
         rows = _counted(records, spans.record[blocks], spans.call[blocks], layer, num_experts)
     if layout == "dense":
@@ -196,16 +221,17 @@ def block_calls(
         call=spans.call[blocks],
         start=spans.start[blocks],
         rows=spans.rows[blocks],
-        block=block,
+        block=spans.duration[blocks].astype(float),
         router=router,
         experts=np.full(n, np.nan) if layout == "whole" else experts,
         shared=shared,
         wait=parts.total(Part.WAIT),
-        dispatch=dispatch,
-        combine=combine,
-        rest=np.maximum(rest, 0.0),
-        dispatch_start=np.where(np.isnan(dispatch), block_start, router_end),
-        combine_start=np.where(np.isnan(combine), block_start, last),
+        dispatch=np.where(np.isnan(dispatch_start), np.nan, gaps.total(Part.DISPATCH, n)),
+        combine=np.where(np.isnan(combine_start), np.nan, gaps.total(Part.COMBINE, n)),
+        rest=gaps.total(Part.REST, n),
+        dispatch_start=dispatch_start,
+        combine_start=combine_start,
+        gaps=gaps,
         expert_times=times,
         expert_rows=rows,
     )
@@ -237,28 +263,26 @@ class _Parts:
         np.maximum.at(found, self.at[chosen], self.end[chosen])
         return np.where(np.isinf(found), np.nan, found)
 
-    def between(
-        self, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], *parts: Part
-    ) -> npt.NDArray[np.float64]:
-        """Return the time of such spans that lie wholly between two instants of their call."""
-        chosen = self._chosen(parts)
-        chosen[chosen] = (self.start[chosen] >= low[self.at[chosen]]) & (self.end[chosen] <= high[self.at[chosen]])
-        return self._sums(self.at[chosen], self.duration[chosen])
-
-    def outer_busy(self, compute: tuple[Part, ...]) -> npt.NDArray[np.float64]:
-        """Return the time of the parts of a call, each instant once: a wait inside of the experts is the experts'."""
-        chosen = np.flatnonzero(self._chosen((Part.ROUTER, Part.SHARED, Part.WAIT, *compute)))
-        if not len(chosen):
-            return np.zeros(self.n)
+    def gaps(self, block_start: Ints, block_end: Ints, compute: Part) -> tuple[Ints, Ints, Ints]:
+        """Return call, begin and end of what no part covers; a wait inside of the experts is the experts'."""
+        chosen = np.flatnonzero(self._chosen((Part.ROUTER, Part.SHARED, Part.WAIT, compute)))
+        # A list of experts that is itself called lies around them: it covers nothing, but no gap reaches over its ends.
+        around = np.flatnonzero(self._chosen((Part.EXPERTS,))) if compute is Part.EXPERT else chosen[:0]
+        at = np.concatenate([self.at[chosen], self.at[around], self.at[around], np.arange(self.n)])
+        edges = [self.start[around], self.end[around]]
+        start = np.concatenate([self.start[chosen], *edges, block_end]).astype(np.int64)
+        end = np.concatenate([self.end[chosen], *edges, block_end]).astype(np.int64)
+        start = np.minimum(start, block_end[at])
         # Each call on a stretch of its own, so that one running maximum serves all of them.
-        stretch = int(self.end[chosen].max()) + 1
-        start = self.start[chosen].astype(np.int64) + self.at[chosen] * stretch
-        end = self.end[chosen].astype(np.int64) + self.at[chosen] * stretch
-        order = np.argsort(start, kind="stable")
-        start, end = start[order], end[order]
-        reached = np.concatenate([np.full(1, -1), np.maximum.accumulate(end)[:-1]])
-        share = np.maximum(end - np.maximum(start, reached), 0)
-        return self._sums(self.at[chosen][order], share)
+        stretch = int(end.max(initial=0)) + 1
+        order = np.argsort(at * stretch + start, kind="stable")
+        at, start, end = at[order], start[order], end[order]
+        reached = np.maximum.accumulate(at * stretch + end) - at * stretch
+        began = np.concatenate([np.zeros(min(1, len(at)), np.int64), reached[:-1]])
+        is_first = np.diff(at, prepend=-1) != 0
+        began[is_first] = block_start[at[is_first]]
+        is_gap = start > began
+        return at[is_gap], began[is_gap], start[is_gap]
 
     def _sums(self, at: Ints, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         # Without any weight numpy counts in integers.

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_debugger.errors import InvalidInputError
+from moe_debugger.messages import catalogue, render_finding
 from moe_debugger.profiling import (
+    BottleneckKind,
     Peak,
     Roofline,
+    RooflinePoints,
     estimate_experts,
     find_bottlenecks,
     fit_cost_model,
@@ -21,7 +24,7 @@ from moe_debugger.profiling import (
     roofline_of,
 )
 from moe_debugger.profiling.bottlenecks import LayerTimesInput
-from moe_debugger.profiling.cost_model import expert_call_model, relative_error
+from moe_debugger.profiling.cost_model import MergedCost, expert_call_model, held_out, relative_error
 
 # -- the cost model ----------------------------------------------------------------------------------------------------
 
@@ -34,22 +37,57 @@ def test_costs_without_noise_are_found_again(base: float, per_row: float, per_ex
     rows = active * rng.integers(1, 40, 60)
     model = fit_cost_model(rows, active, base + per_row * rows + per_expert * active)
     assert model.is_fitted
-    assert (model.num_fitted, model.num_held_out) == (47, 11)
+    assert model.num_fitted + model.num_held_out == 58
+    assert 6 <= model.num_held_out <= 15
     assert model.held_out_error < 1e-6
     np.testing.assert_allclose(
         [model.base, model.per_row, model.per_expert], [base, per_row, per_expert], rtol=1e-4, atol=1e-2
     )
 
 
-def test_the_held_out_error_is_the_median_over_every_fifth_call() -> None:
-    rows = np.array([10.0, 20.0] * 11)
-    times = 100 * rows
-    # Of the 20 calls after the warm-up those at 4, 9, 14 and 19 are held out: they alone take 1.25 times as long.
-    times[2:][4::5] *= 1.25
-    model = fit_cost_model(rows, np.ones(22), times)
-    assert model.num_held_out == 4
-    assert model.held_out_error == pytest.approx(0.2)
-    assert model.held_out_bias == pytest.approx(-0.2)
+def test_the_held_out_error_is_by_size_of_the_calls_and_weighted_by_their_time() -> None:
+    # Calls with 64 rows take what nothing of the form a + b x rows says together with the others.
+    took = {4: 1_000.0, 64: 500_000.0, 1024: 1_000_000.0}
+    rows = np.array([4] * 52 + [64] * 10 + [1024] * 10)
+    model = fit_cost_model(rows, np.full(72, 2), np.vectorize(took.get)(rows))
+    said = model.base + model.per_row * np.array([4, 64, 1024])
+    expected = np.abs(said / list(took.values()) - 1)
+    time = np.array([52, 10, 10]) * list(took.values())
+    assert [(size.min_rows, size.num_calls, size.num_held_out) for size in model.sizes] == [
+        (4, 52, 10),
+        (64, 10, 2),
+        (1024, 10, 2),
+    ]
+    np.testing.assert_allclose([size.error for size in model.sizes], expected)
+    np.testing.assert_allclose([size.time_share for size in model.sizes], time / time.sum())
+    assert expected[0] < 0.05 < 0.3 < model.held_out_error
+    assert model.held_out_error == pytest.approx(np.average(expected, weights=time))
+    assert model.worst is model.sizes[int(expected.argmax())]
+
+
+@pytest.mark.parametrize("num_before", range(5))
+@pytest.mark.parametrize("num_new", [4, 5, 20, 25])
+def test_prefills_that_come_in_a_rhythm_are_fitted_and_held_out(num_before: int, num_new: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = np.r_[[8] * num_before, np.tile(np.r_[1200, [8] * (num_new - 1)], 12)].astype(float)
+    active = np.r_[[5] * num_before, np.tile(np.r_[6, [5] * (num_new - 1)], 12)]
+    model = fit_cost_model(rows, active, (2e6 + 5e3 * rows + 2e4 * active) * rng.normal(1, 0.01, len(rows)))
+    decode, prefill = model.sizes
+    assert 1 <= prefill.num_held_out < 6
+    assert max(decode.error, prefill.error) < 0.03
+    assert model.time(np.array([1200.0]), np.array([6.0]))[0] == pytest.approx(8.12e6, rel=0.03)
+    # Two kinds of calls are no evidence for three costs.
+    assert model.per_expert == 0
+    assert "only changed together" in model.note
+
+
+def test_a_size_of_which_none_could_be_held_out_is_said() -> None:
+    rows = np.array([9000.0, 8] + [8.0, 12, 15] * 20 + [1200])
+    model = fit_cost_model(rows, np.arange(63) % 4 + 1, 100 + rows)
+    assert [size.rows for size in model.sizes] == ["8 to 15 rows", "1,200 rows", "9,000 rows"]
+    assert "1,200 rows, 9,000 rows is not known" in model.note
+    assert math.isnan(model.sizes[1].error)
+    assert model.held_out_error < 1e-6
 
 
 def _loss(calls: list[tuple[float, float, float]], base: float, per_row: float, per_expert: float) -> float:
@@ -69,7 +107,8 @@ def test_no_grid_of_costs_above_zero_fits_better(seed: int) -> None:
     rows, active = rng.integers(1, 50, 40).astype(float), rng.integers(1, 9, 40).astype(float)
     times = 50 + 3 * rows + 8 * active + rng.normal(0, 15, 40).clip(-40, None)
     model = fit_cost_model(np.r_[1, 1, rows], np.r_[1, 1, active], np.r_[1, 1, times])
-    calls = [call for place, call in enumerate(zip(rows, active, times, strict=True)) if place % 5 != 4]
+    kept = ~held_out(rows, active)
+    calls = list(zip(rows[kept], active[kept], times[kept], strict=True))
     ours = _loss(calls, model.base, model.per_row, model.per_expert)
     for grid in itertools.product(range(0, 121, 20), np.linspace(0, 6, 7).tolist(), range(0, 21, 4)):
         assert ours <= _loss(calls, *grid) + 1e-9
@@ -79,7 +118,7 @@ def test_calls_that_something_disturbed_do_not_move_the_costs() -> None:
     rng = np.random.default_rng(5)
     rows = rng.choice([8.0, 64.0, 256.0], 200)
     times = 1000 + 20 * rows
-    times[rng.random(200) < 0.3] *= 8
+    times[rng.random(200) < 0.2] *= 8
     model = fit_cost_model(rows, np.full(200, 8.0), times)
     assert model.per_row == pytest.approx(20, rel=1e-6)
     assert model.base == pytest.approx(1000, rel=1e-6)
@@ -91,6 +130,18 @@ def test_what_cannot_be_told_apart_is_said() -> None:
     assert alike.per_expert == pytest.approx(500.0)
     assert (alike.base, alike.per_row) == (0.0, 0.0)
     assert "the fixed cost too" in alike.note
+    changing, alternating = np.arange(4.0, 34.0), np.arange(30) % 5 + 1.0
+    for rows, active, merged, none in (
+        (np.full(30, 8.0), alternating, MergedCost.ROWS, "per_row"),
+        (changing, np.full(30, 4.0), MergedCost.ACTIVE, "per_expert"),
+        (2 * alternating, alternating, MergedCost.ROWS_AND_ACTIVE, "per_expert"),
+        (changing, alternating, MergedCost.NOTHING, ""),
+    ):
+        model = fit_cost_model(rows, active, 1000 + 10 * rows + 5 * active)
+        assert model.merged is merged
+        assert bool(model.note) == bool(none)
+        assert model.held_out_error < 1e-6
+        assert [name for name in ("base", "per_row", "per_expert") if getattr(model, name) == 0] == [none][: len(none)]
     assert "are needed" in fit_cost_model([1.0] * 5, [1.0] * 5, [1.0] * 5).reason
     assert fit_cost_model([0.0] * 30, [0.0] * 30, [5.0] * 30).reason == "no expert had any row"
     assert not fit_cost_model([], [], []).is_fitted
@@ -112,6 +163,7 @@ def test_a_roofline_by_hand() -> None:
     # 2 experts of 100 bytes and 40 operations a row: 3 rows take 1 µs, then one expert with 1 row takes 2 µs.
     points = roofline_of(
         step=[4, 5],
+        record=[0, 1],
         forward_index=[0, 1],
         expert_rows=[[2, 1, 0], [0, 0, 1]],
         seconds=[1e-6, 2e-6],
@@ -127,11 +179,11 @@ def test_a_roofline_by_hand() -> None:
     peak = Peak(gflops=10, gbps=1)
     roofline = Roofline(0, points, peak)
     assert peak.ridge == 10
-    assert roofline.bound == "memory"
+    assert roofline.side == "memory"
     # Attainable: 0.6 and 0.4 GFLOP/s.
     assert roofline.attained_share == pytest.approx((0.12 / 0.6 + 0.02 / 0.4) / 2)
-    assert Roofline(0, points, Peak(0.1, 1)).bound == "compute"
-    assert Roofline(0, points).bound == ""
+    assert Roofline(0, points, Peak(0.1, 1)).side == "compute"
+    assert Roofline(0, points).side == ""
     assert math.isnan(Roofline(0, points).attained_share)
 
 
@@ -239,14 +291,47 @@ def test_ranks_that_wait_for_the_slowest_one() -> None:
     assert found[0].statistic == pytest.approx(1 / 3)
 
 
-def test_experts_that_are_bound_by_reading_weights() -> None:
+def _step_points(seconds: object) -> RooflinePoints:
+    # 800 bytes and 400 operations a step: 0.5 FLOP/byte.
     rows = np.tile([[1, 1, 0, 0]], (30, 1))
-    points = roofline_of(
-        step=np.arange(30), forward_index=np.arange(30), expert_rows=rows, seconds=np.full(30, 1e-5),
-        expert_bytes=400.0, flops_per_row=200.0,
+    return roofline_of(
+        step=np.arange(30), record=np.arange(30), forward_index=np.arange(30), expert_rows=rows,
+        seconds=np.broadcast_to(np.asarray(seconds), 30), expert_bytes=400.0, flops_per_row=200.0,
     )  # fmt: skip
-    found = find_bottlenecks({}, [Roofline(-1, points, Peak(100, 10))])
-    assert [(each.kind, each.severity, each.layer_index) for each in found] == [("memory_bound", "info", None)]
-    assert found[0].statistic == 0.5
-    assert find_bottlenecks({}, [Roofline(-1, points, Peak(1, 10))]) == ()
-    assert find_bottlenecks({}, [Roofline(-1, points)]) == ()
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "peak", "kind", "share"),
+    [
+        # The roof: 800 bytes take 80 ns at 10 GB/s, 400 operations take 400 ns at 1 GFLOP/s.
+        (100, Peak(100, 10), "memory_bound", 0.8),
+        (500, Peak(1, 10), "compute_bound", 0.8),
+        (1000, Peak(100, 10), "below_roof", 0.08),
+        (4_000_000, Peak(1, 10), "below_roof", 1e-4),
+        # Half of the steps above and half below the floor: neither is shown.
+        ([100, 1000] * 15, Peak(100, 10), "", 0.0),
+        (100, None, "", 0.0),
+    ],
+)
+def test_the_limit_of_the_experts_is_said_where_they_come_near_it(
+    nanoseconds: object, peak: Peak | None, kind: str, share: float
+) -> None:
+    roofline = Roofline(-1, _step_points(np.asarray(nanoseconds) * 1e-9), peak)
+    found = find_bottlenecks({}, [roofline])
+    if not kind:
+        assert found == ()
+        return
+    assert [(each.kind, each.severity, each.layer_index, each.num_calls) for each in found] == [
+        (kind, "info", None, 30)
+    ]
+    expected = 1 - share if kind == "below_roof" else share
+    assert (found[0].statistic, found[0].lower_bound) == pytest.approx((expected, expected))
+    text = render_finding(found[0].code, found[0].args)
+    assert ("Neither reading weights nor computing is the limit" in text) == (kind == "below_roof")
+    assert "{{" not in text + render_finding(found[0].code, found[0].args, "remedy")
+
+
+def test_every_bottleneck_has_its_words() -> None:
+    for kind in BottleneckKind:
+        for part in ("title", "summary", "remedy"):
+            assert f"finding.profile_{kind.value}.{part}" in catalogue()

@@ -2,10 +2,12 @@
 
 import json
 import math
+import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_moe
 import torch
@@ -68,12 +70,24 @@ def problems_of(document: Any) -> list[str]:
     return found
 
 
-def _profile(model: Any, num_forwards: int = 24) -> LayerProfile:
+def _profile(model: Any, num_forwards: int = 24, num_threads: int = 1) -> LayerProfile:
     profiler = LayerProfiler(model, find_sites(model).sites)
     profiler.attach()
-    with torch.no_grad():
-        for index in range(num_forwards):
-            model(torch.randint(3, 60, (1, 1 + index % 5)))
+    # Threads that wait for each other have different idents.
+    ready = threading.Barrier(num_threads)
+
+    def run() -> None:
+        ready.wait()
+        with torch.no_grad():
+            for index in range(num_forwards // num_threads):
+                model(torch.randint(3, 60, (1, 1 + index % 5)))
+
+    threads = [threading.Thread(target=run) for _ in range(num_threads - 1)]
+    for thread in threads:
+        thread.start()
+    run()
+    for thread in threads:
+        thread.join()
     profile = LayerProfile(profiler, model_name="tiny")
     profiler.detach()
     return profile
@@ -89,7 +103,10 @@ def test_a_trace_follows_the_format_and_has_every_span(build: Any, tmp_path: Pat
     events = document["traceEvents"]
     assert len(events) == number
     complete = [event for event in events if event["ph"] == "X"]
-    assert len(complete) == len(profile.spans)
+    assert len(complete) == len(profile.spans) + sum(len(summary.calls.gaps) for summary in profile.summaries)
+    for part in ("dispatch", "combine", "rest"):
+        shown_us = sum(event["dur"] for event in complete if event["cat"] == part)
+        assert shown_us == pytest.approx(sum(np.nansum(getattr(s.calls, part)) for s in profile.summaries) / 1e3)
     assert sum(event["name"] == "forward" for event in complete) == 24
     total_us = sum(event["dur"] for event in complete if event["cat"] == "block")
     assert total_us == pytest.approx(sum(s.calls.block.sum() for s in profile.summaries) / 1e3)
@@ -98,6 +115,18 @@ def test_a_trace_follows_the_format_and_has_every_span(build: Any, tmp_path: Pat
         profile.roofline.points.distinct_experts.tolist()
     )
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"moe-debugger: tiny", "forwards of thread 0"}
+
+
+def test_forwards_of_several_threads_have_tracks_and_counters_of_their_own(tmp_path: Path) -> None:
+    profile = _profile(ListModel(2), num_threads=3)
+    assert len(profile.roofline.points) == 24
+    path = tmp_path / "trace.json"
+    profile.to_perfetto(path)
+    document = json.loads(path.read_text())
+    assert problems_of(document) == []
+    counters = {event["name"] for event in document["traceEvents"] if event["ph"] == "C"}
+    tracks = {event["tid"] for event in document["traceEvents"] if event["ph"] == "X"}
+    assert {f"distinct experts of thread {track - 1}" for track in tracks} <= counters
 
 
 def test_estimates_are_arguments_and_no_events(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import tiny_moe
 import torch
+from rich.console import Console
 from timed_moe import FakeTime, ListModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_debugger import InvalidInputError, ModelNotSupportedError, MoEDebugger
 from moe_debugger.capture.discovery import find_sites
+from moe_debugger.cli.profile import show_profile
 from moe_debugger.profiling import LayerProfile, LayerProfiler, clocks
 from moe_debugger.profiling.places import Part
 
@@ -351,6 +354,82 @@ def test_code_that_is_compiled_later_runs_without_a_break_and_is_not_measured(at
     assert not profiler.notes
 
 
+def test_a_layer_that_is_compiled_later_is_said_once_with_its_name() -> None:
+    model = ListModel(3)
+    profiler = profiler_of(model)
+    profiler.attach()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model(ids)
+        assert not LayerProfile(profiler).notes
+        model.layers[1]["mlp"].compile(backend="eager")  # type: ignore[index]
+        assert torch.equal(model(ids), expected)
+        assert torch.equal(model(ids), expected)
+    profile = LayerProfile(profiler)
+    profiler.detach()
+    model.layers[2].compile(backend="eager")
+    assert [layer.num_calls for layer in profile.layers] == [3, 1, 3]
+    for notes in (profile.notes, LayerProfile(profiler).notes):
+        assert [(text.startswith("compiled after profiling began: layers.1.mlp;"), n) for text, n in notes.items()] == [
+            (True, 1)
+        ]
+
+
+def test_a_session_says_how_many_forwards_of_code_compiled_later_it_did_not_see() -> None:
+    model = ListModel(1)
+    ids = torch.arange(6)[None]
+    with MoEDebugger(model, profiling=True) as debugger, torch.no_grad():
+        model(ids)
+        assert not debugger.layer_profile().notes
+        later: Any = torch.compile(model, backend="eager")
+        later(ids)
+        later(ids)
+        profile = debugger.layer_profile()
+    assert profile.num_forwards == 1
+    assert [("did not see" in text, number) for text, number in profile.notes.items()] == [(True, 2)]
+
+
+def test_a_profile_in_which_nothing_ran_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ListModel(1)
+    profiler = profiler_of(model)
+    profiler.attach()
+    empty = LayerProfile(profiler)
+    show_profile(Console(), empty)
+    assert "nan" not in str(empty) + capsys.readouterr().out
+    assert str(empty) == "nothing was timed: no forward of the model ran while it was profiled"
+    with pytest.raises(IndexError), torch.no_grad():
+        model(torch.tensor([[999]]))
+    failed = LayerProfile(profiler)
+    profiler.detach()
+    show_profile(Console(), failed)
+    for text in (str(failed), capsys.readouterr().out):
+        assert "nothing was timed: of the model's forwards 1 was given up" in text
+        assert "raised" in text
+
+
+def test_ids_that_a_router_writes_into_one_buffer_are_counted_as_they_were() -> None:
+    model = tiny_moe.build("mixtral")
+    seen: list[int] = []
+    for layer in model.model.layers:
+        kept: dict[Any, torch.Tensor] = {}
+
+        def routed(hidden: Any, own: Any = layer.mlp.gate.forward, kept: dict[Any, Any] = kept) -> Any:
+            logits, weights, ids = own(hidden)
+            seen.append(ids.unique().numel())
+            return logits, weights, kept.setdefault(ids.shape, torch.empty_like(ids)).copy_(ids)
+
+        layer.mlp.gate.forward = routed
+    profiler = profiler_of(model)
+    profiler.attach()
+    with torch.no_grad():
+        for _ in range(12):
+            model(torch.randint(3, 90, (1, 2)))
+    profile = LayerProfile(profiler)
+    profiler.detach()
+    counted = [layer.roofline.points.distinct_experts for layer in profile.layers]
+    assert np.stack(counted, axis=1).reshape(-1).tolist() == seen
+
+
 def test_what_a_checkpoint_computes_again_is_no_second_forward() -> None:
     model = ListModel(2)
     profiler = profiler_of(model)
@@ -449,6 +528,35 @@ def test_threads_have_forwards_of_their_own() -> None:
     assert [layer.num_calls for layer in profile.layers] == [30, 30]
     assert profile.spans.num_unmatched == 0
     assert len({record.lane for record in profile.records}) == 3
+
+
+def test_forwards_of_several_threads_are_numbered_as_the_capture_numbers_them() -> None:
+    model = ListModel(2)
+    switches = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with MoEDebugger(model, profiling=True) as debugger:
+
+            def run(token: int) -> None:
+                with torch.no_grad():
+                    for _ in range(40):
+                        model(torch.full((1, 4 + token), token))
+
+            threads = [threading.Thread(target=run, args=(token,)) for token in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            profile = debugger.layer_profile()
+            decisions = debugger.session.decisions()  # type: ignore[union-attr]
+    finally:
+        sys.setswitchinterval(switches)
+    assert sorted(record.forward_index for record in profile.records) == list(range(160))
+    points = profile.roofline.points
+    assert len(points) == 160
+    # Rows x k x layers x operations of a row, of the very forward with that number.
+    tokens = np.bincount(decisions.forward_index[decisions.layer_index == 0], minlength=160)
+    assert points.flops.tolist() == (tokens[points.forward_index] * 2 * 2 * 2 * 16 * 16).tolist()
 
 
 def test_memory_is_bounded_and_drops_are_counted() -> None:

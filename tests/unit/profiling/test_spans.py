@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_debugger.profiling.places import Part
+from moe_debugger.profiling.places import Layout, Part
 from moe_debugger.profiling.spans import Places, Spans, block_calls, spans_of
 from moe_debugger.profiling.store import ForwardRecord, RecordStore
 
@@ -92,6 +92,60 @@ def test_experts_that_are_modules_have_dispatch_before_and_combine_after_them() 
     assert calls.expert_rows.tolist() == [[3, 1]]
     assert calls.dispatch_start.tolist() == [15]
     assert calls.combine_start.tolist() == [60]
+
+
+_LIST = [
+    (B, False, 0), (R, False, 5), (R, True, 15), (S, False, 18), (W, False, 19), (W, True, 21), (S, True, 22),
+    (E0, False, 25), (E0, True, 45), (E1, False, 50), (E1, True, 60), (W, False, 62), (W, True, 70), (B, True, 100),
+]  # fmt: skip
+_CALLED_LIST = [
+    (B, False, 0), (R, False, 5), (R, True, 15), (X, False, 20), (E0, False, 25), (E0, True, 45), (X, True, 60),
+    (B, True, 100),
+]  # fmt: skip
+_DENSE = [(B, False, 2), (R, False, 2), (R, True, 9), (X, False, 20), (X, True, 80), (B, True, 85)]
+
+
+@pytest.mark.parametrize(
+    ("marks", "layout", "expected"),
+    [
+        pytest.param(
+            _LIST,
+            "modules",
+            {"rest": [(0, 5), (45, 50)], "dispatch": [(15, 18), (22, 25)], "combine": [(60, 62), (70, 100)]},
+            id="list",
+        ),
+        pytest.param(
+            _CALLED_LIST,
+            "modules",
+            {"rest": [(0, 5)], "dispatch": [(15, 20), (20, 25)], "combine": [(45, 60), (60, 100)]},
+            id="a list that is called",
+        ),
+        pytest.param(_DENSE, "dense", {"dispatch": [(9, 20)], "combine": [(80, 85)]}, id="dense"),
+        pytest.param(_DENSE, "fused", {"rest": [(9, 20), (80, 85)]}, id="fused"),
+    ],
+)
+def test_what_lies_between_the_parts_are_stretches_that_overlap_nothing(
+    marks: list[tuple[int, bool, int]], layout: Layout, expected: dict[str, list[tuple[int, int]]]
+) -> None:
+    # The same block twice in a forward, and once in the next.
+    twice = [*marks, *((place, is_end, at + 200) for place, is_end, at in marks)]
+    records = [record((F, False, 0), *calls, (F, True, 500), counts=[(0, [1, 1])] * 2) for calls in (twice, marks)]
+    spans = spans_of(records, PLACES)
+    calls = block_calls(spans, records, 0, layout, 2)
+    gaps = calls.gaps
+    found: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for call, part, start, duration in zip(
+        *(each.tolist() for each in (gaps.call, gaps.part, gaps.start, gaps.duration)), strict=True
+    ):
+        found.setdefault((call, Part(part).label), []).append((start, start + duration))
+    assert found == {
+        (call, part): [(low + 200 * (call == 1), high + 200 * (call == 1)) for low, high in own]
+        for call in range(3)
+        for part, own in expected.items()
+    }
+    for part in (Part.DISPATCH, Part.COMBINE, Part.REST):
+        sums = np.bincount(gaps.call[gaps.part == part], gaps.duration[gaps.part == part], minlength=3)
+        np.testing.assert_array_equal(sums, np.nan_to_num(getattr(calls, part.label)))
 
 
 def test_dense_experts_compute_every_row_with_every_expert() -> None:
