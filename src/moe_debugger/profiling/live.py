@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_debugger.training.series import NO_INDEX, SeriesPoint
 
+from .bottlenecks import BottleneckKind
+from .cost_model import CostModel, MergedCost
 from .report import LayerProfile
 from .roofline import Peak
 
@@ -17,11 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["SERIES_PREFIX", "LiveProfile"]
 
+Floats = npt.NDArray[np.float64]
 # Series of this prefix are drawn by the page's Performance panel, and by no other.
 SERIES_PREFIX = "profile_"
 _INTERVAL_S = 5.0
 # The newest forwards that a summary looks at: bottlenecks need more than what came since the last one.
 _WINDOW = 256
+# Bottlenecks of this kind have a number for each expert.
+_BY_EXPERT = f"bottleneck_{BottleneckKind.SLOW_EXPERT.value}"
 # Of the time, for summaries.
 _MAX_SHARE = 0.01
 
@@ -52,8 +58,8 @@ class LiveProfile:
         self._interval_s, self._clock = interval_s, clock
         self._next_s = 0.0
         self._num_seen = 0
-        # Bottlenecks that were said, so that one that is gone is taken back.
-        self._said: set[tuple[str, int]] = set()
+        # Numbers of bottlenecks that were said, and how many values each has, so that one that is gone is taken back.
+        self._said: dict[tuple[str, int], int] = {}
 
     def points(self) -> list[SeriesPoint]:
         """Return the points of the newest forwards; none before the interval is over, or without a new forward."""
@@ -85,6 +91,7 @@ class LiveProfile:
     def _model_points(self, profile: LayerProfile, step: int) -> list[SeriesPoint]:
         values = {
             "forward_ms": profile.forward_median_ms,
+            "num_forwards": float(profile.num_forwards),
             "overhead_share": profile.overhead.share,
             "num_dropped": float(profile.overhead.num_dropped + profile.overhead.num_given_up),
             "step_experts": profile.roofline.median("distinct_experts"),
@@ -98,17 +105,22 @@ class LiveProfile:
         return [_point(step, name, NO_INDEX, value) for name, value in values.items() if math.isfinite(value)]
 
     def _bottlenecks(self, profile: LayerProfile, step: int) -> list[SeriesPoint]:
-        found: dict[tuple[str, int], float] = {}
+        widths = {each.times.layer_index: each.calls.num_experts for each in profile.summaries}
+        found: dict[tuple[str, int], Floats] = {}
         for each in profile.bottlenecks:
-            # One number for each kind and layer, the strongest; which expert it is comes as a number of its own.
-            key = (f"bottleneck_{each.kind.value}", NO_INDEX if each.layer_index is None else each.layer_index)
-            if key not in found:
-                found[key] = each.statistic
-                if each.expert_id is not None:
-                    found[f"{key[0]}_id", key[1]] = float(each.expert_id)
-        gone = dict.fromkeys(self._said - set(found), math.nan)
-        self._said = set(found)
-        return [_point(step, name, layer, value) for (name, layer), value in (found | gone).items()]
+            layer = NO_INDEX if each.layer_index is None else each.layer_index
+            numbers = {"": each.statistic, "_low": each.lower_bound, "_calls": float(each.num_calls)}
+            for ending, number in numbers.items():
+                key = (f"bottleneck_{each.kind.value}{ending}", layer)
+                # Of one kind and layer there is one, but for experts: theirs are a row, NaN for those not slow.
+                values = found.setdefault(key, np.full(1 if each.expert_id is None else widths[layer], np.nan))
+                values[each.expert_id or 0] = number
+        gone = {key: np.full(width, np.nan) for key, width in self._said.items() if key not in found}
+        self._said = {key: len(values) for key, values in found.items()}
+        return [
+            SeriesPoint(step, SERIES_PREFIX + name, layer, name.startswith(_BY_EXPERT), values)
+            for (name, layer), values in (found | gone).items()
+        ]
 
 
 def _layer_points(profile: LayerProfile, step: int) -> list[SeriesPoint]:
@@ -123,7 +135,7 @@ def _layer_points(profile: LayerProfile, step: int) -> list[SeriesPoint]:
         values |= {
             f"layer_{name}": roofline.median(name) for name in ("distinct_experts", "intensity", "gflops", "gbps")
         }
-        values["estimate_error"] = layer.model.held_out_error
+        values |= {"layer_calls": float(layer.num_calls)} | _estimate_values(layer.model)
         points += [_point(step, name, index, value) for name, value in values.items() if math.isfinite(value)]
         if layer.experts:
             kind = "expert_ms_estimated" if layer.experts[0].is_estimated else "expert_ms"
@@ -132,6 +144,24 @@ def _layer_points(profile: LayerProfile, step: int) -> list[SeriesPoint]:
                 by_expert[each.expert_id] = each.median_ms
             points.append(SeriesPoint(step, SERIES_PREFIX + kind, index, True, by_expert))
     return points
+
+
+def _estimate_values(model: CostModel) -> dict[str, float]:
+    """Return how far the estimates of a layer can be trusted; numbers, since a series has no words."""
+    if not model.is_fitted:
+        return {}
+    worst = model.worst
+    unknown = [size.max_rows for size in model.sizes if not size.num_held_out]
+    return {
+        "estimate_error": model.held_out_error,
+        "estimate_fitted": float(model.num_fitted),
+        "estimate_held_out": float(model.num_held_out),
+        "estimate_worst": math.nan if worst is None else worst.error,
+        "estimate_worst_rows": math.nan if worst is None else float(worst.max_rows),
+        # 0 = none.
+        "estimate_unknown_rows": float(max(unknown, default=0)),
+        "estimate_merged": float(tuple(MergedCost).index(model.merged)),
+    }
 
 
 def _point(step: int, name: str, layer: int, value: float) -> SeriesPoint:

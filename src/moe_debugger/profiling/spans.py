@@ -184,6 +184,11 @@ class BlockCalls:
     def __len__(self) -> int:
         return len(self.record)
 
+    @property
+    def num_experts(self) -> int:
+        """E; 0 where the experts' rows are not known."""
+        return 0 if self.expert_rows is None else self.expert_rows.shape[1]
+
 
 def block_calls(
     spans: Spans, records: Sequence[ForwardRecord], layer: int, layout: Layout, num_experts: int

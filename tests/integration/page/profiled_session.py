@@ -83,7 +83,8 @@ class ProfiledDouble(AnalyzerDouble):
 
     def _series(self) -> list[spb.Series]:
         model = {
-            "forward_ms": 6.4, "overhead_share": 0.023, "step_experts": 18.0, "step_bytes": 5.3e6, "intensity": 0.5,
+            "forward_ms": 6.4, "num_forwards": 256.0, "overhead_share": 0.023, "step_experts": 18.0,
+            "step_bytes": 5.3e6, "intensity": 0.5,
             "gflops": 1.8, "gbps": 3.6, "peak_gflops": 38.0, "peak_gbps": 9.5,
         }  # fmt: skip
         series = [_line(name, [value]) for name, value in model.items()]
@@ -93,7 +94,9 @@ class ProfiledDouble(AnalyzerDouble):
                 "layer_ms": total, "layer_p95_ms": 1.4 * total, "layer_share": total / 6.4,
                 "layer_distinct_experts": 6.0, "layer_intensity": 0.5 + 0.2 * layer,
                 "layer_gflops": 2.0 / (1 + 3 * (layer == 2)), "layer_gbps": 4.0 / (1 + 3 * (layer == 2)),
-                "estimate_error": 0.12,
+                "layer_calls": 256.0, "estimate_error": 0.12, "estimate_fitted": 205.0, "estimate_held_out": 49.0,
+                "estimate_worst": 1.3, "estimate_worst_rows": 1200.0, "estimate_unknown_rows": 64.0,
+                "estimate_merged": 4.0,
             }  # fmt: skip
             series += [_line(name, [value], layer) for name, value in own.items()]
             times = 0.04 + 0.01 * np.arange(NUM_EXPERTS)
@@ -101,8 +104,15 @@ class ProfiledDouble(AnalyzerDouble):
             kind = "expert_ms" if self.is_measured else "expert_ms_estimated"
             series.append(_line(kind, times.tolist(), layer, is_per_expert=True))
         last = 5.0 if self.has_slow_layer else math.nan
-        series.append(_line("bottleneck_slow_layer", [5.1, last], 2))
-        series.append(_line("bottleneck_memory_bound", [0.5]))
+        for ending, values in {"": [5.1, last], "_low": [4.2, last - 1], "_calls": [256.0, last * 0 + 256]}.items():
+            series.append(_line(f"bottleneck_slow_layer{ending}", values, 2))
+        if self.is_measured:
+            slow = {"": {1: 2.5, 6: 8.0}, "_low": {1: 2.2, 6: 7.0}, "_calls": {1: 90.0, 6: 120.0}}
+            for ending, known in slow.items():
+                row = [known.get(expert, math.nan) for expert in range(NUM_EXPERTS)]
+                series.append(_line(f"bottleneck_slow_expert{ending}", row, 0, is_per_expert=True))
+        for ending, value in {"": 0.95, "_low": 0.93, "_calls": 256.0}.items():
+            series.append(_line(f"bottleneck_below_roof{ending}", [value]))
         return series
 
 

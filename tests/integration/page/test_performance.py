@@ -50,7 +50,9 @@ def test_times_by_layer_their_bottleneck_and_what_was_estimated(url: str, sessio
     with open_page(url, session_id, width=WIDE[0], height=WIDE[1]) as page:
         expect(page.locator("#panel-tab-training")).to_have_count(0)
         page.locator("#panel-tab-performance").click()
-        expect(page.get_by_test_id("perf-summary")).to_contain_text("6.4 ms; profiling takes 2.3 %")
+        expect(page.get_by_test_id("perf-summary")).to_contain_text(
+            "6.4 ms (median of the newest 256); profiling takes 2.3 %"
+        )
         bars = page.get_by_test_id("perf-layers").locator(".perf-bar")
         expect(bars).to_have_count(NUM_LAYERS)
         widths = [float(box["width"]) for bar in bars.all() if (box := bar.bounding_box())]
@@ -62,11 +64,22 @@ def test_times_by_layer_their_bottleneck_and_what_was_estimated(url: str, sessio
         expect(bars.first).to_have_attribute("aria-label", re.compile("Router 0.06 ms, Experts 0.41 ms"))
         expect(page.get_by_test_id("performance")).to_contain_text("not separable")
         expect(page.get_by_test_id("perf-bottlenecks")).to_contain_text(
-            "L2 takes 5.00× the median of the other layers."
+            "L2 takes 5.00× the median of the other layers. At least 4.00×, from 256 calls."
         )
         expect(page.get_by_test_id("perf-bottlenecks").locator("li")).to_have_count(2)
+        expect(page.locator("[data-kind=below_roof]")).to_contain_text(
+            "reach 5.0 % of the machine's roof: neither reading weights nor computing is the limit. At most 7.0 %"
+        )
+        expect(page.locator("[data-kind=below_roof]")).to_contain_text("Give each call more tokens")
+        expect(page.get_by_test_id("performance")).to_contain_text("median of 256 calls of the block")
         expect(page.get_by_test_id("perf-mark")).to_have_text("estimated")
-        expect(page.get_by_test_id("performance")).to_contain_text("Off by 12 % (median)")
+        for words in (
+            "Off by 12 % on the 49 of 254 calls",
+            "up to 1,200 rows: 130 %",
+            "up to 64 rows",
+            "changed together",
+        ):
+            expect(page.get_by_test_id("perf-estimate")).to_contain_text(words)
         # An expert without rows has no time.
         expect(page.get_by_test_id("perf-experts").locator("dt")).to_have_count(NUM_EXPERTS - 1)
         expect(page.get_by_test_id("perf-roofline")).to_have_attribute("data-points", str(NUM_LAYERS))
@@ -98,7 +111,12 @@ def test_measured_experts_carry_another_mark_and_a_bottleneck_goes(
     with open_page(url, session_id, width=WIDE[0], height=WIDE[1]) as page:
         page.locator("#panel-tab-performance").click()
         expect(page.get_by_test_id("perf-mark")).to_have_text("measured")
-        expect(page.get_by_test_id("perf-bottlenecks").locator("li")).to_have_count(1)
+        expect(page.get_by_test_id("perf-bottlenecks").locator("[data-kind=slow_layer]")).to_have_count(0)
+        # All slow experts of the layer, the slowest first, and marked among its bars.
+        slow = page.locator("[data-kind=slow_expert]")
+        expect(slow).to_contain_text(["Expert 6 of L0 takes 8.00×", "Expert 1 of L0 takes 2.50×"])
+        expect(slow.first).to_contain_text("At least 7.00×, from 120 calls.")
+        expect(page.get_by_test_id("perf-experts").locator("dt.perf-slow")).to_have_text(["E6", "E1"])
         expect(page.get_by_test_id("performance")).not_to_contain_text("Off by")
 
 

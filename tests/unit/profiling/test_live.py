@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from timed_moe import FakeTime, ListModel
@@ -53,6 +54,14 @@ def test_points_come_every_few_seconds_and_a_bottleneck_that_is_gone_is_taken_ba
     assert values["router_ms", 4] == 1e-3
     assert values["layer_ms", 5] > 3 * values["layer_ms", 4]
     assert values["bottleneck_slow_layer", 5] > 2
+    assert 2 < values["bottleneck_slow_layer_low", 5] <= values["bottleneck_slow_layer", 5]
+    assert values["bottleneck_slow_layer_calls", 5] == 40
+    assert (values["num_forwards", -1], values["layer_calls", 5]) == (40, 40)
+    assert values["estimate_fitted", 5] + values["estimate_held_out", 5] == 38
+    # All calls are alike: one cost alone.
+    assert values["estimate_merged", 5] == 1
+    assert values["estimate_worst", 5] < 1e-6
+    assert (values["estimate_worst_rows", 5], values["estimate_unknown_rows", 5]) == (16, 0)
     assert values["peak_gflops", -1] == 100
     assert values["step_experts", -1] > 0
     assert ("wait_ms", 4) not in values, "nothing is sent for what has no number"
@@ -71,6 +80,34 @@ def test_points_come_every_few_seconds_and_a_bottleneck_that_is_gone_is_taken_ba
     seconds.now += 1000
     run(1)
     assert ("bottleneck_slow_layer", 5) not in _values(live.points())
+    profiler.detach()
+
+
+def test_every_slow_expert_of_a_layer_is_sent_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seconds = FakeTime(), Seconds()
+    monkeypatch.setattr(clocks.HostClock, "mark", clock.mark)
+    model = ListModel(1, 6, 2, clock=clock, costs={(0, 1): (5_000, 0), (0, 4): (9_000, 0)}, default=(500, 10))
+    profiler = LayerProfiler(model, find_sites(model).sites)
+    profiler.attach()
+    live = LiveProfile(profiler, layer_numbers={}, expert_owners={}, clock=seconds)
+
+    def sent() -> dict[str, SeriesPoint]:
+        with torch.no_grad():
+            for _ in range(288):
+                model(torch.arange(64)[None])
+        seconds.now += 1000
+        return {point.name.removeprefix(SERIES_PREFIX): point for point in live.points() if point.is_per_expert}
+
+    points = sent()
+    slow = points["bottleneck_slow_expert"].values
+    assert np.flatnonzero(np.isfinite(slow)).tolist() == [1, 4]
+    low = points["bottleneck_slow_expert_low"].values
+    assert (low[[1, 4]] > 2).all()
+    assert points["bottleneck_slow_expert_calls"].values[[1, 4]].tolist() == [256, 256]
+    for expert in model.layers[0]["mlp"].experts:  # type: ignore[index]
+        expert.call_ns, expert.row_ns = 500, 10
+    points = sent()
+    assert np.isnan(points["bottleneck_slow_expert"].values).tolist() == [True] * 6
     profiler.detach()
 
 

@@ -16,10 +16,18 @@ const LAYER_NAMES = [
   "layer_intensity",
   "layer_gflops",
   "layer_gbps",
+  "layer_calls",
   "estimate_error",
+  "estimate_fitted",
+  "estimate_held_out",
+  "estimate_worst",
+  "estimate_worst_rows",
+  "estimate_unknown_rows",
+  "estimate_merged",
 ];
 const MODEL_NAMES = [
   "forward_ms",
+  "num_forwards",
   "overhead_share",
   "num_dropped",
   "step_experts",
@@ -38,20 +46,40 @@ export const BOTTLENECKS = [
   "glue_share",
   "wait_share",
   "memory_bound",
+  "compute_bound",
+  "below_roof",
 ] as const;
 export type BottleneckKind = (typeof BOTTLENECKS)[number];
+
+/** What the calls could not tell apart, in the order of the numbers that are sent. */
+export const MERGED = ["nothing", "all", "rows", "active", "rows_and_active"] as const;
 
 /** The series that the panel asks for. */
 export const PROFILE_SERIES = [
   ...LAYER_NAMES,
   ...MODEL_NAMES,
-  ...BOTTLENECKS.flatMap((kind) => [`bottleneck_${kind}`, `bottleneck_${kind}_id`]),
+  ...BOTTLENECKS.flatMap((kind) => ["", "_low", "_calls"].map((ending) => `bottleneck_${kind}${ending}`)),
   "expert_ms",
   "expert_ms_estimated",
 ].map((name) => PROFILE_PREFIX + name);
 
+/** How far estimated experts can be trusted. */
+export interface Estimate {
+  /** Of the cost model on calls that it was not fitted to, weighted by time; NaN without one. */
+  error: number;
+  numFitted: number;
+  numHeldOut: number;
+  /** The error for the calls of the size for which it is largest, and their rows. */
+  worst: number;
+  worstRows: number;
+  /** Rows of calls for which no error is known; 0 = none. */
+  unknownRows: number;
+  merged: (typeof MERGED)[number];
+}
+
 export interface LayerTimes {
   layerIndex: number;
+  numCalls: number;
   ms: number;
   p95Ms: number;
   share: number;
@@ -61,8 +89,7 @@ export interface LayerTimes {
   intensity: number;
   gflops: number;
   gbps: number;
-  /** Of the cost model on calls that it was not fitted to; NaN without one. */
-  estimateError: number;
+  estimate: Estimate;
   /** Milliseconds of a call by expert, NaN for experts without rows; null where nothing is known. */
   experts: Float64Array | null;
   isEstimated: boolean;
@@ -72,11 +99,16 @@ export interface Bottleneck {
   kind: BottleneckKind;
   layerIndex: number | null;
   expertId: number | null;
+  /** A ratio or a share; of `below_roof` the share of the roof that is not reached. */
   value: number;
+  /** Below which the value does not lie; NaN where it was not sent. */
+  low: number;
+  numCalls: number;
 }
 
 export interface Performance {
   forwardMs: number;
+  numForwards: number;
   overheadShare: number;
   numDropped: number;
   stepExperts: number;
@@ -106,6 +138,7 @@ export function performanceOf(lines: readonly SeriesLine[], sourceId: string): P
     .map(({ layerIndex }) => layerIndex ?? 0);
   return {
     forwardMs: value("forward_ms"),
+    numForwards: value("num_forwards"),
     overheadShare: value("overhead_share"),
     numDropped: value("num_dropped"),
     stepExperts: value("step_experts"),
@@ -123,6 +156,7 @@ export function performanceOf(lines: readonly SeriesLine[], sourceId: string): P
         const experts = measured ?? estimated;
         return {
           layerIndex: layer,
+          numCalls: value("layer_calls", layer),
           ms: value("layer_ms", layer),
           p95Ms: value("layer_p95_ms", layer),
           share: value("layer_share", layer),
@@ -133,7 +167,15 @@ export function performanceOf(lines: readonly SeriesLine[], sourceId: string): P
           intensity: value("layer_intensity", layer),
           gflops: value("layer_gflops", layer),
           gbps: value("layer_gbps", layer),
-          estimateError: value("estimate_error", layer),
+          estimate: {
+            error: value("estimate_error", layer),
+            numFitted: value("estimate_fitted", layer),
+            numHeldOut: value("estimate_held_out", layer),
+            worst: value("estimate_worst", layer),
+            worstRows: value("estimate_worst_rows", layer),
+            unknownRows: value("estimate_unknown_rows", layer),
+            merged: MERGED[value("estimate_merged", layer)] ?? "nothing",
+          },
           experts: experts ? lastRow(experts) : null,
           isEstimated: measured === undefined,
         };
@@ -146,22 +188,32 @@ function lastRow({ steps, values, numValues }: SeriesLine): Float64Array {
   return values.slice((steps.length - 1) * numValues, steps.length * numValues);
 }
 
-/** A bottleneck that is gone was taken back with NaN: only the very last value counts. */
+/** A bottleneck that is gone was taken back with NaN: only the very last values count. Of experts there is a row. */
 function bottlenecksOf(own: readonly SeriesLine[]): Bottleneck[] {
-  const last = (kind: string, layerIndex: number | null) => {
-    const line = own.find((one) => one.name === `${PROFILE_PREFIX}${kind}` && one.layerIndex === layerIndex);
-    return line && line.steps.length > 0 ? (line.values[line.steps.length - 1] as number) : Number.NaN;
+  const last = (name: string, layerIndex: number | null) => {
+    const line = own.find((one) => one.name === PROFILE_PREFIX + name && one.layerIndex === layerIndex);
+    return line && line.steps.length > 0 ? [...lastRow(line)] : [];
   };
   const found: Bottleneck[] = [];
   for (const kind of BOTTLENECKS) {
     const name = `bottleneck_${kind}`;
-    const layers = own.filter((line) => line.name === PROFILE_PREFIX + name).map(({ layerIndex }) => layerIndex);
-    for (const layerIndex of layers) {
-      const value = last(name, layerIndex);
-      const expert = last(`${name}_id`, layerIndex);
-      if (Number.isFinite(value))
-        found.push({ kind, layerIndex, value, expertId: Number.isFinite(expert) ? expert : null });
+    const ofKind: Bottleneck[] = [];
+    for (const { layerIndex } of own.filter((line) => line.name === PROFILE_PREFIX + name)) {
+      const [low, numCalls] = [last(`${name}_low`, layerIndex), last(`${name}_calls`, layerIndex)];
+      last(name, layerIndex).forEach((value, at) => {
+        if (!Number.isFinite(value)) return;
+        const expertId = kind === "slow_expert" ? at : null;
+        ofKind.push({
+          kind,
+          layerIndex,
+          expertId,
+          value,
+          low: low[at] ?? Number.NaN,
+          numCalls: numCalls[at] ?? Number.NaN,
+        });
+      });
     }
+    found.push(...ofKind.sort((a, b) => b.value - a.value));
   }
   return found;
 }

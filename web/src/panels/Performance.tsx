@@ -1,15 +1,17 @@
 // Performance: where the time of the MoE layers goes, what was estimated, and how far from the machine's roof it is.
+import type { TFunction } from "i18next";
 import { type ReactNode, useMemo } from "react";
 import { useTranslation } from "react-i18next";
 import { formatBytes, formatFixed, formatInteger, formatPercent, formatRatio, formatValue } from "../format";
 import { Severity } from "../gen/moe_debugger/v1/session_pb";
-import { i18n } from "../i18n";
+import { findingText, i18n } from "../i18n";
 import { layerNames } from "../layers";
 import words from "../locales/en.performance.json";
 import {
   along,
   type Bottleneck,
   decades,
+  type Estimate,
   type LayerTimes,
   PARTS,
   type Performance,
@@ -25,8 +27,10 @@ import "./performance.css";
 i18n.addResourceBundle("en", "page", words, true, true);
 
 const RATIOS = new Set(["slow_layer", "slow_expert"]);
+const INFOS = new Set(["memory_bound", "compute_bound", "below_roof"]);
 const PLOT = { width: 460, height: 260, left: 46, right: 12, top: 10, bottom: 36 };
 const MAX_EXPERT_BARS = 64;
+const MAX_BOTTLENECKS = 40;
 
 export default function PerformancePanel() {
   const { t } = useTranslation();
@@ -45,6 +49,7 @@ export default function PerformancePanel() {
           <span className="muted" data-testid="perf-summary">
             {t("performance.summary", {
               ms: formatValue(profile.forwardMs),
+              n: formatInteger(profile.numForwards),
               share: formatPercent(profile.overheadShare, 1),
             })}
           </span>
@@ -117,7 +122,7 @@ function Profile({ profile }: { profile: Performance }) {
         <LayerTable layers={profile.layers} />
       ) : (
         <div className="perf-grid">
-          <Card title={t("performance.layers")} hint={t("performance.layersHint")}>
+          <Card title={t("performance.layers")} hint={t("performance.layersHint", { n: callsOf(profile.layers, t) })}>
             <LayerBars profile={profile} />
           </Card>
           <Card title={t("performance.bottlenecks")}>
@@ -126,11 +131,21 @@ function Profile({ profile }: { profile: Performance }) {
           <Card title={t("performance.roofline")} hint={t("performance.rooflineHint")}>
             <Roofline profile={profile} />
           </Card>
-          <Experts layers={profile.layers} />
+          <Experts profile={profile} />
         </div>
       )}
     </>
   );
+}
+
+/** How many calls a median is over: one number where all layers have the same. */
+function callsOf(layers: readonly LayerTimes[], t: TFunction): string {
+  const known = layers.map(({ numCalls }) => numCalls).filter(Number.isFinite);
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  if (known.length === 0) return "–";
+  return low === high
+    ? formatInteger(low)
+    : t("performance.range", { low: formatInteger(low), high: formatInteger(high) });
 }
 
 function Card({
@@ -220,24 +235,40 @@ function Bottlenecks({ found }: { found: readonly Bottleneck[] }) {
   const { t } = useTranslation();
   const labelOf = useLabel();
   if (found.length === 0) return <p className="muted">{t("performance.noBottlenecks")}</p>;
+  const shown = found.slice(0, MAX_BOTTLENECKS);
   return (
     <ul className="perf-list" data-testid="perf-bottlenecks">
-      {found.map(({ kind, layerIndex, expertId, value }) => (
-        <li key={`${kind}/${layerIndex}`} data-kind={kind}>
-          <SeverityGlyph severity={kind === "memory_bound" ? Severity.INFO : Severity.WARNING} size={12} />
-          <span>
-            {t(`performance.bottleneck.${kind}`, {
-              layer: layerIndex === null ? "" : labelOf(layerIndex),
-              expert: expertId ?? "",
-              value: RATIOS.has(kind)
-                ? formatRatio(value)
-                : kind === "memory_bound"
-                  ? formatValue(value)
-                  : formatPercent(value),
-            })}
-          </span>
-        </li>
-      ))}
+      {shown.map((bottleneck) => {
+        const { kind, layerIndex, expertId, value, low, numCalls } = bottleneck;
+        // Of the roof what is missing was sent; what is reached is shown.
+        const isBelow = kind === "below_roof";
+        const format = (number: number) =>
+          RATIOS.has(kind) ? formatRatio(number) : formatPercent(isBelow ? 1 - number : number, 1);
+        return (
+          <li key={`${kind}/${layerIndex}/${expertId}`} data-kind={kind}>
+            <SeverityGlyph severity={INFOS.has(kind) ? Severity.INFO : Severity.WARNING} size={12} />
+            <div>
+              {t(`performance.bottleneck.${kind}`, {
+                layer: layerIndex === null ? "" : labelOf(layerIndex),
+                expert: expertId ?? "",
+                value: format(value),
+              })}{" "}
+              {Number.isFinite(low) && (
+                <span className="muted">
+                  {t(isBelow ? "performance.atMost" : "performance.atLeast", {
+                    bound: format(low),
+                    n: formatInteger(numCalls),
+                  })}
+                </span>
+              )}
+              <p className="muted small">{findingText({ code: `profile_${kind}`, args: {} }, "remedy")}</p>
+            </div>
+          </li>
+        );
+      })}
+      {found.length > shown.length && (
+        <li className="muted">{t("performance.moreBottlenecks", { n: formatInteger(found.length - shown.length) })}</li>
+      )}
     </ul>
   );
 }
@@ -353,7 +384,7 @@ function Grid({ x, y, toX, toY }: GridProps) {
   );
 }
 
-function Experts({ layers }: { layers: readonly LayerTimes[] }) {
+function Experts({ profile: { layers, bottlenecks } }: { profile: Performance }) {
   const { t } = useTranslation();
   const labelOf = useLabel();
   const selected = useApp((state) => state.picture?.whole.layers[state.row]?.layerIndex);
@@ -365,6 +396,9 @@ function Experts({ layers }: { layers: readonly LayerTimes[] }) {
     .sort((a, b) => b.ms - a.ms)
     .slice(0, MAX_EXPERT_BARS);
   const longest = known[0]?.ms ?? 1;
+  const slow = new Set(
+    bottlenecks.filter((each) => each.layerIndex === layer.layerIndex).map(({ expertId }) => expertId),
+  );
   const mark = known.length > 0 && (
     <span className="perf-estimated" data-testid="perf-mark">
       {t(layer.isEstimated ? "performance.estimated" : "performance.measured")}
@@ -380,7 +414,7 @@ function Experts({ layers }: { layers: readonly LayerTimes[] }) {
       <dl className="perf-rows" data-testid="perf-experts">
         {known.map(({ ms, expert }) => (
           <div key={expert} style={{ display: "contents" }}>
-            <dt className="num">E{expert}</dt>
+            <dt className={`num${slow.has(expert) ? " perf-slow" : ""}`}>E{expert}</dt>
             <dd>
               <div
                 className={`perf-bar perf-experts${layer.isEstimated ? " is-estimated" : ""}`}
@@ -395,14 +429,28 @@ function Experts({ layers }: { layers: readonly LayerTimes[] }) {
           </div>
         ))}
       </dl>
-      {known.length > 0 && layer.isEstimated && (
-        <p className="muted small">
-          {t("performance.estimatedWhy")}{" "}
-          {Number.isFinite(layer.estimateError) &&
-            t("performance.estimateError", { error: formatPercent(layer.estimateError) })}
-        </p>
-      )}
+      {known.length > 0 && layer.isEstimated && <EstimateNote estimate={layer.estimate} />}
     </Card>
+  );
+}
+
+function EstimateNote({ estimate }: { estimate: Estimate }) {
+  const { t } = useTranslation();
+  const { error, numFitted, numHeldOut, worst, worstRows, unknownRows, merged } = estimate;
+  return (
+    <p className="muted small" data-testid="perf-estimate">
+      {t("performance.estimatedWhy")}{" "}
+      {Number.isFinite(error) &&
+        t("performance.estimateError", {
+          error: formatPercent(error),
+          heldOut: formatInteger(numHeldOut),
+          calls: formatInteger(numFitted + numHeldOut),
+          rows: formatInteger(worstRows),
+          worst: formatPercent(worst),
+        })}{" "}
+      {unknownRows > 0 && t("performance.unknownRows", { rows: formatInteger(unknownRows) })}{" "}
+      {merged !== "nothing" && t(`performance.merged.${merged}`)}
+    </p>
   );
 }
 
@@ -415,6 +463,7 @@ function LayerTable({ layers }: { layers: readonly LayerTimes[] }) {
         <thead>
           <tr>
             <th scope="col">{t("performance.layer")}</th>
+            <th scope="col">{t("performance.calls")}</th>
             <th scope="col">{t("performance.ms")}</th>
             <th scope="col">{t("performance.p95")}</th>
             <th scope="col">{t("performance.share")}</th>
@@ -433,6 +482,7 @@ function LayerTable({ layers }: { layers: readonly LayerTimes[] }) {
           {layers.map((layer) => (
             <tr key={layer.layerIndex}>
               <th scope="row">{labelOf(layer.layerIndex)}</th>
+              <td>{Number.isFinite(layer.numCalls) ? formatInteger(layer.numCalls) : "–"}</td>
               <td>{formatValue(layer.ms)}</td>
               <td>{formatValue(layer.p95Ms)}</td>
               <td>{formatPercent(layer.share, 1)}</td>
