@@ -41,13 +41,16 @@ class MarginBucket:
         num_tokens: sample size.
         router_rate: share of them whose set of experts differs, NaN without tokens.
         slot_rate: share of their slots that differ.
+        router_interval, slot_interval: two-sided 95 %, from documents.
     """
 
     lower: float
     upper: float
     num_tokens: int
     router_rate: float
+    router_interval: Interval
     slot_rate: float
+    slot_interval: Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class LayerMismatch:
         num_tokens: matched tokens, the sample size; num_documents: where they come from.
         router_rate: share of tokens whose set of experts differs; router_interval: two-sided 95 %, from documents.
         slot_rate: mean share of the k slots that differ; 1 - |A and B| / k where every slot has an expert.
+        slot_interval: two-sided 95 %, from documents.
         by_margin: buckets of the first recording's margin, ascending, that of unknown margins last; empty where no
             margins were captured.
     """
@@ -68,6 +72,7 @@ class LayerMismatch:
     router_rate: float
     router_interval: Interval
     slot_rate: float
+    slot_interval: Interval
     by_margin: tuple[MarginBucket, ...]
 
 
@@ -154,18 +159,22 @@ def _num_differing_slots(layer: AlignedLayer) -> _Ints:
 def _layer_mismatch(layer: AlignedLayer, margin: _Floats | None, edges: Sequence[float] | None) -> LayerMismatch:
     slots = _num_differing_slots(layer) / layer.shape.top_k
     router = document_mean((slots > 0).astype(np.float64), layer.document)
+    slot = document_mean(slots, layer.document)
     return LayerMismatch(
         layer_index=layer.shape.layer_index,
         num_tokens=router.num_tokens,
         num_documents=router.num_documents,
         router_rate=router.value,
         router_interval=router.interval,
-        slot_rate=float(slots.mean()) if len(slots) else _NAN,
-        by_margin=() if margin is None else _by_margin(slots, margin, edges),
+        slot_rate=slot.value,
+        slot_interval=slot.interval,
+        by_margin=() if margin is None else _by_margin(slots, margin, layer.document, edges),
     )
 
 
-def _by_margin(slots: _Floats, margin: _Floats, edges: Sequence[float] | None) -> tuple[MarginBucket, ...]:
+def _by_margin(
+    slots: _Floats, margin: _Floats, document: _Ints, edges: Sequence[float] | None
+) -> tuple[MarginBucket, ...]:
     is_known = ~np.isnan(margin)
     if edges is not None:
         bounds = np.asarray(edges, np.float64)
@@ -175,18 +184,14 @@ def _by_margin(slots: _Floats, margin: _Floats, edges: Sequence[float] | None) -
         bounds = np.empty(0)
     # One more bucket past the last holds the unknown margins.
     bucket = np.where(is_known, np.searchsorted(bounds, margin, side="right"), len(bounds) + 1)
-    sizes = np.bincount(bucket, minlength=len(bounds) + 2)
-    differing = np.bincount(bucket[slots > 0], minlength=len(sizes))
-    slot_sums = np.bincount(bucket, weights=slots, minlength=len(sizes))
     limits = [-np.inf, *bounds.tolist(), np.inf]
     ranges = [*itertools.pairwise(limits), (_NAN, _NAN)]
-    return tuple(
-        MarginBucket(
-            lower=lower,
-            upper=upper,
-            num_tokens=int(size),
-            router_rate=int(num) / int(size) if size else _NAN,
-            slot_rate=float(total) / int(size) if size else _NAN,
+    found = []
+    for number, (lower, upper) in enumerate(ranges):
+        is_own = bucket == number
+        router = document_mean((slots[is_own] > 0).astype(np.float64), document[is_own])
+        slot = document_mean(slots[is_own], document[is_own])
+        found.append(
+            MarginBucket(lower, upper, router.num_tokens, router.value, router.interval, slot.value, slot.interval)
         )
-        for (lower, upper), size, num, total in zip(ranges, sizes, differing, slot_sums, strict=True)
-    )
+    return tuple(found)

@@ -30,7 +30,7 @@ class LayerSaturation:
         num_documents: documents that they come from, the unit of the interval.
         num_without_expert: matched tokens that reached no expert in both recordings; they are left out.
         overlap: mean of |A and B| / max(|A|, |B|), 0..1; overlap_interval: two-sided 95 %, from documents.
-        jaccard: mean of |A and B| / |A or B|, 0..1.
+        jaccard: mean of |A and B| / |A or B|, 0..1; jaccard_interval likewise.
         chance: overlap of routers that know nothing of each other, mean of min(|A|, |B|) / (E + Z): k / E as a rule.
         chance_corrected: (overlap - chance) / (1 - chance): 0 at chance, 1 where all is the same; NaN where k = E + Z.
     """
@@ -44,6 +44,7 @@ class LayerSaturation:
     overlap: float
     overlap_interval: Interval
     jaccard: float
+    jaccard_interval: Interval
     chance: float
     chance_corrected: float
 
@@ -69,6 +70,7 @@ def layer_saturation(layer: AlignedLayer) -> LayerSaturation:
     either = (layer.num_chosen_a + layer.num_chosen_b)[has_expert] - shared
     least = np.minimum(layer.num_chosen_a, layer.num_chosen_b)[has_expert]
     overlap = document_mean(shared / most[has_expert], layer.document[has_expert])
+    jaccard = document_mean(shared / either, layer.document[has_expert])
     num = overlap.num_tokens
     chance = float(least.mean()) / layer.shape.num_ids if num else _NAN
     return LayerSaturation(
@@ -80,7 +82,8 @@ def layer_saturation(layer: AlignedLayer) -> LayerSaturation:
         num_without_expert=layer.num_tokens - num,
         overlap=overlap.value,
         overlap_interval=overlap.interval,
-        jaccard=float((shared / either).mean()) if num else _NAN,
+        jaccard=jaccard.value,
+        jaccard_interval=jaccard.interval,
         chance=chance,
         chance_corrected=(overlap.value - chance) / (1 - chance) if num and chance < 1 else _NAN,
     )

@@ -1,5 +1,6 @@
 """Every public number is defined in docs/metrics.md: formula, unit, sample size, and where it does not apply."""
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import moe_debugger
 from moe_debugger import analysis, planning
 from moe_debugger.analysis import expert_similarity, locality, metrics, small_samples, step_metrics
 
@@ -141,6 +143,79 @@ def test_every_number_is_defined(owner: str, name: str) -> None:
     assert lines, f"{owner}.{name} has no line in docs/metrics.md"
     problems = [problem(line) for line in lines]
     assert not all(problems), f"{owner}.{name}: {problems}"
+
+
+SMALL = re.search(r"^### Few tokens, metric by metric$(.*?)^## ", DOCUMENT.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda result: result.__name__)
+def test_every_number_says_what_to_hold_against_it_where_there_is_little(result: Any) -> None:
+    assert SMALL is not None
+    named = {
+        name for cell in re.findall(r"^\|(.*?)\|", SMALL[1], re.MULTILINE) for name in re.findall(r"`(.+?)`", cell)
+    }
+    named = {re.sub(r"\[.*?\]", "", name).split(".")[-1] for name in named}
+    # What it is compared with by chance, and bands, are the answers of this section.
+    answers = {name for name in names_of(result) if name.startswith(("chance", "shuffled", "balanced"))}
+    missing = set(names_of(result)) - named - answers - {"max_violation_at_balance"}
+    assert not missing
+
+
+# Evidence whose name is no literal: where it is made, and the names that come of it.
+NAMES_OF_LOOPS = {
+    ("analysis/early_warning.py", "metric"): ["max_over_mean", "mean_token_entropy"],
+    ("analysis/explanation/data_rules.py", "limit.metric"): ["effective_experts", "load_ratio"],
+    ("analysis/rules/quality.py", "f'capture_{check.name}'"): ["capture_<check>"],
+    ("profiling/bottlenecks.py", "f'profile_{kind.value}'"): ["profile_<kind>"],
+    ("profiling/bottlenecks.py", "f'profile_{kind.value}_low'"): ["profile_<kind>_low"],
+    ("reporting/load_scores.py", "name"): ["max_over_mean", "gini", "cv_debiased"],
+    ("reporting/load_scores.py", "f'{kind.value}s'"): ["dead_experts", "cold_experts", "hot_experts"],
+    ("reporting/quality_scores.py", "name"): [
+        *("mean_confidence", "mean_margin", "rank_waste_share", "rank_imbalance", "rank_window_imbalance"),
+        *("decisions_dropped", "rows_not_written", "rows_damaged"),
+    ],
+    ("reporting/quality_scores.py", "f'capture_{check.name}'"): ["capture_<check>"],
+    # Series of a training, which docs/training.md defines, and evidence that is read back from messages.
+    ("analysis/explanation/training_rules.py", "name"): [],
+    ("analysis/explanation/training_rules.py", "setting.name"): [],
+    ("analysis/explanation/wire.py", "row.metric"): [],
+    ("analysis/findings.py", "row.metric"): [],
+    ("reporting/findings_text.py", "row.metric"): [],
+}
+
+
+def evidence_names() -> list[str]:
+    """Return the names of all evidence that the code makes."""
+    source = Path(moe_debugger.__file__).parent
+    names: set[str] = set()
+    for path in sorted(source.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            made = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+            given = [*call.args[:1], *(word.value for word in call.keywords if word.arg == "metric")]
+            if made not in ("EvidenceRow", "EvidenceLine") or not given:
+                continue
+            if isinstance(given[0], ast.Constant):
+                names.add(str(given[0].value))
+            else:
+                names.update(NAMES_OF_LOOPS[path.relative_to(source).as_posix(), ast.unparse(given[0])])
+    return sorted(names)
+
+
+def test_the_names_of_evidence_are_found() -> None:
+    assert {"share_upper", "rank_load_ratio", "capture_<check>", "lowest_effective_experts"} <= set(evidence_names())
+
+
+@pytest.mark.parametrize("name", evidence_names())
+def test_every_number_of_the_evidence_is_defined(name: str) -> None:
+    lines = LINES.get(name, []) + lines_of((DOCUMENT.parent / "training.md").read_text("utf-8")).get(name, [])
+    assert lines, f"evidence {name!r} has no line in docs/metrics.md, nor in docs/training.md"
+
+
+@pytest.mark.parametrize("label", ["1 − entropy", "Min load entropy", "Tokens/s"])
+def test_every_number_that_the_page_names_otherwise_is_defined(label: str) -> None:
+    assert f'| "{label}" |' in DOCUMENT.read_text("utf-8")
 
 
 def test_a_missing_cell_is_noticed() -> None:

@@ -103,6 +103,7 @@ def test_mismatch_meets_the_prediction_where_routers_differ_independently_and_li
         compare(a, np.where(differs[..., None], [0, 2], a), tokens_per_document=100) for differs in (alone, together)
     )
     assert independent.independent_token_rate == pytest.approx(1 - 0.9**12, abs=0.02)
+    assert all(layer.slot_interval.lower < 0.05 < layer.slot_interval.upper for layer in correlated.layers.values())
     interval = independent.token_interval
     assert interval.lower < independent.independent_token_rate < interval.upper
     assert correlated.router_rate == pytest.approx(0.1, abs=0.02)
@@ -116,12 +117,18 @@ def test_mismatch_by_margin_finds_a_numeric_wobble_at_small_margins() -> None:
     scores = rng.normal(size=(5000, 8))
     ordered = -np.sort(-scores, axis=1)
     a, b = (np.argsort(-s, axis=1)[:, :2] for s in (scores, scores + rng.normal(0, 0.02, scores.shape)))
-    layer = compare([a], [b], margin=[ordered[:, 1] - ordered[:, 2]]).layers[0]
+    layer = compare([a], [b], margin=[ordered[:, 1] - ordered[:, 2]], tokens_per_document=50).layers[0]
     rates = [bucket.router_rate for bucket in layer.by_margin[:-1]]
     assert [bucket.num_tokens for bucket in layer.by_margin] == [250, 1000, 1250, 1250, 1250, 0]
     assert rates[0] > 0.3
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == 0
+    for bucket in layer.by_margin[:-1]:
+        # Every differing token differs in one of two slots, but for very few.
+        assert bucket.router_interval.lower <= bucket.router_rate <= bucket.router_interval.upper
+        assert bucket.slot_interval.upper == pytest.approx(bucket.router_interval.upper / 2, rel=0.1, abs=0.03)
+    assert layer.by_margin[0].router_interval.lower > layer.by_margin[1].router_interval.upper
+    assert np.isnan(layer.by_margin[-1].router_interval.lower)
 
 
 def test_mismatch_refuses_edges_that_do_not_ascend() -> None:

@@ -69,6 +69,8 @@ def test_saturation_is_at_chance_for_unrelated_routers_and_not_applicable_where_
     assert layer.chance == 0.125
     assert layer.overlap_interval.lower < 0.125 < layer.overlap_interval.upper
     assert layer.overlap_interval.upper - layer.overlap_interval.lower < 0.02
+    # Of sets of 8 from 64 one expert in 8 is shared on average: 1 of 15.
+    assert layer.jaccard_interval.lower < layer.jaccard < layer.jaccard_interval.upper < 1 / 13
     everything = rows_of([[0, 1]], num_experts=2)
     assert np.isnan(router_saturation(align(everything, everything))[0].chance_corrected)
 
