@@ -13,7 +13,6 @@ import { Heatmap } from "./panels/Heatmap";
 import { HistoryStrip } from "./panels/History";
 import { RecordButton, RecordingsButton } from "./panels/Recordings";
 import { Details, Diagnosis, Sidebar, useRequestList } from "./panels/Sidebar";
-import { SilencedNotice } from "./panels/SilencedNotice";
 import { StatusBar } from "./panels/StatusBar";
 import { TokensPanel } from "./panels/Tokens";
 import {
@@ -44,6 +43,9 @@ import { useLocationSync } from "./url";
 // Most sessions have no series: what draws them is loaded with the first look at the panel.
 const TrainingPanel = lazy(() => import("./panels/Training"));
 const PerformancePanel = lazy(() => import("./panels/Performance"));
+
+// Loaded with the first finding that is silenced.
+const LazyNotice = lazy(() => import("./panels/SilencedNotice"));
 
 const PHONE = "(max-width: 720px)";
 
@@ -383,6 +385,20 @@ function Announcer() {
   return (
     <div className="visually-hidden" aria-live="polite">
       {line}
+    </div>
+  );
+}
+
+/** Says what was silenced, in a region that is there before its words are. */
+export function SilencedNotice() {
+  const finding = useApp((state) => state.justSilenced);
+  return (
+    <div className="silenced-notice" role="status" data-testid="silenced-notice">
+      {finding && (
+        <Suspense fallback={null}>
+          <LazyNotice finding={finding} key={findingKey(finding)} />
+        </Suspense>
+      )}
     </div>
   );
 }

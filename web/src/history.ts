@@ -25,7 +25,8 @@ interface HistoryState {
   drawnResolution: Resolution;
 }
 
-export const MAX_POINTS = 300;
+/** Points of each resolution that are drawn: of the finer ones the analyzer keeps no more. */
+export const NUM_POINTS: Record<Resolution, number> = { 1: 120, 10: 120, 60: 300 };
 const POLL_MS = 2000;
 
 export const useHistoryStore = create<HistoryState>(() => ({
@@ -80,7 +81,7 @@ export function useHistoryPolling(): void {
     const load = async () => {
       try {
         const { points } = await app.client.getHistory(
-          { sessionId, resolutionS: resolution, maxPoints: MAX_POINTS },
+          { sessionId, resolutionS: resolution, maxPoints: NUM_POINTS[resolution] },
           { signal: controller.signal },
         );
         const { isPaused, picture } = useApp.getState();

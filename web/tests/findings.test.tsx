@@ -5,6 +5,7 @@ import { act, fireEvent, render, screen, waitFor, within } from "@testing-librar
 import { I18nextProvider } from "react-i18next";
 import { beforeEach, describe, expect, it } from "vitest";
 import { FakeGateway, SESSION_ID } from "../dev/fake-gateway";
+import { SilencedNotice } from "../src/AppShell";
 import { ServicesContext } from "../src/context";
 import { countFindings, filterable, findingKey, sortFindings } from "../src/findings";
 import { DebuggerService } from "../src/gen/moe_debugger/v1/gateway_pb";
@@ -24,7 +25,6 @@ import { recentWindow, wholeSession } from "../src/model/load";
 import { Console } from "../src/panels/Console";
 import { EvidenceTable } from "../src/panels/Findings";
 import { Diagnosis } from "../src/panels/Sidebar";
-import { SilencedNotice } from "../src/panels/SilencedNotice";
 import { useQuery } from "../src/query";
 import { App, useApp } from "../src/store";
 import { Generator } from "../src/tokens";
@@ -113,12 +113,14 @@ describe("evidence", () => {
         // Of a finding of this code it counts something else.
         { metric: "effective_experts", value: 2.31, unit: "experts", rule: "< 3", sampleSize: 2n },
         { metric: "num_requests", value: 50, unit: "requests" },
+        { metric: "share_of_steps_slowest", value: 1, unit: "of steps", sampleSize: 23n },
       ),
     ).toEqual([
-      ["Max over mean", "2.5", "", "76,800 tokens"],
+      ["Max/mean load", "2.5", "", "76,800 tokens"],
       ["Design effect", "–", "", "62 blocks"],
       ["Effective experts", "2.31 experts", "< 3", "2 points of steps"],
       ["Requests", "50", "", "–"],
+      ["Share of steps slowest", "100 % of steps", "", "23 steps"],
     ]);
     expect(screen.getByText(/No baseline was given/)).toBeTruthy();
   });
@@ -182,7 +184,8 @@ describe("Console", () => {
     fireEvent.click(silence);
     // The row is gone from under the filter; the keyboard is where it can be taken back.
     await waitFor(() => expect(screen.queryByTestId("finding")).toBeNull());
-    expect(screen.getByRole("status").textContent).toContain("Silenced for 1 h: Router collapse in layer 2");
+    const notice = screen.getByRole("status");
+    await waitFor(() => expect(notice.textContent).toContain("Silenced for 1 h: Router collapse in layer 2"));
     const undo = screen.getByRole("button", { name: "Undo" });
     await waitFor(() => expect(document.activeElement).toBe(undo));
     fake.findingError = "not now";
@@ -239,7 +242,7 @@ describe("Diagnosis", () => {
     fake.life = { numQuietSeconds: 4 };
     show(fake, <Diagnosis />);
     expect(screen.getByTestId("finding-life").textContent).toMatch(
-      /, on rows that show it from step 120 on .*quiet for 4 of 10 s/,
+      /, by the rows from step 120 on .*quiet for 4 of 10 s/,
     );
   });
 

@@ -127,7 +127,7 @@ def test_marked_in_one_tab_by_keyboard_it_is_seen_in_another_and_after_a_restart
         badge = there.locator("#panel-tab-console .tab-count.warning")
         expect(badge).to_have_text("1")
         _row(here).locator(".expander").press("Enter")
-        expect(here.get_by_test_id("finding-life")).to_contain_text(re.compile(r"Since \d\d:\d\d:\d\d"))
+        expect(here.get_by_test_id("finding-life")).to_contain_text(re.compile(r"Opened \d\d:\d\d:\d\d"))
         acknowledge = here.get_by_role("button", name="Acknowledge: ")
         acknowledge.press("Enter")
         _expect_state(here, "acknowledged")

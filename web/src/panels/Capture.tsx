@@ -47,10 +47,10 @@ export default function Capture() {
         ))}
       </dl>
       <p className="muted small">{t("capture.accountNote")}</p>
+      {snapshot && <RankLoadPicture snapshot={snapshot} />}
       <h4>{t("capture.sources")}</h4>
       {sources.length === 0 && <p className="muted">{t("capture.noSources")}</p>}
       <SourcesTable sources={sources} />
-      {snapshot && <RankLoadPicture snapshot={snapshot} />}
       {sources.map((source) => (
         <SourceDetails source={source} isOpen={sources.length <= MAX_OPEN_SOURCES} key={source.sourceId} />
       ))}

@@ -145,7 +145,7 @@ function effectText({ effect, effectValue, effectLower, effectUpper }: FindingRe
   const given = Object.entries(numbers).filter(([, value]) => value !== undefined);
   return catalogueText(
     `effect.${effect}`,
-    Object.fromEntries(given.map(([name, value]) => [name, formatValue(scale * Number(value))])),
+    Object.fromEntries(given.map(([name, value]) => [name, Number((scale * Number(value)).toPrecision(3))])),
   );
 }
 

@@ -1,7 +1,7 @@
 import { Fragment, lazy, Suspense, useMemo, useState } from "react";
 import { useTranslation } from "react-i18next";
 import { findingKey, isClosed, isOpen, isSuperseded, SEVERITY_NAME, sortFindings, stateName } from "../findings";
-import { formatClock, formatInteger, formatValue } from "../format";
+import { formatClock, formatInteger, formatPercent, formatValue } from "../format";
 import type { EvidenceRow, Finding } from "../gen/moe_debugger/v1/session_pb";
 import { findingText, metricName, sampleUnit } from "../i18n";
 import { layerName } from "../layers";
@@ -75,8 +75,10 @@ export function FindingRow({ finding }: { finding: Finding }) {
           <span className={`word ${severity}`}>{t(`severity.${finding.severity}`)}</span>
         </span>
         <span className="cell-time num">{formatClock(finding.lastSeenAtUnixNs)}</span>
-        <span className="cell-step num">{finding.sinceStep === undefined ? "" : formatInteger(finding.sinceStep)}</span>
-        <span className="cell-code num">{finding.ruleId || finding.code}</span>
+        <Step step={finding.sinceStep} />
+        <span className="cell-code num" title={finding.ruleId || finding.code}>
+          {finding.ruleId || finding.code}
+        </span>
         <span className="cell-sentence">
           <StateTag finding={finding} /> <b>{title}</b> {summary}
         </span>
@@ -103,6 +105,17 @@ export function FindingRow({ finding }: { finding: Finding }) {
         </div>
       )}
     </Fragment>
+  );
+}
+
+function Step({ step }: { step: bigint | undefined }) {
+  const { t } = useTranslation();
+  if (step === undefined) return <span className="cell-step" />;
+  const number = formatInteger(step);
+  return (
+    <span className="cell-step num" title={t("console.step", { step: number })}>
+      {number}
+    </span>
   );
 }
 
@@ -136,7 +149,7 @@ export function EvidenceTable({ rows, severity, code, isFinding = false }: Evide
           <tr key={row.metric}>
             <th scope="row">{metricName(row.metric)}</th>
             <td className={`num ${row.rule ? severity : ""}`}>
-              <bdi dir="ltr">{withUnit(formatValue(row.value), valueUnit(row))}</bdi>
+              <bdi dir="ltr">{valueText(row)}</bdi>
             </td>
             {hasBaseline && <td className="num">{row.baseline === undefined ? "–" : formatValue(row.baseline)}</td>}
             <td className="num">
@@ -154,9 +167,12 @@ export function EvidenceTable({ rows, severity, code, isFinding = false }: Evide
 
 const withUnit = (value: string, unit: string) => (unit ? `${value} ${unit}` : value);
 
-function valueUnit({ metric, unit, value }: EvidenceRow): string {
+function valueText({ metric, unit, value, rule, baseline }: EvidenceRow): string {
   // "Requests: 62 requests" says it twice, and nothing has no unit.
-  return Number.isNaN(value) || unit === "1" || metricName(metric).toLowerCase() === unit ? "" : unit;
+  if (Number.isNaN(value) || unit === "1" || metricName(metric).toLowerCase() === unit) return formatValue(value);
+  // A part of something, unless it stands beside a limit or an earlier value that is no percentage.
+  if (unit.startsWith("of ") && !rule && baseline === undefined) return withUnit(formatPercent(value), unit);
+  return withUnit(formatValue(value), unit);
 }
 
 /** Where it began, why, and what to do; of a finding that was not explained, what the catalogue advises. */

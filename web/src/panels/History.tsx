@@ -1,7 +1,7 @@
 import { useLayoutEffect, useRef, useState } from "react";
 import { useTranslation } from "react-i18next";
 import { formatCompact, formatFixed } from "../format";
-import { linePath, MAX_POINTS, type Resolution, useHistoryEnd, useHistoryStore } from "../history";
+import { linePath, NUM_POINTS, type Resolution, useHistoryEnd, useHistoryStore } from "../history";
 import { useApp } from "../store";
 
 const HEIGHT = 74;
@@ -24,7 +24,7 @@ export function HistoryStrip() {
     return () => observer.disconnect();
   }, []);
 
-  const span = MAX_POINTS * resolution * 1000;
+  const span = NUM_POINTS[resolution] * resolution * 1000;
   const start = end - span;
   const shown = points?.filter((point) => point.atMs + point.durationS * 1000 >= start) ?? [];
   const x = (ms: number) => ((ms - start) / span) * width;
@@ -33,7 +33,8 @@ export function HistoryStrip() {
   const yTokens = (rate: number) => HEIGHT - (rate / mostTokens) * (HEIGHT - TOP - 22);
   const last = shown.at(-1);
   const spanWord = t(`history.span${resolution}`);
-  const ticks = [1, 0.8, 0.6, 0.4, 0.2];
+  // Whole hours of five, quarters of the others.
+  const ticks = resolution === 60 ? [1, 0.8, 0.6, 0.4, 0.2] : [1, 0.75, 0.5, 0.25];
   return (
     <section className="history" aria-label={t("history.title")}>
       <div className="history-key">
@@ -93,7 +94,7 @@ export function HistoryStrip() {
             type="button"
             key={value}
             aria-pressed={value === resolution}
-            title={t("history.points", { n: MAX_POINTS, resolution: value })}
+            title={t("history.points", { n: NUM_POINTS[value], resolution: value })}
             onClick={() => useHistoryStore.setState({ resolution: value })}
           >
             {t(`history.span${value}`)}
@@ -105,7 +106,7 @@ export function HistoryStrip() {
 }
 
 function formatSpan(seconds: number): string {
-  if (seconds < 60) return `${Math.round(seconds)} s`;
+  if (seconds < 120) return `${Math.round(seconds)} s`;
   return seconds < 3600 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
 }
 
@@ -116,7 +117,7 @@ export function Sparkline({ row, label }: { row: number; label: string }) {
   const end = useHistoryEnd();
   const width = 340;
   const height = 56;
-  const span = MAX_POINTS * resolution * 1000;
+  const span = NUM_POINTS[resolution] * resolution * 1000;
   const x = (ms: number) => ((ms - end + span) / span) * (width - 34);
   const y = (value: number) => 4 + (1 - Math.max(0, Math.min(1, value))) * (height - 8);
   const entropyOf = (point: { loadEntropy: Float32Array }) => point.loadEntropy[row] ?? Number.NaN;

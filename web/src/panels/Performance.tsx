@@ -238,8 +238,7 @@ function Bottlenecks({ found }: { found: readonly Bottleneck[] }) {
   const shown = found.slice(0, MAX_BOTTLENECKS);
   return (
     <ul className="perf-list" data-testid="perf-bottlenecks">
-      {shown.map((bottleneck) => {
-        const { kind, layerIndex, expertId, value, low, numCalls } = bottleneck;
+      {shown.map(({ kind, layerIndex, expertId, value, low, numCalls }, at) => {
         // Of the roof what is missing was sent; what is reached is shown.
         const isBelow = kind === "below_roof";
         const format = (number: number) =>
@@ -261,7 +260,10 @@ function Bottlenecks({ found }: { found: readonly Bottleneck[] }) {
                   })}
                 </span>
               )}
-              <p className="muted small">{findingText({ code: `profile_${kind}`, args: {} }, "remedy")}</p>
+              {/* Those of a kind stand together, and what to do about them is the same. */}
+              {shown[at + 1]?.kind !== kind && (
+                <p className="muted small">{findingText({ code: `profile_${kind}`, args: {} }, "remedy")}</p>
+              )}
             </div>
           </li>
         );

@@ -130,18 +130,20 @@ function SelectedFinding() {
         </h3>
         <StateTag finding={finding} />
       </header>
-      <p className="num muted small">{finding.ruleId}</p>
-      {findings.length > 1 && (
-        <span className="pager muted small">
-          {t("diagnosis.position", { i: at + 1, n: findings.length })}
-          <button type="button" aria-label={t("diagnosis.previous")} onClick={() => step(-1)}>
-            ‹
-          </button>
-          <button type="button" aria-label={t("diagnosis.next")} onClick={() => step(1)}>
-            ›
-          </button>
-        </span>
-      )}
+      <div className="rule-line muted small">
+        <span className="num">{finding.ruleId}</span>
+        {findings.length > 1 && (
+          <span className="pager">
+            {t("diagnosis.position", { i: at + 1, n: findings.length })}
+            <button type="button" aria-label={t("diagnosis.previous")} onClick={() => step(-1)}>
+              ‹
+            </button>
+            <button type="button" aria-label={t("diagnosis.next")} onClick={() => step(1)}>
+              ›
+            </button>
+          </span>
+        )}
+      </div>
       <FindingLife finding={finding} />
       <FindingActions finding={finding} />
       {worst && worst.severity > (needsAttention(finding) ? finding.severity : 0) && (

@@ -31,7 +31,9 @@ export function StatusBar() {
         {t("status.hz", { hz: pace.hz.toFixed(pace.hz < 10 ? 1 : 0) })} · {t("status.lag")}{" "}
         <b>{pace.lagMs === null ? "–" : t("status.ms", { ms: formatInteger(Math.round(pace.lagMs)) })}</b>
       </span>
-      <span className="num">{t("status.conflated", { n: formatInteger(pace.numConflated) })}</span>
+      {pace.numConflated > 0 && (
+        <span className="num">{t("status.conflated", { n: formatInteger(pace.numConflated) })}</span>
+      )}
       {picture && (
         <button
           type="button"
@@ -71,7 +73,7 @@ export function StatusBar() {
             title={`${t(`component.state.${state}`)}${detail ? `: ${detail}` : ""}`}
           >
             <span className={`dot-state ${componentClass(state)}`} aria-hidden="true" />
-            {name}
+            {t(`component.name.${name}`, { defaultValue: name })}
             {componentClass(state) !== "ready" && <b className="warning"> {t(`component.state.${state}`)}</b>}
             <span className="visually-hidden"> {t(`component.state.${state}`)}</span>
           </span>

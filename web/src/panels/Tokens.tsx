@@ -425,7 +425,8 @@ function RoutePanel({ request, isFull }: { request: OpenRequest | undefined; isF
     <div className="route">
       <header className="panel-head">
         <h2>
-          {t("tokens.route")} {position !== null && <code dir="ltr">{name}</code>}
+          {position === null ? t("tokens.routeOfNone") : t("tokens.route")}{" "}
+          {position !== null && <code dir="ltr">{name}</code>}
         </h2>
         {position !== null && routes?.layers[0] && (
           <span className="muted num">{t("tokens.routeHint", { position, topK: routes.layers[0].topK })}</span>
