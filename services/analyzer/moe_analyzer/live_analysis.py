@@ -144,8 +144,7 @@ def _with_history(recent: RoutingState, history: History) -> RoutingState:
             series, steps, tokens = history[index]
             layer = replace(layer, load_series=series, step_sample=_since(steps, layer.first_step), token_sample=tokens)
         layers[index] = layer
-    classes = recent.token_classes, recent.workload_tokens
-    return RoutingState(layers, recent.request_registers, recent.phase_tokens, *classes)
+    return RoutingState(layers, recent.request_registers)
 
 
 def _since(sample: StepSample, first_step: int | None) -> StepSample | None:

@@ -7,7 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.analysis._row_runs import load_of_runs, run_starts, sums_by_group
-from moe_debugger.analysis.layer_state import FIXED_POINT, MAX_ABSOLUTE, LayerState, even_squares
+from moe_debugger.analysis.layer_state import (
+    FIXED_POINT,
+    MAX_ABSOLUTE,
+    NUM_PHASES,
+    NUM_TOKEN_CLASSES,
+    LayerState,
+    even_squares,
+)
 from moe_debugger.analysis.sketch import combine, hash_strings, mix, observe
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
@@ -18,6 +25,8 @@ __all__ = ["POSITIONS_PER_BLOCK", "Batch", "check_rows", "check_sums", "fold_lay
 
 # Positions of a request that are one block where there are too few requests.
 POSITIONS_PER_BLOCK = 64
+# From here on a token id is none: -1 (not captured) as 32 unsigned bits.
+_NO_TOKEN_ID = 1 << 31
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -96,7 +105,11 @@ class Batch:
         blocks: [n] uint64, hash of what the row's block is made of: its request.
         known: [n] bool, whether that is known.
         stretches: [n] uint64, number of the row's stretch of positions within its request.
-        keys: [n] uint64, hash of the token itself.
+        keys: [n] uint64, hash of the token itself: its request and position, and its id where captured.
+        phases: [n] uint8, phase; those that are not known yet count as the last one.
+        has_token_id: [n] bool, whether the token's id was captured; None = of no row.
+        classes: [n] intp, hashed class of the token id, 256 where not captured; None likewise.
+        workloads: [n] uint64, hash of the label of the row's workload, 0 = none; None = no row has one.
     """
 
     columns: RoutingColumns
@@ -105,13 +118,43 @@ class Batch:
     stretches: _U64
     keys: _U64
     step_source: int
+    phases: npt.NDArray[np.uint8]
+    has_token_id: npt.NDArray[np.bool_] | None
+    classes: npt.NDArray[np.intp] | None
+    workloads: _U64 | None
 
     @classmethod
-    def of(cls, columns: RoutingColumns, hashes: _U64, known: npt.NDArray[np.bool_], step_source: int) -> "Batch":
+    def of(
+        cls,
+        columns: RoutingColumns,
+        hashes: _U64,
+        known: npt.NDArray[np.bool_],
+        step_source: int,
+        workloads: _U64 | None = None,
+    ) -> "Batch":
         """Return the batch with its hashes; see `row_blocks`."""
         position = columns.position.astype(np.uint64)
-        stretches = position // np.uint64(POSITIONS_PER_BLOCK)
-        return cls(columns, hashes, known, stretches, mix(hashes ^ mix(position)), step_source)
+        keys = hashes ^ mix(position)
+        has_token_id = classes = None
+        if columns.token_id is not None:
+            has_token_id = columns.token_id < _NO_TOKEN_ID
+            token = mix(columns.token_id.astype(np.uint64))
+            classes = (token % np.uint64(NUM_TOKEN_CLASSES)).astype(np.intp)
+            classes[~has_token_id] = NUM_TOKEN_CLASSES
+            # Names come again with other text.
+            keys += token * has_token_id
+        return cls(
+            columns,
+            blocks=hashes,
+            known=known,
+            stretches=position // np.uint64(POSITIONS_PER_BLOCK),
+            keys=mix(keys),
+            step_source=step_source,
+            phases=np.minimum(columns.phase, np.uint8(NUM_PHASES - 1)),
+            has_token_id=has_token_id,
+            classes=classes,
+            workloads=workloads,
+        )
 
 
 def fold_layer(state: LayerState, layer: LayerColumns, batch: Batch) -> None:
@@ -127,6 +170,7 @@ def fold_layer(state: LayerState, layer: LayerColumns, batch: Batch) -> None:
     steps = columns.step[rows][valid]
     state.see_steps(int(steps.min()), int(steps.max()))
     state.num_tokens += len(steps)
+    _fold_kinds(state, batch, rows, valid)
     ids = layer.expert_ids[valid]
     status = None if layer.slot_status is None else layer.slot_status[valid]
     slots = SlotClasses.of(ids, status, state.shape.num_experts)
@@ -152,7 +196,25 @@ def fold_layer(state: LayerState, layer: LayerColumns, batch: Batch) -> None:
         state.z_squared.add(np.square(layer.router_logsumexp[valid].astype(np.float64)))
     if layer.probability_sum is not None:
         _add_probabilities(state, layer.probability_sum, len(steps))
-    _fold_content(state, layer, ids, valid, columns, rows)
+    _fold_content(state, layer, ids, valid, batch, rows)
+
+
+def _fold_kinds(
+    state: LayerState,
+    batch: Batch,
+    rows: slice | npt.NDArray[np.uint32],
+    valid: npt.NDArray[np.bool_] | slice,
+) -> None:
+    """Add what kinds of tokens the valid rows are: phase, token id, workload."""
+    state.phase_tokens += np.bincount(batch.phases[rows][valid], minlength=NUM_PHASES).astype(np.uint64)
+    if batch.classes is not None:
+        classes = np.bincount(batch.classes[rows][valid], minlength=NUM_TOKEN_CLASSES + 1)
+        state.token_classes += classes[:NUM_TOKEN_CLASSES].astype(np.uint64)
+    if batch.workloads is not None:
+        labels = batch.workloads[rows][valid]
+        is_labelled = (labels > 0) & batch.known[rows][valid]
+        positions = batch.columns.position[rows][valid][is_labelled].astype(np.uint64)
+        state.workloads.fold(batch.blocks[rows][valid][is_labelled], positions, labels[is_labelled])
 
 
 def _squared_loads(is_load: npt.NDArray[np.bool_]) -> int:
@@ -255,27 +317,32 @@ def _fold_content(
     layer: LayerColumns,
     ids: npt.NDArray[np.int32],
     valid: npt.NDArray[np.bool_] | slice,
-    columns: RoutingColumns,
+    batch: Batch,
     rows: slice | npt.NDArray[np.uint32],
 ) -> None:
-    """Add the rows' fingerprints, where weights or token ids tell tokens apart."""
-    parts: list[npt.NDArray[np.unsignedinteger]] = []
+    """Add the fingerprints of rows that weights or token ids tell apart."""
+    columns = batch.columns
+    if layer.gate_weights is None and batch.has_token_id is None:
+        return
+    fingerprint = combine(mix(columns.position[rows][valid].astype(np.uint64)), ids.astype(np.uint32))
     if layer.gate_weights is not None:
         # As on the wire, so that a notebook and an analyzer tell the same tokens apart.
         with np.errstate(over="ignore"):
-            parts.append(np.ascontiguousarray(layer.gate_weights[valid], np.float16).view(np.uint16))
-    if columns.token_id is not None:
-        parts.append(columns.token_id[rows][valid].reshape(-1, 1))
-    if not parts:
-        return
+            weights = np.ascontiguousarray(layer.gate_weights[valid], np.float16).view(np.uint16)
+        fingerprint = combine(fingerprint, weights)
+    is_told = None
+    if columns.token_id is not None and batch.has_token_id is not None:
+        has_token_id = batch.has_token_id[rows][valid]
+        with_token = combine(fingerprint, columns.token_id[rows][valid].reshape(-1, 1))
+        fingerprint = np.where(has_token_id, with_token, fingerprint)
+        is_told = has_token_id if layer.gate_weights is None else None
     if layer.router_entropy is not None:
-        parts.append(layer.router_entropy[valid].astype(np.float16).view(np.uint16).reshape(-1, 1))
-    position = columns.position[rows][valid]
-    fingerprint = mix(position.astype(np.uint64))
-    for part in (ids.astype(np.uint32), *parts):
-        fingerprint = combine(fingerprint, part)
+        entropy = layer.router_entropy[valid].astype(np.float16).view(np.uint16)
+        fingerprint = combine(fingerprint, entropy.reshape(-1, 1))
+    if is_told is not None:
+        fingerprint = fingerprint[is_told]
     observe(state.content_registers, fingerprint)
-    state.num_fingerprints += len(ids)
+    state.num_fingerprints += len(fingerprint)
 
 
 def _add_probabilities(state: LayerState, sums: npt.NDArray[np.float64], num_tokens: int) -> None:
@@ -298,6 +365,7 @@ def fold_sums(state: LayerState, layer: LayerCountColumns, columns: CountsColumn
     state.squared_loads += even_squares(int(counts.sum()), layer.num_tokens)
     state.num_padding += layer.num_padding
     state.num_tokens += layer.num_tokens
+    state.phase_tokens[min(columns.phase, NUM_PHASES - 1)] += np.uint64(layer.num_tokens)
     state.num_dropped_slots += layer.dropped_slots
     state.num_skipped_slots += layer.skipped_slots
     state.num_identity_slots += layer.identity_slots

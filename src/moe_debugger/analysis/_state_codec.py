@@ -1,9 +1,12 @@
 """`RoutingState` as bytes and back.
 
 Layout, little-endian: ``b"MoRS"``, u8 major, u8 minor, u16 zero, u32 CRC-32 of all that follows, then the body: request
-registers, phase counts, token classes, u32 number of layers, layers. Integer arrays are written in the narrowest
-unsigned width that holds their maximum (one byte says which), so that a window's blocks cost one byte a cell.
+registers, u32 number of layers, layers. Integer arrays are written in the narrowest unsigned width that holds their
+maximum (one byte says which), so that a window's blocks cost one byte a cell. Kinds of tokens (phases, token classes,
+workloads) stand behind a byte that is 0 where they are those of the layer before, as they mostly are.
 
+Major 5 gives each layer its kinds of tokens. Up to major 4 one table of phases and of token classes stood for all
+layers, and is read as that of each; workloads were counted without their requests, and are read as none.
 Major 4 adds the sum of squares of the tokens' routed slots, and keeps means in multiples of 2**-40 instead of 2**-20;
 older states get the sum of squares of equal tokens. Major 3 added blocks of positions, workloads, and the history: the
 series over steps and the samples of steps and tokens, each layer's behind a byte that says whether it is there. Major 2
@@ -13,6 +16,7 @@ read as unused slots. States of the first two are read as states without a histo
 
 import struct
 import zlib
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +26,6 @@ from moe_debugger.analysis.sketch import NUM_REGISTERS
 from moe_debugger.analysis.state import (
     NUM_PHASES,
     NUM_TOKEN_CLASSES,
-    NUM_WORKLOAD_CLASSES,
     FixedSum,
     LayerShape,
     LayerState,
@@ -31,11 +34,12 @@ from moe_debugger.analysis.state import (
 )
 from moe_debugger.analysis.step_loads import LoadSeries, StepSample, sample_capacity, series_capacity
 from moe_debugger.analysis.token_sample import SAMPLE_TOKENS, TokenSample
+from moe_debugger.analysis.workloads import SAMPLE_REQUESTS, WorkloadSample
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireFormatError
 
 __all__ = ["STATE_FORMAT_MAJOR", "decode_state", "encode_state"]
 
-STATE_FORMAT_MAJOR = 4
+STATE_FORMAT_MAJOR = 5
 STATE_FORMAT_MINOR = 0
 _MAGIC = b"MoRS"
 _HEADER = struct.Struct("<4sBBHI")
@@ -49,21 +53,27 @@ _WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 _COARSE_BITS = 20
 _NO_STEP = 2**64 - 1
 _MAX_LAYERS = 4096
+# Up to major 4.
+_NUM_WORKLOAD_CLASSES = 64
 
 
 def encode_state(state: RoutingState) -> bytes:
     """Return `state` in the layout of this module."""
-    parts = [
-        state.request_registers.tobytes(),
-        _pack(state.phase_tokens),
-        _pack(state.token_classes),
-        _pack(state.workload_tokens),
-    ]
-    parts.append(struct.pack("<I", len(state.layers)))
+    parts = [state.request_registers.tobytes(), struct.pack("<I", len(state.layers))]
+    before = b""
     for layer in state.layers.values():
-        parts.extend(_encode_layer(layer))
+        kinds = _encode_kinds(layer)
+        parts += [*_encode_layer(layer), b"\0" if kinds == before else b"\1" + kinds]
+        before = kinds
     body = b"".join(parts)
     return _HEADER.pack(_MAGIC, STATE_FORMAT_MAJOR, STATE_FORMAT_MINOR, 0, zlib.crc32(body)) + body
+
+
+def _encode_kinds(layer: LayerState) -> bytes:
+    workloads = layer.workloads
+    columns = (workloads.requests, workloads.positions, workloads.labels, workloads.num_tokens)
+    tables = (layer.phase_tokens, layer.token_classes, *columns)
+    return struct.pack("<I", len(workloads.requests)) + b"".join(map(_pack, tables))
 
 
 def _encode_layer(layer: LayerState) -> list[bytes]:
@@ -199,18 +209,51 @@ def decode_state(data: bytes) -> RoutingState:
         raise WireFormatError(f"routing state: checksum {zlib.crc32(body):#010x}, expected {crc:#010x}")
     reader = _Reader(body)
     requests = reader.registers("the request counter")
-    phases = reader.unsigned(NUM_PHASES, "phase counts")
-    classes = reader.unsigned(NUM_TOKEN_CLASSES, "token classes")
-    workloads = reader.unsigned(NUM_WORKLOAD_CLASSES, "workloads") if major >= 3 else None
+    kinds = None
+    if major < 5:
+        kinds = _Kinds.read(reader, with_workloads=False)
+        if major >= 3:
+            reader.unsigned(_NUM_WORKLOAD_CLASSES, "workloads")
     (num_layers,) = struct.unpack("<I", reader.take(4, "the number of layers"))
     if num_layers > _MAX_LAYERS:
         raise WireFormatError(f"routing state has {num_layers} layers, expected at most {_MAX_LAYERS}")
-    layers = [_decode_layer(reader, major) for _ in range(num_layers)]
+    layers = []
+    for _ in range(num_layers):
+        layer = _decode_layer(reader, major)
+        if major >= 5 and reader.is_there("kinds of tokens"):
+            kinds = _Kinds.read(reader, with_workloads=True)
+        if kinds is None:
+            raise WireFormatError("routing state: the first layer has the kinds of tokens of the layer before")
+        kinds.give(layer)
+        layers.append(layer)
     reader.end()
     by_index = {layer.shape.layer_index: layer for layer in layers}
     if len(by_index) != num_layers:
         raise WireFormatError("routing state describes a layer twice")
-    return RoutingState(by_index, requests, phases, classes, workloads)
+    return RoutingState(by_index, requests)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kinds:
+    """Kinds of tokens of one layer or several."""
+
+    phase_tokens: npt.NDArray[np.uint64]
+    token_classes: npt.NDArray[np.uint64]
+    workloads: WorkloadSample
+
+    @classmethod
+    def read(cls, reader: _Reader, *, with_workloads: bool) -> "_Kinds":
+        num = reader.count(SAMPLE_REQUESTS, "sampled requests") if with_workloads else 0
+        phases = reader.unsigned(NUM_PHASES, "phase counts")
+        classes = reader.unsigned(NUM_TOKEN_CLASSES, "token classes")
+        if not with_workloads:
+            return cls(phases, classes, WorkloadSample.empty())
+        return cls(phases, classes, WorkloadSample(*(reader.unsigned(num, "sampled requests") for _ in range(4))))
+
+    def give(self, layer: LayerState) -> None:
+        """Set the layer's own copy of them."""
+        layer.phase_tokens, layer.token_classes = self.phase_tokens.copy(), self.token_classes.copy()
+        layer.workloads = replace(self.workloads)
 
 
 def _decode_layer(reader: _Reader, major: int) -> LayerState:

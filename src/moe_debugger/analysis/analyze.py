@@ -15,7 +15,7 @@ from moe_debugger.analysis.metrics import LayerMetrics
 from moe_debugger.analysis.plugins import detector_view, installed_findings
 from moe_debugger.analysis.rules import CaptureHealth, all_findings, look_at, watch_steps
 from moe_debugger.analysis.sketch import hash_strings
-from moe_debugger.analysis.state import NUM_WORKLOAD_CLASSES, LayerShape, RoutingState
+from moe_debugger.analysis.state import LayerShape, RoutingState
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.wire.codec import LayerColumns, RoutingColumns
 
@@ -190,7 +190,8 @@ def analyze(
             Required: `layer_index`, `expert_ids` ([n, k], -1 where a slot reached no expert). Used where present:
             `request_id`, `step`, `forward_index`, `phase`, `position`, `is_padding`, `token_id`, `gate_weights`,
             `slot_status`, `margin`, `router_entropy`, `router_logsumexp`, `top1_probability`, and `workload`, a label
-            of the kind of text. Rows without `request_id` are taken in blocks of up to 64 neighbours of one step.
+            of the kind of text. Rows without `request_id` are taken in blocks of up to 64 neighbours of one step, rows
+            without `position` in the order in which they stand.
         num_experts: E, or one per layer index.
         top_k: k, or one per layer index.
         num_identity_experts: Z, experts that compute nothing, with the ids from E on; or one per layer index.
@@ -217,7 +218,12 @@ def fold_decisions(
     top_k: int | Sequence[int],
     num_identity_experts: int | Sequence[int] = 0,
 ) -> RoutingState:
-    """Return the state of captured decisions; see `analyze` for the columns."""
+    """Return the state of captured decisions; see `analyze` for the columns.
+
+    Where rows have `request_id` and `position`, the merge of the states of parts is the state of the whole, for any
+    split and order of the rows. Without them their place among the rows of the call takes their place: fold such rows
+    in one call, in order.
+    """
     columns = checked_columns(decisions, _USED)
     layer_index, ids = columns.pop("layer_index"), columns.pop("expert_ids")
     n = len(layer_index)
@@ -235,22 +241,16 @@ def fold_decisions(
         for i in rows_of_layer
     ]
     state = RoutingState.empty(shapes)
-    requests, request_index = _requests(columns.pop("request_id", None), n)
-    workloads = _workload_classes(columns.pop("workload", None), n)
-    phase_tokens, token_classes = state.phase_tokens, state.token_classes
+    requests, request_index = _names(columns.pop("request_id", None), n)
+    labels, label_index = _names(columns.pop("workload", None), n)
+    label_hashes = None if labels is None else _label_hashes(labels)
     for shape in shapes:
         rows = rows_of_layer[shape.layer_index]
         part = _layer_columns(shape, rows, ids, columns, requests, request_index)
-        # A row here is one token at one layer, so every layer repeats its tokens: they count once.
-        state.phase_tokens, state.token_classes = np.zeros_like(phase_tokens), np.zeros_like(token_classes)
-        state.fold(part)
-        if workloads is not None:
-            mine = rows.of(workloads)[~part.is_padding]
-            tokens = np.bincount(mine, minlength=NUM_WORKLOAD_CLASSES).astype(np.uint64)
-            state.workload_tokens = np.maximum(state.workload_tokens, tokens)
-        phase_tokens = np.maximum(phase_tokens, state.phase_tokens)
-        token_classes = np.maximum(token_classes, state.token_classes)
-    state.phase_tokens, state.token_classes = phase_tokens, token_classes
+        workloads = None if label_hashes is None else label_hashes[rows.of(label_index)]
+        state.fold(part, workloads=workloads)
+    if requests is None and n:
+        state.mark_unnamed()
     if "step" not in columns:
         for layer in state.layers.values():
             layer.first_step = layer.last_step = None
@@ -274,36 +274,30 @@ _LAYER_COLUMNS = {
 _USED = {"expert_ids", "request_id", "workload", "position", "token_id", *_ROW_COLUMNS, *_LAYER_COLUMNS}
 
 
-def _workload_classes(workload: Any, num_rows: int) -> npt.NDArray[np.intp] | None:
-    """Return the hashed class of each row's label, None where rows have none."""
-    if workload is None:
-        return None
-    labels, index = np.unique(np.asarray(workload).astype(np.str_), return_inverse=True)
-    if not num_rows:
-        return np.zeros(0, np.intp)
-    classes = hash_strings(labels.tolist()) % np.uint64(NUM_WORKLOAD_CLASSES)
-    return classes.astype(np.intp)[index]
+def _label_hashes(labels: list[str]) -> npt.NDArray[np.uint64]:
+    """Return a hash of each label that is not 0, and 0 for ""."""
+    return np.where([bool(label) for label in labels], hash_strings(labels) | np.uint64(1), np.uint64(0))
 
 
-def _requests(request_id: npt.NDArray[Any] | None, num_rows: int) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
-    """Return the distinct request ids and each row's index; None where rows name no requests."""
-    if request_id is None:
+def _names(column: npt.NDArray[Any] | None, num_rows: int) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
+    """Return the distinct names of a column, "" for None and NaN, and each row's index; None without the column."""
+    if column is None:
         return None, np.zeros(num_rows, np.uint32)
-    column = request_id
     # Neighbours mostly share their request: sorting one row of each run is much less than sorting all.
     is_first = np.r_[True, column[1:] != column[:-1]][:num_rows]
     firsts = column[is_first]
     if firsts.dtype.kind == "O":
-        # Texts, with None where a row has no request: a look-up for each run is much less than sorting texts.
+        # Texts, with None where a row has no name: a look-up for each run is much less than sorting texts.
         listed = firsts.tolist()
-        texts = {name: "" if name is None else str(name) for name in dict.fromkeys(listed)}
-        names = np.unique(np.asarray(list(texts.values()), dtype=np.str_))
-        places = {name: int(np.searchsorted(names, text)) for name, text in texts.items()}
+        places = {name: place for place, name in enumerate(dict.fromkeys(listed))}
+        found: list[Any] = list(places)
         run_index = np.fromiter(map(places.__getitem__, listed), np.int64, len(listed))
     else:
-        names, run_index = np.unique(firsts, return_inverse=True)
+        distinct, run_index = np.unique(firsts, return_inverse=True)
+        found = distinct.tolist()
     index = np.repeat(run_index, np.diff(np.r_[np.flatnonzero(is_first), num_rows]))
-    return [str(name) for name in names], index.astype(np.uint32)
+    # NaN, the missing value of tables, is not equal to itself.
+    return ["" if name is None or name != name else str(name) for name in found], index.astype(np.uint32)
 
 
 def _layer_columns(

@@ -10,12 +10,16 @@ import numpy.typing as npt
 from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate
 from moe_debugger.analysis.step_loads import LoadSeries, StepSample
 from moe_debugger.analysis.token_sample import TokenSample
+from moe_debugger.analysis.workloads import WorkloadSample
 from moe_debugger.errors import InvalidInputError
+from moe_debugger.v1 import routing_pb2 as pb
 
 __all__ = [
     "FIXED_POINT",
     "MAX_ABSOLUTE",
     "MAX_EXPERTS",
+    "NUM_PHASES",
+    "NUM_TOKEN_CLASSES",
     "FixedSum",
     "LayerShape",
     "LayerState",
@@ -24,6 +28,9 @@ __all__ = [
 ]
 
 MAX_EXPERTS = 65_535
+NUM_PHASES = len(pb.Phase.values())
+# Token ids are counted in this many hashed classes: enough to tell a dozen kinds of tokens from a vocabulary.
+NUM_TOKEN_CLASSES = 256
 # Probabilities are kept as sums of round(value * 2**20): exact to 1e-6, and independent of the order of addition.
 FIXED_POINT = 1 << 20
 # A batch's sum of an expert's probabilities is at most its tokens; the bound keeps the sum inside int64.
@@ -103,7 +110,7 @@ class FixedSum:
             self.total += int(np.rint(usable * (1 << _FRACTION_BITS)).astype(np.int64).sum())
             return
         # One 64-bit sum could overflow: wholes and fractions have one each.
-        wholes = np.floor(usable)
+        wholes = np.trunc(usable)
         fractions = np.rint((usable - wholes) * (1 << _FRACTION_BITS)).astype(np.int64)
         for start in range(0, len(usable), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
@@ -135,6 +142,9 @@ class LayerState:
         token_sample: routes of single tokens; None likewise.
         num_tokens: valid tokens.
         num_padding: padding rows; never part of anything else.
+        phase_tokens: [5] uint64, valid tokens by `Phase`.
+        token_classes: [256] uint64, valid tokens by a hash of their token id, where captured.
+        workloads: labels of a sample of requests.
         num_dropped_slots, num_skipped_slots, num_identity_slots, num_unused_slots: slots of valid tokens that are no
             load, by what became of them. With the counts they add up to ``num_tokens * k``.
         squared_loads: sum over valid tokens of the square of their number of routed slots, ``num_tokens * k**2`` where
@@ -156,6 +166,9 @@ class LayerState:
     block_tokens: _U64
     probability_sum: npt.NDArray[np.int64]
     content_registers: npt.NDArray[np.uint8]
+    phase_tokens: _U64 = field(default_factory=lambda: np.zeros(NUM_PHASES, np.uint64))
+    token_classes: _U64 = field(default_factory=lambda: np.zeros(NUM_TOKEN_CLASSES, np.uint64))
+    workloads: WorkloadSample = field(default_factory=WorkloadSample.empty)
     num_tokens: int = 0
     num_padding: int = 0
     num_dropped_slots: int = 0
@@ -242,6 +255,9 @@ class LayerState:
             block_tokens=self.block_tokens + other.block_tokens,
             probability_sum=self.probability_sum + other.probability_sum,
             content_registers=np.maximum(self.content_registers, other.content_registers),
+            phase_tokens=self.phase_tokens + other.phase_tokens,
+            token_classes=self.token_classes + other.token_classes,
+            workloads=self.workloads.merge(other.workloads),
             num_tokens=self.num_tokens + other.num_tokens,
             num_padding=self.num_padding + other.num_padding,
             num_dropped_slots=self.num_dropped_slots + other.num_dropped_slots,

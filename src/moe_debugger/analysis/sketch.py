@@ -16,8 +16,10 @@ __all__ = ["NUM_REGISTERS", "combine", "distinct_estimate", "hash_strings", "mix
 NUM_REGISTERS = 256
 # 52 bits convert to float64 without rounding, so that frexp gives the exact bit length.
 _RANK_BITS = 52
-# Characters of a request id that take part in its hash.
-_MAX_CHARACTERS = 128
+# Names up to this length are hashed as if all had it; longer ones together with those of about the same length.
+_COMMON_LENGTH = 128
+# Of many names so many characters at once: they take 12 bytes each meanwhile.
+_CHARACTERS_AT_ONCE = 1 << 22
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -35,18 +37,41 @@ def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x
 
 
-_CHARACTER_KEYS = mix(np.arange(1, _MAX_CHARACTERS + 1, dtype=np.uint64)) | np.uint64(1)
+def _character_keys(num: int) -> npt.NDArray[np.uint64]:
+    return mix(np.arange(1, num + 1, dtype=np.uint64)) | np.uint64(1)
+
+
+_CHARACTER_KEYS = _character_keys(_COMMON_LENGTH)
 _COLUMN_KEYS = mix(np.arange(1001, 1001 + 512, dtype=np.uint64)) | np.uint64(1)
 
 
 def hash_strings(values: list[str]) -> npt.NDArray[np.uint64]:
-    """Return a 64-bit hash of each string (of its first 128 characters)."""
+    """Return a 64-bit hash of each string, of all its characters; O(characters)."""
     if not values:
         return np.empty(0, np.uint64)
-    width = min(max(map(len, values)), _MAX_CHARACTERS) or 1
-    # numpy's fixed-width text is 4 bytes a character, padded with zeros, which add nothing to the sum.
-    characters = np.array(values, dtype=f"<U{width}").view("<u4").reshape(len(values), width)
-    return mix((characters.astype(np.uint64) * _CHARACTER_KEYS[:width]).sum(axis=1, dtype=np.uint64))
+    longest = max(map(len, values))
+    if longest <= _COMMON_LENGTH:
+        return _hash_padded(values, _CHARACTER_KEYS[: longest or 1])
+    # Up to 2, 4, 8... times the common length together, so that a long name does not widen the short ones.
+    sizes = np.array([((len(value) or 1) - 1) // _COMMON_LENGTH for value in values])
+    classes = np.frexp(sizes)[1]
+    hashes = np.empty(len(values), np.uint64)
+    for exponent in np.unique(classes).tolist():
+        rows = np.flatnonzero(classes == exponent)
+        hashes[rows] = _hash_padded([values[row] for row in rows], _character_keys(_COMMON_LENGTH << exponent))
+    return hashes
+
+
+def _hash_padded(values: list[str], keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return hashes of strings that are no longer than there are `keys`."""
+    width = len(keys)
+    sums = np.empty(len(values), np.uint64)
+    step = max(_CHARACTERS_AT_ONCE // width, 1)
+    for rows in (slice(start, start + step) for start in range(0, len(values), step)):
+        # numpy's fixed-width text is 4 bytes a character, padded with zeros, which add nothing to the sum.
+        characters = np.array(values[rows], dtype=f"<U{width}").view("<u4").reshape(-1, width)
+        sums[rows] = (characters.astype(np.uint64) * keys).sum(axis=1, dtype=np.uint64)
+    return mix(sums)
 
 
 def combine(hashes: npt.NDArray[np.uint64], columns: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.uint64]:

@@ -14,8 +14,10 @@ Glossary:
     history the loads over steps, and samples of single steps and tokens (`moe_debugger.analysis.step_loads`,
             `token_sample`). A state may do without: one without a history makes every merge without.
 
-Everything is an integer sum, a maximum or a minimum (means are kept as fixed-point sums), so ``merge`` is exactly
-associative and commutative.
+Everything is an integer sum, a maximum or a minimum (means are kept as fixed-point sums), or a sample of what has the
+smallest hashes, so ``merge`` is exactly associative and commutative. A layer's numbers come from its own rows only, and
+what is said of all layers (`num_tokens`, `phase_tokens`...) is their maximum, taken when it is read: so rows may also
+be split by layer.
 
 Example: 3 tokens with k = 2 through 4 experts, the last one padding::
 
@@ -40,17 +42,23 @@ from moe_debugger.analysis._folding import (
     row_blocks,
 )
 from moe_debugger.analysis._row_runs import distinct
-from moe_debugger.analysis.layer_state import MAX_EXPERTS, FixedSum, LayerShape, LayerState, num_blocks
-from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate, mix, observe
+from moe_debugger.analysis.layer_state import (
+    MAX_EXPERTS,
+    NUM_PHASES,
+    NUM_TOKEN_CLASSES,
+    FixedSum,
+    LayerShape,
+    LayerState,
+    num_blocks,
+)
+from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate, observe
 from moe_debugger.errors import InvalidInputError
-from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 
 __all__ = [
     "MAX_EXPERTS",
     "NUM_PHASES",
     "NUM_TOKEN_CLASSES",
-    "NUM_WORKLOAD_CLASSES",
     "POSITIONS_PER_BLOCK",
     "FixedSum",
     "LayerShape",
@@ -60,11 +68,8 @@ __all__ = [
     "num_blocks",
 ]
 
-NUM_PHASES = len(pb.Phase.values())
-# Token ids are counted in this many hashed classes: enough to tell a dozen kinds of tokens from a vocabulary.
-NUM_TOKEN_CLASSES = 256
-# Labels of workloads are counted in this many hashed classes.
-NUM_WORKLOAD_CLASSES = 64
+# Bit of the last request register that says that rows named no request; ranks are at most 53. The maximum keeps it.
+_UNNAMED = np.uint8(64)
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -74,28 +79,18 @@ class RoutingState:
 
     Attributes:
         layers: `LayerState` by layer index.
-        request_registers: [256] uint8, distinct counter over requests.
-        phase_tokens: [5] uint64, valid token rows by `Phase`, of all stacks.
-        token_classes: [256] uint64, valid token rows by a hash of their token id, where captured.
-        workload_tokens: [64] uint64, valid token rows by a hash of their workload's label, where labelled.
+        request_registers: [256] uint8, distinct counter over requests; the last one has 64 more where rows named none.
     """
 
-    __slots__ = ("layers", "phase_tokens", "request_registers", "token_classes", "workload_tokens")
+    __slots__ = ("layers", "request_registers")
 
     def __init__(
         self,
         layers: dict[int, LayerState],
         request_registers: npt.NDArray[np.uint8] | None = None,
-        phase_tokens: _U64 | None = None,
-        token_classes: _U64 | None = None,
-        workload_tokens: _U64 | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.request_registers = np.zeros(NUM_REGISTERS, np.uint8) if request_registers is None else request_registers
-        self.phase_tokens = np.zeros(NUM_PHASES, np.uint64) if phase_tokens is None else phase_tokens
-        self.token_classes = np.zeros(NUM_TOKEN_CLASSES, np.uint64) if token_classes is None else token_classes
-        none = np.zeros(NUM_WORKLOAD_CLASSES, np.uint64)
-        self.workload_tokens = none if workload_tokens is None else workload_tokens
 
     @classmethod
     def empty(cls, shapes: Iterable[LayerShape], *, with_history: bool = True) -> "RoutingState":
@@ -119,12 +114,31 @@ class RoutingState:
     @property
     def num_requests(self) -> int:
         """About how many different requests (in training: sequences) were seen; right to a few per cent."""
-        return distinct_estimate(self.request_registers)
+        return distinct_estimate(self.request_registers % _UNNAMED)
+
+    @property
+    def names_requests(self) -> bool:
+        """False where rows named no request, so that runs of neighbours had to stand for them (`mark_unnamed`)."""
+        return bool(self.request_registers[-1] < _UNNAMED)
+
+    def mark_unnamed(self) -> None:
+        """Note that requests of the rows so far are runs of neighbours, in place."""
+        self.request_registers[-1] |= _UNNAMED
 
     @property
     def num_tokens(self) -> int:
         """Valid tokens of the layer that has seen most."""
         return max((layer.num_tokens for layer in self.layers.values()), default=0)
+
+    @property
+    def phase_tokens(self) -> _U64:
+        """[5] uint64, valid tokens by `Phase`, of each phase in the layer that has seen most of it."""
+        return _highest([layer.phase_tokens for layer in self.layers.values()], NUM_PHASES)
+
+    @property
+    def token_classes(self) -> _U64:
+        """[256] uint64, valid tokens by a hash of their token id, where captured, likewise."""
+        return _highest([layer.token_classes for layer in self.layers.values()], NUM_TOKEN_CLASSES)
 
     @property
     def first_step(self) -> int | None:
@@ -136,29 +150,23 @@ class RoutingState:
         """The last step that any layer has seen."""
         return max((x.last_step for x in self.layers.values() if x.last_step is not None), default=None)
 
-    def num_workloads(self, min_share: float = 0.05) -> int:
-        """Return how many labelled workloads hold at least `min_share` of the labelled tokens; 0 without labels."""
-        total = int(self.workload_tokens.sum())
-        return int((self.workload_tokens >= max(min_share * total, 1)).sum()) if total else 0
+    def num_workloads(self) -> int:
+        """Return how many labelled kinds of text the layer with most has seen (`WorkloadSample`); 0 without labels."""
+        return max((layer.workloads.num_workloads for layer in self.layers.values()), default=0)
 
     def without_history(self) -> "RoutingState":
         """Return a copy without the layers' history; what it is merged with has none either."""
         layers = {index: layer.without_history() for index, layer in self.layers.items()}
-        return RoutingState(
-            layers,
-            self.request_registers.copy(),
-            self.phase_tokens.copy(),
-            self.token_classes.copy(),
-            self.workload_tokens.copy(),
-        )
+        return RoutingState(layers, self.request_registers.copy())
 
-    def fold(self, columns: RoutingColumns, *, step_source: int = 0) -> None:
+    def fold(self, columns: RoutingColumns, *, step_source: int = 0, workloads: _U64 | None = None) -> None:
         """Add the rows of one batch, in place.
 
         Args:
             columns: the rows.
             step_source: 0 where the steps are global; else a number for the independent source that counted them:
                 equal steps of two sources are two steps.
+            workloads: [n] uint64 hash of the label of each row's workload, 0 = none; None = no row has one.
 
         Raises:
             InvalidInputError: a layer, k or an expert id is not of this state's shapes; nothing was added.
@@ -168,20 +176,14 @@ class RoutingState:
         hashes, known = row_blocks(columns)
         valid = ~columns.is_padding
         observe(self.request_registers, distinct(hashes[valid & known]))
-        phases = np.minimum(columns.phase[valid], NUM_PHASES - 1)
-        self.phase_tokens += np.bincount(phases, minlength=NUM_PHASES).astype(np.uint64)
-        if columns.token_id is not None:
-            classes = mix(columns.token_id[valid].astype(np.uint64)) % np.uint64(NUM_TOKEN_CLASSES)
-            self.token_classes += np.bincount(classes.astype(np.intp), minlength=NUM_TOKEN_CLASSES).astype(np.uint64)
-        batch = Batch.of(columns, hashes, known, step_source)
+        batch = Batch.of(columns, hashes, known, step_source, workloads)
         for layer in columns.layers:
             fold_layer(self.layers[layer.layer_index], layer, batch)
 
     def fold_counts(self, columns: CountsColumns, *, step_source: int = 0) -> None:
         """Add sums of the `counts` level, in place; they belong to no request, so intervals come from steps alone.
 
-        Of `phase_tokens` they tell the tokens of the layer that saw most. In the series, sums of several steps stand
-        at their last one.
+        In the series, sums of several steps stand at their last one.
 
         Raises:
             InvalidInputError: a layer is unknown, its columns do not have E entries, or it accounts for more slots than
@@ -191,7 +193,6 @@ class RoutingState:
             check_sums(self.layers, layer)
         for layer in columns.layers:
             fold_sums(self.layers[layer.layer_index], layer, columns, step_source)
-        self.phase_tokens[min(columns.phase, NUM_PHASES - 1)] += np.uint64(columns.num_tokens)
 
     def merge(self, other: "RoutingState") -> "RoutingState":
         """Return the state of both sets of rows; layers that only one of them has are taken as they are.
@@ -206,13 +207,7 @@ class RoutingState:
             # A copy: folding into the result must not change its parts.
             alone = layers[index]
             layers[index] = alone.merge(LayerState.empty(alone.shape))
-        return RoutingState(
-            layers,
-            np.maximum(self.request_registers, other.request_registers),
-            self.phase_tokens + other.phase_tokens,
-            self.token_classes + other.token_classes,
-            self.workload_tokens + other.workload_tokens,
-        )
+        return RoutingState(layers, np.maximum(self.request_registers, other.request_registers))
 
     def copy(self) -> "RoutingState":
         """Return an independent copy."""
@@ -243,6 +238,12 @@ class RoutingState:
 
     def __repr__(self) -> str:
         return f"RoutingState({len(self.layers)} layers, {self.num_tokens} tokens, ~{self.num_requests} requests)"
+
+
+def _highest(tables: list[_U64], size: int) -> _U64:
+    """Return the maximum of each cell, [size]; zeros without a table."""
+    highest: _U64 = np.max([np.zeros(size, np.uint64), *tables], axis=0)
+    return highest
 
 
 def merge_all(states: Sequence[RoutingState]) -> RoutingState:

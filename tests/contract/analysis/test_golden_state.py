@@ -26,7 +26,7 @@ def test_a_state_of_major_1_reads_and_goes_on() -> None:
 
 
 # Three tokens in steps 3, 3, 4 through four experts and an identity one, the last one padding.
-@pytest.mark.parametrize("major", [2, 3, 4])
+@pytest.mark.parametrize("major", [2, 3, 4, 5])
 def test_a_state_of_a_later_major_reads_and_goes_on(major: int) -> None:
     state = RoutingState.from_bytes((GOLDEN.parent / f"routing_state_{major}.bin").read_bytes())
     layer = state.layers[0]
@@ -36,6 +36,9 @@ def test_a_state_of_a_later_major_reads_and_goes_on(major: int) -> None:
     assert layer.router_entropy.mean == 0.75
     # Of tokens with 2 and 1 routed slots; up to major 3 it was not kept, and is that of as equal ones as can be.
     assert layer.squared_loads == 5
+    # Up to major 4 one table stood for all layers, and workloads had no requests.
+    assert (state.phase_tokens.sum(), state.token_classes.sum()) == (2, 2)
+    assert layer.workloads.num_tokens.tolist() == ([2] if major >= 5 else [])
     if major == 2:
         # That version kept no history, and what is merged with it has none either.
         assert layer.load_series is None

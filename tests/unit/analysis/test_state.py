@@ -10,10 +10,13 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_rows import Case, cases
 
 from moe_debugger.analysis._state_codec import STATE_FORMAT_MAJOR
+from moe_debugger.analysis.analyze import fold_decisions
 from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate, hash_strings, observe
-from moe_debugger.analysis.state import FixedSum, LayerShape, RoutingState, num_blocks
+from moe_debugger.analysis.state import FixedSum, LayerShape, RoutingState, merge_all, num_blocks
+from moe_debugger.analysis.workloads import SAMPLE_REQUESTS
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireFormatError
 from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
 
@@ -127,8 +130,9 @@ def test_fold_equals_a_loop_over_rows(make_columns: MakeColumns, seed: int) -> N
         (np.full(3_000_000, 2.0**42), 2.0**42),
         (np.array([3e-7, 3e-7, 3e-7]), 3e-7),
         (np.array([-(2.0**41) - 0.25, 2.0**41 + 0.75]), 0.25),
+        (np.array([float.fromhex("-0x1.68004p-36"), 2.0**41]), 2.0**40),
     ],
-    ids=["z-loss of large logits", "many of the largest values", "near 0", "both signs"],
+    ids=["z-loss of large logits", "many of the largest values", "near 0", "both signs", "near 0 beside the largest"],
 )
 def test_sums_of_statistics_are_exact(values: npt.NDArray[np.float64], expected: float) -> None:
     whole, parts = FixedSum(), FixedSum()
@@ -168,6 +172,151 @@ def test_merge_is_associative_and_commutative(make_columns: MakeColumns, seeds: 
     assert a.merge(b).merge(c) == a.merge(b.merge(c))
     assert a.merge(b) == b.merge(a)
     assert a.merge(RoutingState({})) == a
+
+
+OPTIONAL = (
+    "step",
+    "forward_index",
+    "phase",
+    "is_padding",
+    "token_id",
+    "workload",
+    "gate_weights",
+    "slot_status",
+    "margin",
+    "router_entropy",
+    "router_logsumexp",
+    "top1_probability",
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), names=st.sets(st.sampled_from(OPTIONAL)), seed=st.integers(0, 2**32 - 1))
+def test_decisions_have_one_state_for_any_split_order_and_tree_of_merges(
+    case: Case, names: set[str], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    n, width = case.columns["expert_ids"].shape
+    columns = {name: case.columns[name] for name in ("layer_index", "expert_ids", "request_id", "position")}
+    drawn = {
+        "step": rng.integers(0, 3, n),
+        "workload": rng.choice(np.array(["code", "prose", "", None, math.nan], object), n),
+        "gate_weights": rng.random((n, width)),
+        # Negative ones below what is kept, and more than fits into one 64-bit sum.
+        "margin": rng.choice([-1e-10, 0.3, math.nan, 2.0**41], n) * rng.random(n),
+        **{name: rng.normal(0, 3, n) for name in ("router_entropy", "router_logsumexp", "top1_probability")},
+    }
+    columns |= {name: drawn[name] if name in drawn else case.columns[name] for name in names}
+    whole = fold_decisions(columns, **case.sizes)
+    order, num_parts = rng.permutation(n), int(rng.integers(1, 6))
+    part = rng.integers(0, num_parts, n)
+    # Whoever folds a part knows the model's layers, not only those of the part.
+    states = [
+        fold_decisions({name: column[order[part == at]] for name, column in columns.items()}, **case.sizes)
+        for at in range(num_parts)
+    ]
+    while len(states) > 1:
+        at = int(rng.integers(len(states) - 1))
+        states[at : at + 2] = [states[at + 1].merge(states[at])]
+    assert states[0] == whole
+    assert states[0].phase_tokens.sum() <= n
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_counts_have_one_state_for_any_order_and_split_by_layer(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    whole, parts = RoutingState.empty(SHAPES), []
+    for step in range(5):
+        layers = [
+            LayerCountColumns(index, 8, 0, int(counts.sum() + 1) // 2 + 1, int(rng.integers(3)), counts)
+            for index in (0, 1)
+            for counts in [rng.integers(0, 9, 8).astype(np.uint64)]
+        ]
+        phase = int(rng.integers(5))
+        whole.fold_counts(CountsColumns(step, step, phase, 0, layers))
+        for layer in layers:
+            parts.append(RoutingState.empty(SHAPES))
+            parts[-1].fold_counts(CountsColumns(step, step, phase, 0, [layer]))
+    assert merge_all([parts[at] for at in rng.permutation(len(parts))]) == whole
+
+
+WORKLOADS: dict[str, tuple[list[Any], int]] = {
+    "no labels": ([None], 0),
+    "missing labels are no workload": (["a", None, math.nan, ""], 1),
+    "missing labels of a table": ([math.nan, 1.0, 2.0, 2.0], 2),
+    "forty labels": ([f"label {at % 40}" for at in range(400)], 40),
+    "four texts of another label are single texts": (["a"] * 36 + ["b"] * 4, 1),
+    "eight requests of another label": (["a"] * 36 + ["b"] * 8, 2),
+}
+
+
+@pytest.mark.parametrize(("labels", "expected"), WORKLOADS.values(), ids=WORKLOADS)
+def test_workloads_are_labels_with_requests_of_their_own(labels: list[Any], expected: int) -> None:
+    length = 64
+    label = np.resize(np.array(labels, object), max(len(labels), 40))
+    request = np.repeat(np.arange(len(label)), length)
+    columns = {
+        "layer_index": np.zeros(len(request), int),
+        "expert_ids": np.zeros((len(request), 1), int),
+        "request_id": request,
+        "workload": label[request],
+    }
+    assert fold_decisions(columns, num_experts=2, top_k=1).num_workloads() == expected
+    # Under labels that alternate within requests a request is of its first one.
+    columns["workload"] = np.where(np.arange(len(request)) % 2, "odd", "even")
+    assert fold_decisions(columns, num_experts=2, top_k=1).num_workloads() == 1
+
+
+def test_workloads_are_those_of_the_layer_that_has_seen_most() -> None:
+    request = np.repeat(np.arange(40), 64)
+    columns = {
+        "layer_index": request // 20,
+        "expert_ids": np.zeros((len(request), 1), int),
+        "request_id": request,
+        "workload": request // 20,
+    }
+    assert fold_decisions(columns, num_experts=2, top_k=1).num_workloads() == 1
+
+
+def test_sampled_workloads_are_bounded_and_the_same_for_any_split() -> None:
+    rng = np.random.default_rng(0)
+    request = rng.permutation(np.repeat(np.arange(3000), 3))
+    columns = {
+        "layer_index": np.zeros(9000, int),
+        "expert_ids": np.zeros((9000, 1), int),
+        "request_id": request,
+        "position": np.arange(9000),
+        "workload": request % 7,
+    }
+    whole = fold_decisions(columns, num_experts=2, top_k=1)
+    parts = [{name: column[at::4] for name, column in columns.items()} for at in range(4)]
+    assert merge_all([fold_decisions(part, num_experts=2, top_k=1) for part in parts]) == whole
+    assert len(whole.layers[0].workloads.requests) == SAMPLE_REQUESTS
+    assert whole.layers[0].workloads.num_tokens.tolist() == [3] * SAMPLE_REQUESTS
+    assert whole.num_workloads() == 7
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_a_token_id_of_minus_one_was_not_captured(has_weights: bool) -> None:
+    rng = np.random.default_rng(0)
+    columns = {
+        "layer_index": np.zeros(200, int),
+        "expert_ids": rng.integers(0, 8, (200, 1)),
+        "request_id": np.repeat(["a", "b"], 100),
+        "position": np.tile(np.arange(100), 2),
+    }
+    if has_weights:
+        columns["gate_weights"] = rng.random((200, 1))
+    without = fold_decisions(columns, num_experts=8, top_k=1)
+    assert fold_decisions(columns | {"token_id": np.full(200, -1)}, num_experts=8, top_k=1) == without
+    # Row by row: the others count as they do alone.
+    token = np.where(np.arange(200) < 50, -1, np.arange(200))
+    mixed = fold_decisions(columns | {"token_id": token}, num_experts=8, top_k=1)
+    rows = [{name: column[at] for name, column in columns.items()} for at in (slice(50), slice(50, None))]
+    rows[1]["token_id"] = token[50:]
+    assert merge_all([fold_decisions(part, num_experts=8, top_k=1) for part in rows]) == mixed
+    assert (mixed.token_classes.sum(), mixed.layers[0].num_fingerprints) == (150, 200 if has_weights else 150)
 
 
 def test_merge_leaves_its_parts_alone_when_the_result_is_folded_into(make_columns: MakeColumns) -> None:
@@ -364,6 +513,12 @@ def test_distinct_counter_is_right_within_its_error_and_counts_repeats_once(true
 
 def test_hash_does_not_depend_on_the_other_strings_of_its_batch() -> None:
     assert hash_strings(["a", "a much longer name"])[0] == hash_strings(["a"])[0]
+    beginning = "session/" * 40
+    names = [beginning + end for end in ("a", "b", "a" * 1000, "a" * 100_000)] + ["short", "x" * 128, "x" * 129]
+    assert len(set(hash_strings(names).tolist())) == len(names)
+    assert hash_strings(names).tolist() == [int(hash_strings([name])[0]) for name in names]
+    # Of any process and any build: states hold them.
+    assert int(hash_strings(["request-1"])[0]) == 15228573225766156266
     assert hash_strings(["", "é", "日本語"]).tolist() == [int(hash_strings([x])[0]) for x in ["", "é", "日本語"]]
 
 
