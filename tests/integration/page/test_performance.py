@@ -116,6 +116,9 @@ def test_measured_experts_carry_another_mark_and_a_bottleneck_goes(
         slow = page.locator("[data-kind=slow_expert]")
         expect(slow).to_contain_text(["Expert 6 of L0 takes 8.00×", "Expert 1 of L0 takes 2.50×"])
         expect(slow.first).to_contain_text("At least 7.00×, from 120 calls.")
+        remedies = page.get_by_test_id("perf-bottlenecks").get_by_text("Look at where its weights lie")
+        expect(remedies).to_have_count(1)
+        _look(page, "performance-experts")
         expect(page.get_by_test_id("perf-experts").locator("dt.perf-slow")).to_have_text(["E6", "E1"])
         expect(page.get_by_test_id("performance")).not_to_contain_text("Off by")
 
