@@ -466,13 +466,19 @@ class MoEDebugger:
         return session
 
     def _make_publisher(self, session_name: str) -> Publisher:
+        # Recordings are a part of their own, which a debugger without a fleet does not load.
+        from moe_debugger.recording.recorder import model_identity
+
         assert self._fleet is not None
+        identity = model_identity(self._capture.model, self._model_name)
         return Publisher(
             self._fleet,
             SourceDescription(
                 session_name=session_name,
                 model_name=self._model_name,
                 model_type=self._model_type,
+                model_fingerprint=identity.config_sha256 or "",
+                model_class_name=identity.class_name,
                 layers=[
                     _description(info, self._options.expert_owners.get(info.layer_index, ()))
                     for info in self._known_layers()

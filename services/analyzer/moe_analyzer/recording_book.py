@@ -6,6 +6,7 @@ reason. A source whose manifest has not come yet waits for it.
 
 import json
 import math
+import re
 import shutil
 import time
 from collections import Counter
@@ -47,6 +48,7 @@ _MAX_WAITING_BYTES = 64 << 20
 # Rows of all sources in memory, which are in no file yet.
 _MAX_PENDING_BYTES = 64 << 20
 _MAX_PROBLEMS = 16
+_SHA256 = re.compile(r"\A[0-9a-f]{64}\Z")
 # So long parts are so short; then as long as everywhere.
 _YOUNG_S = 600.0
 _YOUNG_PART_S = 5.0
@@ -404,7 +406,11 @@ def _manifest(group: GroupManifest, source_id: str, source: pb.SourceManifest) -
             "level": _LEVELS.get(source.level, "routes"),
             "sampling_rate": min(1.0, max(0.0, source.sampling_rate)),
             "model": ModelIdentity(
-                name=source.model_name[:4096], model_type=source.model_type[:4096], versions=dict(source.versions)
+                name=source.model_name[:4096],
+                model_type=source.model_type[:4096],
+                class_name=source.model_class_name[:4096],
+                config_sha256=source.model_fingerprint if _SHA256.match(source.model_fingerprint) else None,
+                versions=dict(source.versions),
             ),
             "topology": Topology(
                 **{

@@ -49,10 +49,15 @@ def replay(
     if fleet is None:
         endpoints = read_endpoints(data)
         fleet, page = endpoints.nats, endpoints.page
-    console.print(f"{opened.manifest.num_rows:,} rows of {opened.manifest.model.name}", markup=False)
+    num_sums = sum(entry.num_rows for entry in opened.manifest.parts if entry.kind == "counts")
+    # At level "counts" there are sums in the place of rows; of several processes some may have either.
+    unit = "rows and sums" if num_sums and opened.manifest.num_rows else "sums" if num_sums else "rows"
+    num_items = opened.manifest.num_rows + num_sums
+    console.print(f"{num_items:,} {unit} of {opened.manifest.model.name}", markup=False)
     if page:
         console.print(f"watch it on {page}")
-    for problem in opened.problems:
+    known = opened.problems
+    for problem in known:
         console.print(problem, style="yellow", markup=False)
     printed_at = time.monotonic()
 
@@ -60,7 +65,7 @@ def replay(
         nonlocal printed_at
         if time.monotonic() - printed_at >= _PLAIN_INTERVAL_S:
             printed_at = time.monotonic()
-            console.print(f"{progress.num_rows:,} rows, {progress.rows_per_s:,.0f} rows/s")
+            console.print(f"{progress.num_rows:,} {unit}, {progress.rows_per_s:,.0f} {unit}/s")
 
     is_stopping = Event()
     with stop_on_signals(is_stopping, Event()):
@@ -70,8 +75,14 @@ def replay(
     how = "stopped after" if is_stopping.is_set() else "played"
     pace = "as fast as the fleet takes it" if math.isinf(speed) else f"at speed {speed:g}"
     console.print(
-        f"{how} {done.num_rows:,} rows {pace} in {done.elapsed_s:.2f} s: {done.rows_per_s:,.0f} rows/s, "
+        f"{how} {done.num_rows:,} {unit} {pace} in {done.elapsed_s:.2f} s: {done.rows_per_s:,.0f} {unit}/s, "
         f"session {done.session_id}"
     )
+    # Damage that does not change a part's size is found when it is read.
+    for problem in opened.problems:
+        if problem not in known:
+            console.print(problem, style="yellow", markup=False)
+    if opened.num_rows_lost:
+        console.print(f"left out: {opened.num_rows_lost:,} {unit} of damaged parts", style="yellow")
     if done.num_dropped:
         console.print(f"dropped on the way: {done.num_dropped}", style="yellow", markup=False)

@@ -68,6 +68,7 @@ class SourceDescription:
     window_steps: int = 64
     kind: str = "library"
     model_fingerprint: str = ""
+    model_class_name: str = ""
     coordinates: pb.ParallelCoordinates | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     must_be_new: bool = False
@@ -517,6 +518,7 @@ class Publisher:
             model_name=description.model_name,
             model_type=description.model_type,
             model_fingerprint=description.model_fingerprint,
+            model_class_name=description.model_class_name,
             layers=description.layers,
             coordinates=description.coordinates or pb.ParallelCoordinates(world_size=1),
             level=pb.CaptureLevel.ValueType(description.level),

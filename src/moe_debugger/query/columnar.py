@@ -43,7 +43,9 @@ def read_columns(
                 continue
             batch = None
             with recording._parsing(entry, number):
-                batch = _batch(reader.read_row_group(number, columns=names, use_threads=False), raw)
+                read = _batch(reader.read_row_group(number, columns=names, use_threads=False), raw)
+                recording._check_values(read.raw)
+                batch = read
             if batch is not None and len(batch):
                 yield batch
 

@@ -175,7 +175,7 @@ class RecordingSource:
         self._recording = recording
         self._is_joined = hasattr(recording, "members")
         manifest = recording.manifest
-        self._parts = [entry for entry in manifest.parts if entry.kind == "rows"]
+        self._parts = recording.whole_parts("rows")
         self.layers: Sequence[LayerFacts] = _facts(recording.layers())
         self._has_rows = manifest.level != "counts"
         vocabulary = vocabulary_of(tokenizer, manifest.model.name)

@@ -17,7 +17,9 @@ _MAX_SHOWN = 8
 
 def _fault(entry: PartEntry, what: str) -> RecordingError:
     return RecordingError(
-        f"part {entry.path} {what}; open_recording(..., damaged='skip') reads what is whole", part=entry.path
+        f"part {entry.path} {what}; open_recording(..., damaged='skip'), on the command line --damaged, reads what is "
+        "whole",
+        part=entry.path,
     )
 
 

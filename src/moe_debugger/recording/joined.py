@@ -24,14 +24,13 @@ import numpy.typing as npt
 from moe_debugger._counted import layer_shape
 from moe_debugger._decisions import Decisions
 from moe_debugger._layers import Layers
-from moe_debugger._row_blocks import Layout, RowBlock, RowSource
-from moe_debugger.analysis import Analysis, RoutingState, Thresholds, finish
-from moe_debugger.analysis.analyze import fold_decisions
+from moe_debugger._row_blocks import RowBlock, RowSource
 from moe_debugger.capture import LayerInfo
 from moe_debugger.capture_health import CaptureHealth
 from moe_debugger.errors import InvalidInputError, RecordingError
 from moe_debugger.recording.joined_manifest import joined_manifest
-from moe_debugger.recording.manifest import GroupManifest, read_manifest
+from moe_debugger.recording.manifest import GroupManifest, PartEntry, read_manifest
+from moe_debugger.recording.probabilities import ProbabilitySums
 from moe_debugger.recording.reader import Recording, Verification
 from moe_debugger.training.series import SeriesTable
 from moe_debugger.wire.codec import CountsColumns
@@ -102,6 +101,8 @@ class JoinedRecording(Recording):
         self._own_problems = dict(problems or {})
         self._names = tuple(folders) or tuple(str(each.path) for each in members)
         self._layers = _joined_layers(self.members)
+        lost = [each._lost_layers for each in self.members if each._lost_layers is not None]
+        self._lost_layers = lost[0] if lost else None
         self._domains = _domains(self.members, step_domain)
         self._domain_of = {index: domain for domain in self._domains for index in domain.members}
         self.manifest = joined_manifest(
@@ -118,6 +119,11 @@ class JoinedRecording(Recording):
             f"{name}: {text}" for name, each in zip(self._names, self.members, strict=True) for text in each.problems
         )
         return (*self._own_problems.values(), *of_members)
+
+    @property
+    def num_rows_lost(self) -> int:
+        """Rows, or sums, of the parts that were found not to be whole until now, of all members."""
+        return sum(member.num_rows_lost for member in self.members)
 
     @property
     def is_whole(self) -> bool:
@@ -146,23 +152,6 @@ class JoinedRecording(Recording):
             for columns in member.iter_counts():
                 yield replace(columns, first_step=columns.first_step + offset, last_step=columns.last_step + offset)
 
-    def state(self) -> RoutingState:
-        """Return the rows and sums of all members, folded: equal to those of the session.
-
-        Raises:
-            RecordingError: a part is damaged, or does not fit the layers.
-        """
-        state = RoutingState.empty(layer_shape(info) for info in self._layers)
-        for columns in self.iter_counts():
-            try:
-                state.fold_counts(columns)
-            except InvalidInputError as error:
-                raise RecordingError(f"the sums in counts/ do not fit the layers: {error}", part="counts") from error
-        sizes = _sizes(self._layers)
-        for part in self.iter_decisions(1 << 20):
-            state = state.merge(fold_decisions(part, **sizes))
-        return state
-
     def series(self, source_id: str | None = None) -> SeriesTable:
         """Return the training series of one member: values are never summed or averaged over processes.
 
@@ -190,13 +179,6 @@ class JoinedRecording(Recording):
         health = self.manifest.capture_health
         return None if health is None else health.to_capture_health()
 
-    def analyze(self, *, thresholds: Thresholds | None = None, baseline: RoutingState | None = None) -> Analysis:
-        """Return metrics and findings of all members; see `Recording.analyze`."""
-        if any(each.manifest.level == "counts" for each in self.members):
-            health = self.capture_health()
-            return finish(self.state(), thresholds=thresholds, baseline=baseline, health=health)
-        return super().analyze(thresholds=thresholds, baseline=baseline)
-
     def verify(self) -> Verification:
         """Read every part of every member wholly, and return what is not as it was written."""
         found = [each.verify() for each in self.members]
@@ -211,7 +193,7 @@ class JoinedRecording(Recording):
         )
 
     def __repr__(self) -> str:
-        return f"<JoinedRecording {str(self.path)!r} of {len(self.members)} sources: {super().__repr__()[11:]}"
+        return f"<JoinedRecording {str(self.path)!r} of {len(self.members)} sources of {self._summary()}>"
 
     def _decisions(self, rows: RowSource | Sequence[RowBlock]) -> JoinedDecisions:
         decisions = JoinedDecisions(rows, self._layers)
@@ -233,11 +215,13 @@ class JoinedRecording(Recording):
             result[rows] = np.array(domain.members, np.uint32)[own.astype(np.intp)]
         return result
 
-    def _layout(self) -> Layout:
-        layout = Layout(top_k=1)
+    def whole_parts(self, kind: str) -> list[PartEntry]:
+        """Return the parts of a table that can be read, of all members."""
+        return [entry for member in self.members for entry in member.whole_parts(kind)]
+
+    def _probabilities(self) -> Iterator[ProbabilitySums]:
         for member in self.members:
-            layout = layout.join(member._layout())
-        return layout
+            yield from member._probabilities()
 
     def _blocks(self) -> Iterator[RowBlock]:
         for domain in self._domains:
@@ -354,20 +338,10 @@ def _without_replicas(recordings: Sequence[Recording]) -> tuple[list[Recording],
     return members, replicas
 
 
-def _sizes(layers: Sequence[LayerInfo]) -> dict[str, list[int]]:
-    known = {info.layer_index: info for info in layers}
-    indices = range(max(known, default=-1) + 1)
-    return {
-        "num_experts": [known[i].num_experts if i in known else 1 for i in indices],
-        "top_k": [max(1, known[i].top_k) if i in known else 1 for i in indices],
-        "num_identity_experts": [known[i].num_identity_experts if i in known else 0 for i in indices],
-    }
-
-
 def _joined_layers(members: Sequence[Recording]) -> Layers:
     layers: dict[int, LayerInfo] = {}
     for member in members:
-        for info in member.layers():
+        for info in member._layers:
             known = layers.setdefault(info.layer_index, info)
             if layer_shape(known) != layer_shape(info):
                 raise InvalidInputError(
@@ -389,4 +363,8 @@ def _domains(members: Sequence[Recording], step_domain: StepDomain | None) -> li
         parts = [entry for index in group for entry in members[index].manifest.parts]
         first_step += 1 + max((entry.last_step or 0 for entry in parts), default=0)
         first_forward += (1 + max((entry.last_forward_index or 0 for entry in parts), default=0)) * len(group)
+    if max(first_step, first_forward) >= 2**63:
+        raise InvalidInputError(
+            "the manifests name steps or forwards that no run has, so the recordings cannot be joined"
+        )
     return domains

@@ -63,10 +63,11 @@ def joined_manifest(
             "num_missing_messages": sum(each.num_missing_messages for each in manifests),
             "capture_health": _joined_health(manifests),
             "series": None,
-            "problems": [
-                *([] if group is None else group.problems),
-                *(text for one in manifests for text in one.problems),
-            ],
+            "problems": problems,
+            "layers": sorted(
+                {entry.layer_index: entry for each in reversed(manifests) for entry in each.layers}.values(),
+                key=lambda entry: entry.layer_index,
+            ),
             "parts": parts,
         }
     )

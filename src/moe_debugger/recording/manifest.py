@@ -6,12 +6,15 @@ It is replaced as a whole with every part that is finished, so that it never nam
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from moe_debugger.capture import LayerInfo
 from moe_debugger.capture_health import CaptureHealth, CheckStatus, HealthCheck
 from moe_debugger.errors import RecordingError, UnsupportedFormatError
 
@@ -25,12 +28,14 @@ __all__ = [
     "MAX_PARTS",
     "GroupManifest",
     "Health",
+    "LayerEntry",
     "Manifest",
     "ModelIdentity",
     "PartEntry",
     "RowsLayout",
     "SeriesNotes",
     "Topology",
+    "check_layers",
     "read_any_manifest",
     "read_manifest",
     "write_manifest",
@@ -39,14 +44,21 @@ __all__ = [
 FORMAT = "moe-debugger-recording"
 GROUP_FORMAT = "moe-debugger-recording-group"
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 MANIFEST_NAME = "manifest.json"
 # Looked at before anything is parsed; so many parts take less.
 _MAX_BYTES = 64 * 1024 * 1024
 MAX_PARTS = 50_000
 MAX_MEMBERS = 4096
 
+# Far above any model's, and what is made of them still fits the memory.
+_MAX_TOP_K = 1024
+_MAX_LAYER_INDEX = 2**16
+_MAX_EXPERTS = 65_535
+_MAX_EXPERTS_TOGETHER = 2**20
+
 _Count = Annotated[int, Field(ge=0, lt=2**64)]
+_Rank = Annotated[int, Field(ge=0, lt=2**31)]
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Text = Annotated[str, StringConstraints(max_length=4096)]
 # No other path can be named, so none outside of the folder.
@@ -70,8 +82,8 @@ class RowsLayout(_Model):
         num_logits: entries of `logits`, 0 where there are none.
     """
 
-    top_k: Annotated[int, Field(ge=1, lt=2**20)] = 1
-    num_logits: Annotated[int, Field(ge=0, lt=2**20)] = 0
+    top_k: Annotated[int, Field(ge=1, le=_MAX_TOP_K)] = 1
+    num_logits: Annotated[int, Field(ge=0, le=_MAX_EXPERTS)] = 0
     has_token_id: bool = False
     has_intended: bool = False
 
@@ -119,14 +131,44 @@ class ModelIdentity(_Model):
 class Topology(_Model):
     """Place of the recorded process in a sharded model; all ranks count from 0."""
 
-    global_rank: _Count = 0
-    world_size: _Count = 1
-    data_parallel_rank: _Count = 0
-    tensor_parallel_rank: _Count = 0
-    expert_parallel_rank: _Count = 0
-    expert_parallel_size: _Count = 1
-    pipeline_parallel_rank: _Count = 0
-    recording_rank: _Count = 0
+    global_rank: _Rank = 0
+    world_size: _Rank = 1
+    data_parallel_rank: _Rank = 0
+    tensor_parallel_rank: _Rank = 0
+    expert_parallel_rank: _Rank = 0
+    expert_parallel_size: _Rank = 1
+    pipeline_parallel_rank: _Rank = 0
+    recording_rank: _Rank = 0
+
+
+class LayerEntry(_Model):
+    """One MoE layer: the fields of `LayerInfo`, and the expert-parallel rank of each expert where there are several."""
+
+    layer_index: Annotated[int, Field(ge=0, lt=_MAX_LAYER_INDEX)]
+    model_layer_index: _Rank
+    module_name: _Text
+    stack: _Text
+    num_experts: Annotated[int, Field(ge=1, le=_MAX_EXPERTS)]
+    top_k: Annotated[int, Field(ge=0, le=_MAX_TOP_K)]
+    num_shared_experts: _Rank
+    num_identity_experts: Annotated[int, Field(ge=0, le=_MAX_EXPERTS)]
+    scoring_function: _Text
+    weight_meaning: _Text
+    unavailable_reason: _Text
+    site: Literal["mlp", "attention"]
+    block_scale: float
+    adapter: _Text
+    expert_parallel_ranks: list[_Rank] = Field(default_factory=list, max_length=_MAX_EXPERTS)
+
+    @classmethod
+    def of(cls, info: LayerInfo, owners: Sequence[int] = ()) -> Self:
+        """Return what the manifest keeps of a layer."""
+        values = {name: text[:4096] if isinstance(text, str) else text for name, text in asdict(info).items()}
+        return cls.model_validate({**values, "expert_parallel_ranks": list(owners)})
+
+    def to_info(self) -> LayerInfo:
+        """Return the layer as `Session.layers` gave it."""
+        return LayerInfo(**self.model_dump(exclude={"expert_parallel_ranks"}))
 
 
 class _Check(_Model):
@@ -197,6 +239,7 @@ class Manifest(_Model):
             the process recorded itself.
         capture_health: at the end; None while it is not finished.
         problems: what went wrong, in words.
+        layers: what the part of layers has, too; none in recordings of before version 1.2.
         parts: every whole file.
     """
 
@@ -226,7 +269,20 @@ class Manifest(_Model):
     capture_health: Health | None = None
     series: SeriesNotes | None = None
     problems: list[_Text] = Field(default_factory=list)
+    layers: list[LayerEntry] = Field(default_factory=list, max_length=_MAX_LAYER_INDEX)
     parts: list[PartEntry] = Field(default_factory=list, max_length=MAX_PARTS)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if len({entry.path for entry in self.parts}) < len(self.parts):
+            raise ValueError("a part is named twice")
+        if any(not entry.path.startswith(entry.kind) for entry in self.parts):
+            raise ValueError("a part is in the folder of another table")
+        num_rows = sum(entry.num_rows for entry in self.parts if entry.kind == "rows")
+        if num_rows != self.num_rows:
+            raise ValueError(f"num_rows is {self.num_rows}, the parts have {num_rows}")
+        check_layers([entry.to_info() for entry in self.layers])
+        return self
 
     @property
     def is_finished(self) -> bool:
@@ -268,6 +324,19 @@ class GroupManifest(_Model):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as in the file."""
         return self.model_dump(mode="json")
+
+
+def check_layers(layers: Sequence[LayerInfo]) -> None:
+    """Check that layers can be of one model.
+
+    Raises:
+        ValueError: two have the same index, or all together have more experts than any model.
+    """
+    if len({info.layer_index for info in layers}) < len(layers):
+        raise ValueError("two layers have the same layer_index")
+    numbers = [info.num_experts + info.num_identity_experts for info in layers]
+    if max(numbers, default=0) > _MAX_EXPERTS or sum(numbers) > _MAX_EXPERTS_TOGETHER:
+        raise ValueError(f"the layers have {sum(numbers)} experts, one of them {max(numbers)}: more than any model")
 
 
 def _checksum(values: dict[str, Any]) -> str:
@@ -319,7 +388,10 @@ def read_any_manifest(folder: Path) -> Manifest | GroupManifest:
 def _read(folder: Path, formats: Sequence[str]) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     try:
-        with open(path, "rb") as file:
+        # As a part: no link is followed, and nothing is waited for that is no plain file.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise RecordingError(f"{path} is no plain file", part=MANIFEST_NAME)
             text = file.read(_MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise RecordingError(
@@ -327,13 +399,14 @@ def _read(folder: Path, formats: Sequence[str]) -> dict[str, Any]:
             part=MANIFEST_NAME,
         ) from error
     except OSError as error:
-        raise RecordingError(f"{path} cannot be read: {error.strerror or error}", part=MANIFEST_NAME) from error
+        reason = "is a link to elsewhere" if path.is_symlink() else f"cannot be read: {error.strerror or error}"
+        raise RecordingError(f"{path} {reason}", part=MANIFEST_NAME) from error
     if len(text) > _MAX_BYTES:
         raise RecordingError(f"{path} has more than {_MAX_BYTES} bytes, no recording's has", part=MANIFEST_NAME)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RecordingError(f"{path} is damaged, it is no JSON: {error}", part=MANIFEST_NAME) from error
+        raise _damaged(path, f"it is no JSON: {error}") from error
     if not isinstance(values, dict) or values.get("format") not in formats:
         expected = " or ".join(f'"{name}"' for name in formats)
         raise RecordingError(f'{path} is no manifest of a recording: "format" is not {expected}', part=MANIFEST_NAME)
@@ -343,9 +416,7 @@ def _read(folder: Path, formats: Sequence[str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         is_same = False
     if not is_same:
-        raise RecordingError(
-            f"{path} is damaged: its content does not have the checksum that it states", part=MANIFEST_NAME
-        )
+        raise _damaged(path, "its content does not have the checksum that it states")
     return values
 
 
@@ -358,16 +429,26 @@ def _validated(folder: Path, model: type[_M], values: dict[str, Any]) -> _M:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(each) for each in first["loc"])
-        raise RecordingError(
-            f"{folder / MANIFEST_NAME} is damaged: {where}={str(first['input'])[:80]!r}: {first['msg']}",
-            part=MANIFEST_NAME,
-        ) from error
+        what = (
+            f"{where}={str(first['input'])[:80]!r}: {first['msg']}"
+            if where
+            else first["msg"].removeprefix("Value error, ")
+        )
+        raise _damaged(folder / MANIFEST_NAME, what) from error
+
+
+def _damaged(path: Path, what: str) -> RecordingError:
+    return RecordingError(
+        f"{path} is damaged: {what}; take it from another copy of the recording. The parts beside it are Parquet files "
+        f"that other tools read without it, such as pandas.read_parquet('{path.parent / 'rows'}')",
+        part=MANIFEST_NAME,
+    )
 
 
 def _check_version(path: Path, version: object) -> None:
     major, dot, minor = version.partition(".") if isinstance(version, str) else ("", "", "")
     if not (dot and major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit() and len(major) < 9):
-        raise RecordingError(f"{path} is damaged: format_version is {str(version)[:40]!r}", part=MANIFEST_NAME)
+        raise _damaged(path, f"format_version is {str(version)[:40]!r}")
     if int(major) != FORMAT_MAJOR:
         raise UnsupportedFormatError(
             f"{path} has format version {version}, this program reads {FORMAT_MAJOR}.x; upgrade moe-debugger"

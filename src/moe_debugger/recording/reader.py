@@ -1,9 +1,10 @@
 """Reads recordings: the columns of a session without its model, and what is whole of one that is damaged."""
 
+import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,12 +18,15 @@ from moe_debugger._decisions import Decisions
 from moe_debugger._layers import Layers
 from moe_debugger._row_blocks import Layout, RowBlock, RowSource
 from moe_debugger._row_groups import available_bytes, regroup
-from moe_debugger.analysis import Analysis, RoutingState, Thresholds, analyze, finish
+from moe_debugger.analysis import Analysis, RoutingState, Thresholds, finish
+from moe_debugger.analysis.analyze import fold_decisions
+from moe_debugger.capture import LayerInfo
 from moe_debugger.capture_health import CaptureHealth
 from moe_debugger.errors import InvalidInputError, RecordingError
 from moe_debugger.recording import tables
 from moe_debugger.recording.integrity import check_content, check_size, open_part, unlisted_files
 from moe_debugger.recording.manifest import GroupManifest, Manifest, PartEntry, read_any_manifest
+from moe_debugger.recording.probabilities import KEY, ProbabilitySums
 from moe_debugger.training.series import SeriesTable
 from moe_debugger.wire.codec import CountsColumns
 
@@ -34,6 +38,8 @@ __all__ = ["Recording", "ReplayBatch", "Verification", "open_recording"]
 # A writer's row groups are far below; a file that says more would fill the memory.
 _MAX_GROUP_ROWS = 4 * 1024 * 1024
 _MAX_GROUP_BYTES = 512 * 1024 * 1024
+# Rows that are folded together.
+_FOLD_ROWS = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,9 @@ class Recording:
             if manifest.is_finished and not skips_damaged:
                 raise RecordingError(f"{text}; open_recording(..., damaged='skip') passes over it", part=name)
             self._problems[name] = text
+        # Why nothing is known of the layers.
+        self._lost_layers: RecordingError | None = None
+        self._layers = Layers()
         self._layers = self._read_layers()
 
     @property
@@ -105,8 +114,23 @@ class Recording:
         """True where the recording was stopped in order, lost no rows, and nothing was found damaged until now."""
         return self.manifest.is_finished and not self._problems and not self.manifest.num_rows_not_written
 
+    @property
+    def num_rows_lost(self) -> int:
+        """Rows, or sums, of the parts that were found not to be whole until now, as the manifest says them."""
+        return sum(
+            entry.num_rows
+            for entry in self.manifest.parts
+            if entry.kind in ("rows", "counts") and entry.path in self._problems
+        )
+
     def layers(self) -> Layers:
-        """Return what was known of each MoE layer when the last part was written."""
+        """Return what was known of each MoE layer when the last part was written.
+
+        Raises:
+            RecordingError: the part is damaged, and the manifest, of before version 1.2, has no copy of it.
+        """
+        if self._lost_layers is not None:
+            raise RecordingError(str(self._lost_layers), part=self._lost_layers.part)
         return Layers(self._layers)
 
     def expert_owners(self) -> dict[int, tuple[int, ...]]:
@@ -115,7 +139,8 @@ class Recording:
         Raises:
             RecordingError: the part is damaged.
         """
-        owners: dict[int, tuple[int, ...]] = {}
+        kept = {entry.layer_index: tuple(entry.expert_parallel_ranks) for entry in self.manifest.layers}
+        owners = {index: ranks for index, ranks in kept.items() if ranks}
         for entry in self._entries("layers"):
             for number, batch in self._batches(entry):
                 with self._parsing(entry, number):
@@ -136,8 +161,12 @@ class Recording:
         """
         if max_rows is not None and max_rows < 0:
             raise InvalidInputError(f"max_rows {max_rows}: expected 0 or more")
-        wanted = min(self.manifest.num_rows, self.manifest.num_rows if max_rows is None else max_rows)
-        layout = self._layout()
+        layout = Layout(top_k=1)
+        entries = self.whole_parts("rows")
+        for entry in entries:
+            layout = layout.join(_layout(entry))
+        num_rows = sum(entry.num_rows for entry in entries)
+        wanted = num_rows if max_rows is None else min(num_rows, max_rows)
         free, needed = available_bytes(), wanted * layout.row_bytes
         if free is not None and needed > free:
             raise InvalidInputError(
@@ -171,22 +200,29 @@ class Recording:
             yield from tables.batch_to_counts(batch for _, batch in self._batches(entry))
 
     def state(self) -> RoutingState:
-        """Return the sums of level "counts", folded; equal to those of the session.
+        """Return all rows and sums, folded: equal to `Session.state` where the session began with the recording.
+
+        The rows are read part by part. The router's mean probabilities are those of the whole parts.
 
         Raises:
-            InvalidInputError: the recording has rows; use `decisions`.
-            RecordingError: a part is damaged, or the sums do not fit the layers.
+            RecordingError: a part is damaged, or does not fit the layers.
         """
-        if self.manifest.level != "counts":
-            raise InvalidInputError(
-                f"this recording has rows (level {self.manifest.level!r}) and no sums; use decisions() or analyze()"
-            )
-        state = RoutingState.empty(layer_shape(info) for info in self._layers)
+        layers = self.layers()
+        state = RoutingState.empty(layer_shape(info) for info in layers)
         for columns in self.iter_counts():
             try:
                 state.fold_counts(columns)
             except InvalidInputError as error:
                 raise RecordingError(f"the sums in counts/ do not fit the layers: {error}", part="counts") from error
+        sizes = _sizes(layers)
+        for rows in self.iter_decisions(_FOLD_ROWS):
+            for columns_of_stack in _by_stack(rows):
+                state = state.merge(fold_decisions(columns_of_stack, **sizes))
+        for probabilities in self._probabilities():
+            try:
+                probabilities.add_to(state)
+            except ValueError as error:
+                raise RecordingError(f"the rows do not fit the layers: {error}", part="rows") from error
         return state
 
     def series(self) -> SeriesTable:
@@ -214,22 +250,8 @@ class Recording:
 
         Raises:
             RecordingError: a part is damaged.
-            InvalidInputError: the rows do not fit the machine's free memory.
         """
-        health = self.capture_health()
-        if self.manifest.level == "counts":
-            return finish(self.state(), thresholds=thresholds, baseline=baseline, health=health)
-        shapes = {info.layer_index: info for info in self._layers}
-        indices = range(max(shapes, default=-1) + 1)
-        return analyze(
-            self.decisions(),
-            num_experts=[shapes[i].num_experts if i in shapes else 1 for i in indices],
-            top_k=[max(1, shapes[i].top_k) if i in shapes else 1 for i in indices],
-            num_identity_experts=[shapes[i].num_identity_experts if i in shapes else 0 for i in indices],
-            thresholds=thresholds,
-            baseline=baseline,
-            health=health,
-        )
+        return finish(self.state(), thresholds=thresholds, baseline=baseline, health=self.capture_health())
 
     def query(self, text: str, *, tokenizer: Any = None) -> "QueryResult":
         """Return what a query finds in the recording; docs/query.md describes the language, which only reads.
@@ -282,8 +304,7 @@ class Recording:
 
     def verify(self) -> Verification:
         """Read every part wholly, and return what is not as it was written; raises nothing for what is damaged."""
-        found = Recording.__new__(Recording)
-        found.path, found.manifest, found._layers = self.path, self.manifest, self._layers
+        found = copy.copy(self)
         found._skips_damaged, found._checked, found._problems = True, set(), {}
         lost = num_rows = 0
         for entry in self.manifest.parts:
@@ -299,29 +320,55 @@ class Recording:
         return Verification(len(self.manifest.parts), num_rows, lost, found.problems)
 
     def __repr__(self) -> str:
-        manifest = self.manifest
+        return f"<Recording {str(self.path)!r} of {self._summary()}>"
+
+    def _summary(self) -> str:
+        manifest, num_damaged = self.manifest, len(self.problems)
         what = f"{manifest.num_rows:,} rows at {len(self._layers)} MoE layers" if manifest.num_rows else manifest.level
-        damage = f", {len(self._problems)} parts not whole" if self._problems else ""
-        return f"<Recording {str(self.path)!r} of {manifest.model.name}: {what}, {manifest.status}{damage}>"
+        damage = f", {num_damaged} parts not whole" if num_damaged else ""
+        return f"{manifest.model.name}: {what}, {manifest.status}{damage}"
 
     def _decisions(self, rows: RowSource | Sequence[RowBlock]) -> Decisions:
         return Decisions(rows, self._layers, rank=self.manifest.topology.global_rank)
 
     def _read_layers(self) -> Layers:
-        for entry in self._entries("layers"):
+        entries = self._entries("layers")
+        for entry in entries:
             for number, batch in self._batches(entry):
                 with self._parsing(entry, number):
                     return Layers(tables.batch_to_layers(batch))
+        if self.manifest.layers:
+            return Layers(entry.to_info() for entry in self.manifest.layers)
+        if entries:
+            problem = self._problems.get(entries[0].path, f"part {entries[0].path} is empty")
+            self._lost_layers = RecordingError(
+                f"{problem}; a recording of format {self.manifest.format_version} has no other copy of its layers, so "
+                "nothing can be said of them: take the file from another copy of the recording. decisions() gives the "
+                "rows all the same",
+                part=entries[0].path,
+            )
         return Layers()
 
-    def _layout(self) -> Layout:
-        """Return which columns the rows of the whole parts have, as the manifest says; looks at every part."""
-        layout = Layout(top_k=1)
-        for entry in self._entries("rows"):
+    def whole_parts(self, kind: str) -> list[PartEntry]:
+        """Return the parts of a table, without those that are to be skipped, for which each is read once.
+
+        Args:
+            kind: "rows", "counts", "layers" or "series".
+
+        Raises:
+            RecordingError: the layout of one cannot be, and the recording was not opened with ``damaged="skip"``.
+        """
+        found = []
+        for entry in self._entries(kind):
+            if not self._skips_damaged:
+                # Other damage raises when it is read.
+                self._check_layout(entry)
+                found.append(entry)
+                continue
             with self._reader(entry) as reader:
                 if reader is not None:
-                    layout = layout.join(_layout(entry))
-        return layout
+                    found.append(entry)
+        return found
 
     def _entries(self, kind: str) -> list[PartEntry]:
         return [entry for entry in self.manifest.parts if entry.kind == kind]
@@ -337,11 +384,31 @@ class Recording:
         for number, batch in self._batches(entry):
             timed = None
             with self._parsing(entry, number):
-                timed = tables.batch_to_block(batch)
-                if Layout.of([timed.block]).join(_layout(entry)) != _layout(entry):
+                read = tables.batch_to_block(batch)
+                if Layout.of([read.block]).join(_layout(entry)) != _layout(entry):
                     raise ValueError("its columns are not those that the manifest says")
-            if timed is not None and len(timed.block):
+                self._check_values({**read.block.tokens, **read.block.rows})
+                timed = read
+            if timed is None:
+                return  # what comes after it is not to be trusted more
+            if len(timed.block):
                 yield timed
+
+    def _check_values(self, rows: Mapping[str, Any]) -> None:
+        """Check columns of rows, by name; see `tables.check_values`."""
+        tables.check_values(rows, None if self._lost_layers is not None else self._layers)
+
+    def _probabilities(self) -> Iterator[ProbabilitySums]:
+        """Yield the sums of probabilities of the parts whose rows are whole."""
+        for entry in self._entries("rows"):
+            sums = ProbabilitySums()
+            with self._reader(entry) as reader:
+                if reader is None or entry.path in self._problems:
+                    continue
+                text = (reader.metadata.metadata or {}).get(KEY.encode(), b"[]")
+                with self._parsing(entry, 0):
+                    sums.add_json(text)
+            yield sums
 
     def _batches(self, entry: PartEntry) -> Iterator[tuple[int, Any]]:
         """Yield the row groups of a part as record batches, with their numbers."""
@@ -366,6 +433,7 @@ class Recording:
 
         file = reader = None
         with self._skipping(entry):
+            self._check_layout(entry)
             file = open_part(self.path, entry)
             try:
                 if entry.path not in self._checked:
@@ -382,6 +450,19 @@ class Recording:
                 reader.close(force=True)
             if file is not None:
                 file.close()
+
+    def _check_layout(self, entry: PartEntry) -> None:
+        """Check that a part's lists are no wider than its layers allow, before memory is taken for them."""
+        infos = self._layers
+        if entry.layout is None or not infos:
+            return
+        widest = max(info.num_experts + info.num_identity_experts for info in infos)
+        if entry.layout.top_k > max(1, widest) or entry.layout.num_logits > widest:
+            raise RecordingError(
+                f"part {entry.path} has a layout of {entry.layout.top_k} slots and {entry.layout.num_logits} logits, "
+                f"its layers have at most {widest} experts",
+                part=entry.path,
+            )
 
     @contextmanager
     def _skipping(self, entry: PartEntry) -> Iterator[None]:
@@ -456,6 +537,29 @@ def _parquet(pq: Any, file: Any, entry: PartEntry) -> Any:
         raise RecordingError(f"part {entry.path} has a row group that is larger than any of ours", part=entry.path)
     tables.check_columns(reader.schema_arrow, entry.kind, entry.path)
     return reader
+
+
+def _by_stack(rows: Decisions) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of each stack of layers: each has tokens of its own, which count by themselves."""
+    stacks = sorted({info.stack for info in rows.layers.values()})
+    if len(stacks) < 2:
+        yield rows
+        return
+    for stack in stacks:
+        indices = [index for index, info in rows.layers.items() if info.stack == stack]
+        chosen = np.isin(rows.layer_index, indices)
+        yield {name: column[chosen] for name, column in rows.items()}
+
+
+def _sizes(layers: Sequence[LayerInfo]) -> dict[str, Any]:
+    """Return what `fold_decisions` has to know of the layers."""
+    known = {info.layer_index: info for info in layers}
+    indices = range(max(known, default=-1) + 1)
+    return {
+        "num_experts": [known[i].num_experts if i in known else 1 for i in indices],
+        "top_k": [max(1, known[i].top_k) if i in known else 1 for i in indices],
+        "num_identity_experts": [known[i].num_identity_experts if i in known else 0 for i in indices],
+    }
 
 
 def _layout(entry: PartEntry) -> Layout:

@@ -34,7 +34,7 @@ from moe_debugger.wire.ids import new_id
 if TYPE_CHECKING:
     from moe_debugger._session import Session
 
-__all__ = ["Recorder", "RecorderStatistics"]
+__all__ = ["Recorder", "RecorderStatistics", "model_identity"]
 
 _LEVELS: dict[int, Literal["counts", "routes", "routes+tokens", "full"]] = {
     pb.CAPTURE_LEVEL_COUNTS: "counts",
@@ -125,7 +125,7 @@ class _Feed:
         while True:
             with self._changed:
                 if not self._items and not self._is_closed:
-                    self._changed.wait(_TICK_S)
+                    self._changed.wait(min(_TICK_S, self.writer.limits.part_seconds))
                 parts = self._items[0][1] if self._items else None
                 is_closed = self._is_closed
                 lost, self._lost = self._lost, Counter()
@@ -286,12 +286,17 @@ def _manifest(session: "Session") -> Manifest:
         step_domain="global" if options.step_domain == pb.STEP_DOMAIN_GLOBAL else "source",
         level=_LEVELS[options.level],
         sampling_rate=options.sampling_rate,
-        model=_identity(session._capture.model, options.model_name),
+        model=model_identity(session._capture.model, options.model_name),
         topology=Topology(**coordinates),
     )
 
 
-def _identity(model: Any, name: str) -> ModelIdentity:
+def model_identity(model: Any, name: str) -> ModelIdentity:
+    """Return which model it is.
+
+    Args:
+        name: what to call it; empty = its own name or path, else its class.
+    """
     config = getattr(model, "config", None)
     return ModelIdentity(
         name=(name or str(getattr(config, "_name_or_path", "") or "") or type(model).__name__)[:4096],

@@ -77,8 +77,8 @@ def replay_to_fleet(
 ) -> ReplayProgress:
     """Publish a recording as a session of a fleet, in the order and at the pace in which it was captured.
 
-    The session's step numbers, forwards, requests and ranks are those of the recording. What the files do not hold is
-    not there: the routers' mean probabilities, except at level "counts".
+    The session's step numbers, forwards, requests and ranks are those of the recording. The routers' probabilities are
+    not there, except at level "counts": of rows the files have them in sums of whole parts.
 
     Args:
         fleet: NATS URL of a running fleet (the `nats` value of ``moe-debugger up --json``).
@@ -174,6 +174,8 @@ def _description(member: Recording, name: str) -> SourceDescription:
         session_name=name,
         model_name=manifest.model.name or manifest.model.class_name or "recording",
         model_type=manifest.model.model_type,
+        model_fingerprint=manifest.model.config_sha256 or "",
+        model_class_name=manifest.model.class_name,
         layers=[
             pb.LayerDescription(
                 **{name: getattr(info, name) for name in _LAYER_FIELDS},

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from moe_debugger._row_blocks import Layout, RowBlock, flatten
 from moe_debugger._row_files import arrow_texts
 from moe_debugger.capture import LayerInfo
 from moe_debugger.errors import DependencyMissingError, RecordingError
+from moe_debugger.recording.manifest import LayerEntry, check_layers
 from moe_debugger.training.series import SeriesTable
+from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import CountsColumns, LayerCountColumns
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "batch_to_series",
     "block_to_batch",
     "check_columns",
+    "check_values",
     "counts_to_batch",
     "dictionary_columns",
     "layers_to_batch",
@@ -37,8 +41,8 @@ __all__ = [
 
 # The file's own column: when a row was captured. All others are those of `Decisions`, without `request_index`.
 CAPTURED_AT = "captured_at_unix_ns"
-# Older ones could be made to run code by a file that they read.
-_MIN_PYARROW = (14, 0, 1)
+# Older ones cannot add metadata to a file that is being written.
+_MIN_PYARROW = (17, 0, 0)
 
 Array = npt.NDArray[Any]
 
@@ -121,7 +125,9 @@ _COUNTS_OF_LAYER = (
     "layer_index", "num_experts", "num_identity_experts", "num_tokens", "num_padding", "identity_slots",
     "skipped_slots", "dropped_slots", "unused_slots", "bad_slots",
 )  # fmt: skip
-_MAX_LAYERS = 100_000
+# Far beyond any training; sums of some of them still are numbers of 64 bits.
+_MAX_STEP = 2**53
+_NUM_SLOT_STATUSES = len(pb.SlotStatus.keys())
 
 
 def require_pyarrow() -> None:
@@ -141,7 +147,7 @@ def require_pyarrow() -> None:
     version = tuple(int(each) for each in pa.__version__.split(".")[:3] if each.isdigit())
     if version < _MIN_PYARROW:
         raise DependencyMissingError(
-            f"recordings need pyarrow 14.0.1 or newer, and {pa.__version__} is installed; run: pip install -U pyarrow"
+            f"recordings need pyarrow 17 or newer, and {pa.__version__} is installed; run: pip install -U pyarrow"
         )
 
 
@@ -267,6 +273,39 @@ def batch_to_block(batch: Any) -> TimedBlock:
 _SLOTS = ("expert_ids", "gate_weights", "slot_status", "intended_expert_ids")
 
 
+def check_values(rows: Mapping[str, Array], layers: Sequence[LayerInfo] | None) -> None:
+    """Check the values of rows that nothing else would refuse.
+
+    Args:
+        rows: columns by name; those that are not there are not checked.
+        layers: all that there are; None = not known.
+
+    Raises:
+        ValueError: rows are of a layer or an expert that is not there, or a slot has a status, or a row a step, that
+            does not exist.
+    """
+    status = rows.get("slot_status")
+    if status is not None and status.size and int(status.max()) >= _NUM_SLOT_STATUSES:
+        raise ValueError(f"slot_status is {int(status.max())}, which is no status")
+    for name in ("step", "forward_index"):
+        column = rows.get(name)
+        if column is not None and len(column) and int(column.max()) > _MAX_STEP:
+            raise ValueError(f"{name} is {int(column.max())}, more than any run has")
+    index, ids = rows.get("layer_index"), rows.get("expert_ids")
+    if layers is None or index is None or not len(index):
+        return
+    # [layers] experts of each, 0 where there is no such layer.
+    num_ids = np.zeros(1 + max((info.layer_index for info in layers), default=0), np.int64)
+    for info in layers:
+        num_ids[info.layer_index] = info.num_experts + info.num_identity_experts
+    if int(index.max()) >= len(num_ids) or not num_ids[index].all():
+        known = set(np.flatnonzero(num_ids).tolist())
+        unknown = min(set(np.unique(index).tolist()) - known)
+        raise ValueError(f"it has rows of layer {unknown}, which is not among the layers {sorted(known)[:8]}")
+    if ids is not None and (int(ids.min()) < -1 or (ids.max(axis=1) >= num_ids[index]).any()):
+        raise ValueError(f"expert ids reach from {int(ids.min())} to {int(ids.max())}, which its layers do not have")
+
+
 def _numpy(batch: Any, name: str) -> Array | None:
     """Return a column of numbers or of lists of equal length; None where all of it is null."""
     column = batch.column(name)
@@ -378,13 +417,14 @@ def batch_to_layers(batch: Any) -> tuple[LayerInfo, ...]:
     Raises:
         ValueError: a value is missing or out of range.
     """
-    names = [field.name for field in fields(LayerInfo)]
-    rows = batch.select(names).to_pylist()
-    if len(rows) > _MAX_LAYERS or any(value is None for row in rows for value in row.values()):
-        raise ValueError("a layer has no value, or there are too many of them")
-    if any(row["site"] not in ("mlp", "attention") for row in rows):
-        raise ValueError("a layer is neither in the MLP nor in the attention")
-    return tuple(LayerInfo(**row) for row in rows)
+    rows = batch.select([field.name for field in fields(LayerInfo)]).to_pylist()
+    try:
+        layers = [LayerEntry.model_validate(row).to_info() for row in rows]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]}={str(first['input'])[:80]!r}: {first['msg']}") from error
+    check_layers(layers)
+    return tuple(layers)
 
 
 def series_to_batch(series: SeriesTable) -> Any:

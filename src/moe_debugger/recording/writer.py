@@ -22,7 +22,16 @@ from moe_debugger.capture import LayerInfo
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.publish.batching import columns_size_bytes
 from moe_debugger.recording import tables
-from moe_debugger.recording.manifest import MAX_PARTS, Health, Manifest, PartEntry, SeriesNotes, write_manifest
+from moe_debugger.recording.manifest import (
+    MAX_PARTS,
+    Health,
+    LayerEntry,
+    Manifest,
+    PartEntry,
+    SeriesNotes,
+    write_manifest,
+)
+from moe_debugger.recording.probabilities import KEY, ProbabilitySums
 from moe_debugger.training.series import SeriesPoint, SeriesTable
 from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 
@@ -172,6 +181,7 @@ class _OpenPart:
         self.num_rows = 0
         self.ranges: dict[str, int] = {}
         self.layout: Layout | None = None
+        self.probabilities = ProbabilitySums()
         self._target = folder / path
         self._pending = self._target.with_name(f".{self._target.name}.open")
         self._pending.parent.mkdir(mode=0o700, exist_ok=True)
@@ -204,6 +214,8 @@ class _OpenPart:
 
     def finish(self) -> PartEntry:
         """Give the file its name, and return its entry."""
+        if self.kind == "rows":
+            self._writer.add_key_value_metadata({KEY: self.probabilities.to_json()})
         self._writer.close()
         self._file.close()
         os.replace(self._pending, self._target)
@@ -450,7 +462,7 @@ class RecordingWriter:
             self._end_part()
 
     def _write_rows(self, pending: list[RoutingColumns]) -> None:
-        block = self._pack(pending)
+        block, pending = self._pack(pending)
         if block is None:
             return
         captured_at = {
@@ -471,12 +483,17 @@ class RecordingWriter:
             self._part("rows").write(batch, ranges, layout)
             # Not before they were written: what is counted twice after an error would be worse.
             self._pending_rows -= len(part)
+        if len(block):
+            self._part("rows").probabilities.fold(pending)
         used = np.unique(block.tokens["request_index"]) if block.request_ids else ()
         self._see_requests([block.request_ids[int(index)] for index in used])
 
-    def _pack(self, pending: list[RoutingColumns]) -> RowBlock | None:
+    def _pack(self, pending: list[RoutingColumns]) -> tuple[RowBlock | None, list[RoutingColumns]]:
+        """Return the rows as a block, and the columns that are in it: those that do not fit each other are not."""
         try:
-            return pack(pending)
+            block = pack(pending)
+            tables.check_values({**block.tokens, **block.rows}, self._layers())
+            return block, pending
         except Exception as error:  # noqa: BLE001 - one bad forward must not end the recording of all others
             if len(pending) == 1:
                 num_rows = pending[0].num_decisions
@@ -485,9 +502,9 @@ class RecordingWriter:
                 if len(self._problems) < _MAX_PROBLEMS:
                     text = f"rows of a forward could not be recorded ({type(error).__name__}: {error})"
                     self._problems.append(text[:1000])
-                return None
-        good = [columns for columns in pending if self._pack([columns]) is not None]
-        return pack(good) if good else None
+                return None, []
+        good = [columns for columns in pending if self._pack([columns])[0] is not None]
+        return (pack(good), good) if good else (None, [])
 
     def _write_counts(self, pending: list[CountsColumns]) -> None:
         ranges = {
@@ -606,6 +623,10 @@ class RecordingWriter:
                 "last_step": max((each.last_step for each in steps if each.last_step is not None), default=None),
                 "num_rows_not_written": dict(self._not_written),
                 "problems": self._problems,
+                "layers": [
+                    LayerEntry.of(info, self._owners.get(info.layer_index, ())).model_dump()
+                    for info in self._known_layers
+                ],
                 "parts": [each.model_dump() for each in self._parts],
             }
         )

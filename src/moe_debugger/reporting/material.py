@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from moe_debugger._counted import layer_shape
-from moe_debugger.analysis import Analysis, CaptureHealth, RoutingState, Thresholds, finish, fold_decisions
+from moe_debugger.analysis import Analysis, CaptureHealth, RoutingState, Thresholds, finish
 from moe_debugger.analysis.explanation import ObservedSettings, PlacementOptions, explain_analysis
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.reporting.step_series import LayerSteps
@@ -21,7 +20,6 @@ __all__ = ["DEFAULT_MAX_ROWS", "Material", "RowSizes", "gather", "layer_range", 
 
 # Pictures of pairs and tokens read so many rows at most: about 1 GB of columns at k = 8.
 DEFAULT_MAX_ROWS = 4_000_000
-_BATCH_ROWS = 1 << 20
 # The most severe come first; as many are shown in full.
 _MAX_EXPLAINED = 20
 _LEVELS: dict[int, str] = {
@@ -133,8 +131,7 @@ def gather(
 def _baseline(baseline: "Recording | RoutingState | None") -> tuple[RoutingState | None, str]:
     if baseline is None or isinstance(baseline, RoutingState):
         return baseline, "" if baseline is None else "a state"
-    layers = {info.layer_index: info for info in baseline.layers()}
-    return _folded(baseline, layers), str(baseline.path.name)
+    return baseline.state(), str(baseline.path.name)
 
 
 def _of_recording(
@@ -142,7 +139,7 @@ def _of_recording(
 ) -> Material:
     manifest = recording.manifest
     layers = {info.layer_index: info for info in recording.layers()}
-    state = _folded(recording, layers)
+    state = recording.state()
     has_rows = manifest.level != "counts" and state.num_tokens > 0
     rows = recording.decisions(max_rows=max_rows) if has_rows and max_rows else None
     health = recording.capture_health()
@@ -180,17 +177,6 @@ def _members(recording: "Recording") -> Sequence["Recording"]:
     from moe_debugger.recording import JoinedRecording
 
     return recording.members if isinstance(recording, JoinedRecording) else (recording,)
-
-
-def _folded(recording: "Recording", layers: Mapping[int, "LayerInfo"]) -> RoutingState:
-    """Return the state of all rows and sums, read part by part."""
-    if any(member.manifest.level == "counts" for member in _members(recording)):
-        return recording.state()
-    state = RoutingState.empty(layer_shape(info) for info in layers.values())
-    sizes = row_sizes(layers)
-    for batch in recording.iter_decisions(_BATCH_ROWS):
-        state = state.merge(fold_decisions(batch, **sizes))
-    return state
 
 
 def _steps(state: RoutingState) -> dict[int, LayerSteps]:

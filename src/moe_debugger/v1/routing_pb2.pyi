@@ -473,11 +473,13 @@ class SourceManifest(_message.Message):
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     STARTED_AT_UNIX_NS_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    MODEL_CLASS_NAME_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     session_id: _builtins.str
     model_name: _builtins.str
     model_type: _builtins.str
     model_fingerprint: _builtins.str
+    """SHA-256 of the model's configuration, in hexadecimal; empty where it has none. Equal ones tell models of one shape alike."""
     level: Global___CaptureLevel.ValueType
     sampling_rate: _builtins.float
     step_domain: Global___StepDomain.ValueType
@@ -487,6 +489,8 @@ class SourceManifest(_message.Message):
     process_id: _builtins.int
     started_at_unix_ns: _builtins.int
     kind: _builtins.str
+    model_class_name: _builtins.str
+    """Name of the model's Python class."""
     @_builtins.property
     def format_version(self) -> Global___FormatVersion: ...
     @_builtins.property
@@ -515,10 +519,11 @@ class SourceManifest(_message.Message):
         process_id: _builtins.int = ...,
         started_at_unix_ns: _builtins.int = ...,
         kind: _builtins.str = ...,
+        model_class_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coordinates", b"coordinates", "format_version", b"format_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinates", b"coordinates", "format_version", b"format_version", "host_name", b"host_name", "kind", b"kind", "layers", b"layers", "level", b"level", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "model_type", b"model_type", "process_id", b"process_id", "sampling_rate", b"sampling_rate", "session_id", b"session_id", "source_id", b"source_id", "started_at_unix_ns", b"started_at_unix_ns", "step_domain", b"step_domain", "versions", b"versions", "window_steps", b"window_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinates", b"coordinates", "format_version", b"format_version", "host_name", b"host_name", "kind", b"kind", "layers", b"layers", "level", b"level", "model_class_name", b"model_class_name", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "model_type", b"model_type", "process_id", b"process_id", "sampling_rate", b"sampling_rate", "session_id", b"session_id", "source_id", b"source_id", "started_at_unix_ns", b"started_at_unix_ns", "step_domain", b"step_domain", "versions", b"versions", "window_steps", b"window_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -107,6 +107,18 @@ def test_a_recording_from_the_middle_misses_nothing_of_before(tmp_path: Path) ->
     assert np.unique(open_recording(tmp_path / "rec").decisions().step).tolist() == [6, 7, 8]
 
 
+@pytest.mark.parametrize(("fingerprint", "digest"), [("0" * 64, "0" * 64), ("", None), ("../x", None)])
+def test_what_a_source_says_of_its_model_is_kept(tmp_path: Path, fingerprint: str, digest: str | None) -> None:
+    book = begin(tmp_path / "rec")
+    source = LedgerSource(new_id())
+    manifest = pb.SourceMessage.FromString(source.manifest()[1]).manifest
+    manifest.model_fingerprint, manifest.model_class_name = fingerprint, "MixtralForCausalLM"
+    book.add_manifest(source.source_id, manifest)
+    book.finish()
+    model = open_recording(tmp_path / "rec").manifest.model
+    assert (model.class_name, model.config_sha256) == ("MixtralForCausalLM", digest)
+
+
 def test_drops_are_those_since_the_recording_began(tmp_path: Path) -> None:
     book = begin(tmp_path / "rec")
     source = LedgerSource(new_id())

@@ -9,15 +9,19 @@ from typing import Protocol
 import numpy as np
 import pytest
 import torch
+from recorded_rows import INFOS, begin
 from recorded_rows import record as record_rows
 from rich.console import Console
 
-from moe_debugger import open_recording
+from moe_debugger import Recording, open_recording
 from moe_debugger.cli.interactive import run_interactive
 from moe_debugger.config import Config
 from moe_debugger.errors import RecordingError
+from moe_debugger.recording import ReplayProgress
 from moe_debugger.recording.fleet import _append
+from moe_debugger.recording.writer import Ending, Limits, RecordingWriter, make_folder
 from moe_debugger.v1 import gateway_pb2 as pb
+from moe_debugger.wire.codec import CountsColumns, LayerCountColumns
 from moe_debugger.wire.ids import new_id
 
 torch.set_num_threads(1)
@@ -80,6 +84,34 @@ def test_what_cannot_be_is_said_before_anything_is_asked(run: Run, tmp_path: Pat
     record_rows(tmp_path / "rec", num_forwards=1)
     assert "no fleet is running" in run("replay", "rec", code=1)[1]
     assert "speed 0" in run("replay", "rec", "--fleet", "nats://127.0.0.1:1", "--speed", "0", code=1)[1]
+
+
+def test_replay_says_what_it_left_out(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fleet is left out: here it is what is said, not what is sent."""
+
+    def play(recording: Recording, *_: object, **__: object) -> ReplayProgress:
+        num_rows = sum(len(rows) for rows in recording.iter_decisions()) + sum(
+            len(sums.layers) for sums in recording.iter_counts()
+        )
+        return ReplayProgress(num_rows=num_rows)
+
+    monkeypatch.setattr("moe_debugger.recording.republish.replay_to_fleet", play)
+    record_rows(tmp_path / "rec", num_forwards=3)
+    part = tmp_path / "rec/rows/part-00000001.parquet"
+    part.write_bytes(bytes(each ^ 1 for each in part.read_bytes()))
+    assert "on the command line --damaged" in run("replay", "rec", "--fleet", "nats://x", code=1)[1]
+    out, _ = run("replay", "rec", "--fleet", "nats://x", "--damaged")
+    assert "36 rows of tiny" in out
+    assert "played 24 rows" in out
+    assert "part rows/part-00000001.parquet is damaged" in out
+    assert "left out: 12 rows of damaged parts" in out
+    layer = LayerCountColumns(0, 8, 0, num_tokens=0, num_padding=6, expert_counts=np.zeros(8, np.uint64))
+    writer = RecordingWriter(make_folder(tmp_path / "sums"), begin("counts"), Limits(), lambda: INFOS, {})
+    writer.add([CountsColumns(1, 1, 1, 1, [layer])])
+    writer.finish(Ending())
+    out, _ = run("replay", "sums", "--fleet", "nats://x")
+    assert "1 sums of tiny" in out
+    assert "played 1 sums" in out
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_every_column_of_counts_and_field_of_the_manifest_is_named() -> None:
 
 def test_the_code_runs_as_written(tmp_path: Path) -> None:
     snippets = re.findall(r"```python\n(.*?)```", _PAGE, re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     ids = torch.randint(3, 80, (3, 7), generator=torch.Generator().manual_seed(5))
     names: dict[str, Any] = {
         "model": ALL["mixtral"].make(),

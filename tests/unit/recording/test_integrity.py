@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from recorded_rows import INFOS, assert_equal, record
+from recorded_rows import INFOS, assert_equal, begin, record
 
 from moe_debugger import Decisions, RecordingError, UnsupportedFormatError, open_recording
+from moe_debugger.recording.writer import Ending, Limits, RecordingWriter, make_folder
+from moe_debugger.wire.codec import CountsColumns, LayerCountColumns
 
 _PART = "rows/part-00000002.parquet"
+_LAYERS = "layers-00000000.parquet"
 
 
 def _truncate(path: Path) -> None:
@@ -98,16 +101,42 @@ def test_a_part_of_another_recording_is_found(tmp_path: Path) -> None:
         open_recording(folder).decisions()
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated"])
-def test_without_its_layers_the_rows_are_still_read(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate, _flip], ids=["missing", "truncated", "bit flip"])
+def test_layers_have_a_second_copy_in_the_manifest(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder, batches = record(tmp_path / "rec")
-    path = folder / "layers-00000000.parquet"
-    path.unlink() if kind == "missing" else _truncate(path)
-    with pytest.raises(RecordingError, match="layers-00000000"):
+    whole = open_recording(folder)
+    damage(folder / _LAYERS)
+    with pytest.raises(RecordingError, match=f"part {_LAYERS} is .* --damaged"):
         open_recording(folder)
     recording = open_recording(folder, damaged="skip")
-    assert recording.layers() == ()
+    assert [problem.split()[1] for problem in recording.problems] == [_LAYERS]
+    assert recording.layers() == whole.layers()
+    assert_equal(recording.decisions(), Decisions(batches, INFOS))
+    np.testing.assert_equal(recording.analyze().to_dict(), whole.analyze().to_dict())
+    assert recording.query("experts limit 3").num_matched == 16
+
+
+def test_without_any_copy_of_the_layers_one_error_says_it(tmp_path: Path) -> None:
+    folder, batches = record(tmp_path / "rec")
+    _seal(folder, {**_manifest(folder), "layers": [], "format_version": "1.1"})
+    (folder / _LAYERS).unlink()
+    recording = open_recording(folder, damaged="skip")
     np.testing.assert_array_equal(recording.decisions().expert_ids, Decisions(batches, INFOS).expert_ids)
+    assert not recording.verify().is_whole
+    for ask in (recording.layers, recording.analyze, recording.state, lambda: recording.query("experts")):
+        with pytest.raises(RecordingError, match=f"{_LAYERS} is missing; .* from another copy") as caught:
+            ask()
+        assert caught.value.part == _LAYERS
+
+
+def test_counts_have_their_layers_without_the_file(tmp_path: Path) -> None:
+    layer = LayerCountColumns(0, 8, 0, num_tokens=14, num_padding=0, expert_counts=np.arange(8, dtype=np.uint64))
+    writer = RecordingWriter(make_folder(tmp_path / "rec"), begin("counts"), Limits(), lambda: INFOS, {})
+    writer.add([CountsColumns(1, 2, 3, 4, [layer])])
+    writer.finish(Ending())
+    (tmp_path / "rec" / _LAYERS).unlink()
+    recording = open_recording(tmp_path / "rec", damaged="skip")
+    assert recording.state().layers[0].counts.tolist() == list(range(8))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -212,13 +241,100 @@ def test_a_sealed_part_with_other_columns_or_other_content_is_refused(tmp_path: 
         assert len(skipping.problems) == 1
 
 
-def test_a_part_that_lies_about_its_layout_is_refused(tmp_path: Path) -> None:
+def _first_part(values: dict[str, Any]) -> dict[str, Any]:
+    part: dict[str, Any] = values["parts"][1]
+    return part
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda values: values["parts"].append(_first_part(values)), "a part is named twice"),
+        (lambda values: values.update(num_rows=5), "num_rows is 5, the parts have 12"),
+        (lambda values: _first_part(values).update(num_rows=5), "num_rows is 12, the parts have 5"),
+        (lambda values: _first_part(values).update(kind="series"), "in the folder of another table"),
+        (lambda values: _first_part(values)["layout"].update(top_k=2**19), r"layout\.top_k"),
+        (lambda values: values["topology"].update(global_rank=2**63), "global_rank"),
+        (lambda values: values["layers"][1].update(layer_index=4_000_000_000), "layer_index"),
+        (lambda values: values["layers"][1].update(layer_index=0), "the same layer_index"),
+        (lambda values: values["layers"][1].update(top_k=2**31), "top_k"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_or_goes_past_all_bounds_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], match: str
+) -> None:
     folder, _ = record(tmp_path / "rec", num_forwards=1)
     values = _manifest(folder)
-    values["parts"][1]["layout"]["top_k"] = 1
+    change(values)
     _seal(folder, values)
-    with pytest.raises(RecordingError, match="not those that the manifest says"):
+    with pytest.raises(RecordingError, match=f"is damaged: .*{match}.*; take it from another copy"):
+        open_recording(folder, damaged="skip")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_manifest_is_a_plain_file(tmp_path: Path, kind: str) -> None:
+    folder, _ = record(tmp_path / "rec", num_forwards=1)
+    path = folder / "manifest.json"
+    path.rename(tmp_path / "manifest.json")
+    if kind == "link":
+        path.symlink_to(tmp_path / "manifest.json")
+    else:
+        os.mkfifo(path)
+    with pytest.raises(RecordingError, match="is a link to elsewhere" if kind == "link" else "is no plain file"):
+        open_recording(folder)
+
+
+@pytest.mark.parametrize(
+    "layout", [{"top_k": 1}, {"top_k": 1000}, {"num_logits": 2**15}], ids=["narrow", "wide", "logits"]
+)
+def test_a_part_that_lies_about_its_layout_is_refused(tmp_path: Path, layout: dict[str, int]) -> None:
+    folder, _ = record(tmp_path / "rec", num_forwards=2)
+    values = _manifest(folder)
+    _first_part(values)["layout"].update(layout)
+    _seal(folder, values)
+    with pytest.raises(RecordingError, match=r"not those that the manifest says|at most 8 experts"):
         open_recording(folder).decisions()
+    recording = open_recording(folder, damaged="skip")
+    assert len(recording.decisions()) == 12
+    assert recording.num_rows_lost == recording.verify().num_rows_lost == 12
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "match"),
+    [
+        ("layer_index", 4_000_000_000, "rows of layer 4000000000"),
+        ("slot_status", [77, 1], "slot_status is 77"),
+        ("expert_ids", [2_000_000_000, 1], "expert ids reach"),
+        ("step", 2**64 - 1, "step is 18446744073709551615"),
+    ],
+)
+def test_values_that_cannot_be_are_damage(tmp_path: Path, column: str, value: object, match: str) -> None:
+    folder, _ = record(tmp_path / "rec", num_forwards=2)
+    path = folder / "rows/part-00000000.parquet"
+    table = pyarrow.parquet.read_table(path, read_dictionary=["request_id", "module_name", "source_id"])
+    place = table.schema.get_field_index(column)
+    changed = table.set_column(place, column, pa.array([value] * 12, table.schema.field(place).type))
+    pyarrow.parquet.write_table(changed, path)
+    values = _manifest(folder)
+    data = path.read_bytes()
+    _first_part(values).update(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    _seal(folder, values)
+    with pytest.raises(RecordingError, match=match):
+        open_recording(folder).analyze()
+    recording = open_recording(folder, damaged="skip")
+    assert (len(recording.decisions()), recording.num_rows_lost) == (12, 12)
+    recording.analyze()
+    recording.query("experts limit 2")
+
+
+def test_what_a_part_claims_to_hold_costs_nothing_where_it_is_skipped(tmp_path: Path) -> None:
+    folder, _ = record(tmp_path / "rec", num_forwards=2)
+    values = _manifest(folder)
+    _first_part(values).update(num_rows=10**12)
+    _seal(folder, {**values, "num_rows": 10**12 + 12})
+    recording = open_recording(folder, damaged="skip")
+    assert len(recording.decisions()) == 12
+    assert recording.query("tokens limit 100").num_matched == 6
 
 
 def test_an_empty_recording_is_whole(tmp_path: Path) -> None:

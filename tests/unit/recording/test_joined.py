@@ -22,8 +22,9 @@ from moe_debugger import (
     join_recordings,
     open_recording,
 )
+from moe_debugger._counted import CountedRoutes
 from moe_debugger.analysis.analyze import fold_decisions
-from moe_debugger.recording.manifest import GroupManifest, Health, Topology, write_manifest
+from moe_debugger.recording.manifest import GroupManifest, Health, Topology, read_manifest, write_manifest
 from moe_debugger.recording.writer import Ending, Limits, RecordingWriter, make_folder
 from moe_debugger.training.series import NO_INDEX, SeriesPoint
 from moe_debugger.v1 import routing_pb2 as pb
@@ -151,6 +152,41 @@ def test_the_joined_state_is_that_of_all_rows(tmp_path: Path) -> None:
     assert joined.analyze().metrics[0].num_tokens == sum(
         int((~batch.is_padding).sum()) for each in by_rank for batch in each
     )
+
+
+def test_the_probabilities_of_the_members_are_added_up(tmp_path: Path) -> None:
+    by_rank = [[forward(index, seed=rank) for index in range(3)] for rank in range(2)]
+    session = CountedRoutes(INFOS)
+    for batch in (one for each in by_rank for one in each):
+        for layer in batch.layers:
+            layer.probability_sum = np.random.default_rng(batch.num_tokens).random(8) * batch.num_tokens
+        session.fold(batch)
+    folders = [record_rank(tmp_path / f"r{rank}", rank, each) for rank, each in enumerate(by_rank)]
+    joined = open_recording(folders)
+    for index, counted in session.state.layers.items():
+        assert joined.state().layers[index].mean_probability.tolist() == counted.mean_probability.tolist()
+    # Rows and sums of a part stand and fall together.
+    part = folders[1] / "rows/part-00000001.parquet"
+    part.write_bytes(part.read_bytes()[:-1])
+    rest = CountedRoutes(INFOS)
+    for batch in (*by_rank[0], by_rank[1][0], by_rank[1][2]):
+        rest.fold(batch)
+    skipping = open_recording(folders, damaged="skip")
+    for index, counted in rest.state.layers.items():
+        assert skipping.state().layers[index].mean_probability.tolist() == counted.mean_probability.tolist()
+    assert "of 2 sources of tiny: 72 rows at 2 MoE layers, finished, 1 parts not whole>" in repr(skipping)
+
+
+def test_members_without_any_copy_of_their_layers_are_named(tmp_path: Path) -> None:
+    folders = [record_rank(tmp_path / f"r{rank}", rank, [forward(0, seed=rank)]) for rank in range(2)]
+    for folder in folders:
+        manifest = read_manifest(folder)
+        write_manifest(folder, manifest.model_copy(update={"layers": []}))
+    (folders[1] / "layers-00000000.parquet").unlink()
+    joined = open_recording(folders, damaged="skip")
+    assert len(joined.decisions()) == 24
+    with pytest.raises(RecordingError, match=r"layers-00000000[.]parquet is missing"):
+        joined.analyze()
 
 
 def test_series_are_those_of_the_lowest_rank_that_has_any(tmp_path: Path) -> None:

@@ -198,3 +198,11 @@ def test_the_package_is_imported_without_torch_and_pyarrow() -> None:
     code = "import sys, moe_debugger.recording; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_with_a_status_that_does_not_exist_are_counted_and_the_others_written(tmp_path: Path) -> None:
+    batches = [forward(index) for index in range(3)]
+    batches[1].layers[0].slot_status = np.full((6, 2), 77, np.uint8)
+    writer = write(tmp_path / "rec", batches)
+    assert writer.manifest.num_rows_not_written == {"invalid": 12}
+    assert_equal(open_recording(tmp_path / "rec").decisions(), Decisions([batches[0], batches[2]], INFOS))
