@@ -1,8 +1,9 @@
 """The routes of a sample of tokens, drawn by hash: what pairs of experts and a comparison of tokens need.
 
-A token is kept where its key is among the R smallest. The key is a hash of its request and position (in training also
-of the step), so the same token is drawn at every layer, in every split of the rows, and in every run that names its
-requests alike: two samples of the same text hold the same tokens, and their routes can be compared token by token.
+A token is kept where its key is among the R smallest. The key is a hash of its request and position, of its token
+id where captured, and in training of the step, so the same token is drawn at every layer, in every split of the rows,
+and in every run that names its requests alike: two samples of the same text hold the same tokens, and their routes can
+be compared token by token. Without token ids, two samples of other text under the same names do so as well.
 
 Up to R tokens all are there; of more it is a random sample.
 """

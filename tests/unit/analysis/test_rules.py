@@ -144,6 +144,48 @@ def test_one_prompt_sent_thirty_times_is_no_evidence_and_thirty_prompts_are(colu
     assert loud(analyze(rows(repeats), num_experts=8, top_k=2)) == [("router_collapse", 0, None)]
 
 
+@pytest.mark.parametrize("columns", [("request_id",), ("request_id", "position"), ("request_id", "token_id")])
+def test_a_prompt_that_is_sent_again_and_again_is_said_to_be_no_evidence(columns: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(21)
+    length, repeats = 64, 60
+    # Expert 3 is hot in this prompt, which is far from collapse.
+    ids = np.column_stack([np.full(length, 3), rng.choice([0, 1, 2, 4, 5, 6, 7], length)])
+    rows = {
+        "layer_index": np.zeros(length * repeats, np.int64),
+        "expert_ids": np.tile(ids, (repeats, 1)),
+        "request_id": np.repeat([f"r{index}" for index in range(repeats)], length),
+        "position": np.tile(np.arange(length), repeats),
+        "token_id": np.tile(rng.integers(0, 5000, length), repeats),
+    }
+    found = analyze({name: rows[name] for name in ("layer_index", "expert_ids", *columns)}, num_experts=8, top_k=2)
+    assert [(f.code, f.severity, f.layer_index) for f in found.findings] == [
+        ("insufficient_evidence", Severity.INFO, 0)
+    ]
+    assert found.metrics[0].effective_tokens <= 1.1 * length
+
+
+def test_an_expert_that_is_nearly_proved_dead_says_what_is_missing(simulate: Simulate) -> None:
+    rows = planted(simulate, num_experts=64, top_k=8, num_layers=1)
+    rows["expert_ids"][rows["expert_ids"] == 6] = -1
+    [finding] = [f for f in analyze(rows, num_experts=64, top_k=8).findings if f.expert_id == 6]
+    assert (finding.code, finding.rule_id) == ("cold_expert_unused", "cold_expert.l0.e6")
+    [row] = [row for row in finding.evidence if row.metric == "effective_tokens"]
+    # ln(0.01 / 64) / ln(1 - 0.01 * 8 / 64)
+    assert row.rule == "> 7007 to be dead"
+    assert "more than 7007" in render_finding(finding.code, finding.args)
+
+
+@pytest.mark.parametrize(("column", "since"), [("step", 7), ("forward_index", 7), (None, None)])
+def test_since_step_is_the_step_else_the_forward_else_unknown(column: str | None, since: int | None) -> None:
+    rng = np.random.default_rng(22)
+    rows: dict[str, Any] = {"layer_index": np.zeros(4096, int), "expert_ids": rng.integers(0, 8, (4096, 1))}
+    rows["expert_ids"][1024:] = 3
+    if column:
+        rows[column] = 5 + np.arange(4096) // 512
+    [finding] = [f for f in analyze(rows, num_experts=8, top_k=1).findings if f.kind is FindingKind.HOT_EXPERT]
+    assert finding.since_step == since
+
+
 def test_text_of_ten_kinds_of_tokens_is_no_evidence(simulate: Simulate) -> None:
     rng = np.random.default_rng(15)
     rows = planted(simulate, num_layers=1)

@@ -116,10 +116,51 @@ def test_the_same_tokens_with_experts_permuted_are_drift_though_loads_are_equal(
     assert loud(found) == [("drift", 0, None)]
     assert found.findings[0].code == "drift_tokens"
     assert analyze(rows, num_experts=8, top_k=2, baseline=rows).findings == ()
-    # Other tokens of the same router: nothing to compare token by token, and the loads are alike.
-    other = tokens_with_ids(5)
-    other["request_id"] = np.char.add("other ", other["request_id"])
-    assert analyze(other, num_experts=8, top_k=2, baseline=rows).findings == ()
+
+
+@pytest.mark.parametrize("columns", [("request_id",), ("request_id", "position"), (), ("request_id", "token_id")])
+def test_other_text_is_no_drift_and_the_same_with_experts_permuted_is(columns: tuple[str, ...]) -> None:
+    def text(seed: int) -> dict[str, Any]:
+        rows = tokens_with_ids(seed)
+        # Many spaces: some tokens stand at the same place in any text.
+        tokens = np.random.default_rng(seed).integers(0, 60, 4096)
+        rows["token_id"] = np.where(np.random.default_rng(seed + 100).random(4096) < 0.5, 32, tokens)
+        return {name: rows[name] for name in ("layer_index", "expert_ids", *columns)}
+
+    rows = text(4)
+    moved = dict(rows, expert_ids=np.random.default_rng(0).permutation(8)[rows["expert_ids"]])
+    assert loud(analyze(moved, num_experts=8, top_k=2, baseline=rows)) == [("drift", 0, None)]
+    for seed in range(5, 10):
+        assert analyze(text(seed), num_experts=8, top_k=2, baseline=rows).findings == ()
+
+
+def test_tokens_that_are_known_by_their_ids_need_no_renumbering_to_be_rerouted() -> None:
+    rows = tokens_with_ids(4)
+    elsewhere = dict(rows, expert_ids=tokens_with_ids(5)["expert_ids"])
+    assert analyze(elsewhere, num_experts=8, top_k=2, baseline=rows).findings == ()
+    ids = {"token_id": np.random.default_rng(1).integers(0, 5000, 4096)}
+    assert loud(analyze({**elsewhere, **ids}, num_experts=8, top_k=2, baseline={**rows, **ids})) == [("drift", 0, None)]
+
+
+@pytest.mark.parametrize("names", [1, 4, 0])
+def test_other_topics_are_no_change_where_few_requests_stand_for_them(names: int) -> None:
+    def topics(seed: int, num_topics: int) -> dict[str, Any]:
+        rng = np.random.default_rng(seed)
+        topic = np.arange(4096) * num_topics // 4096
+        rows = {
+            "layer_index": np.zeros(4096, int),
+            "expert_ids": choose(rng, rng.normal(0, 2, (num_topics, 8))[topic], 2),
+            "request_id": np.char.add(f"{seed} ", topic.astype(str)),
+        }
+        if not names:
+            del rows["request_id"]
+        return rows
+
+    found = [
+        analyze(topics(s, names or 3), num_experts=8, top_k=2, baseline=topics(s + 100, names or 3)) for s in (1, 2)
+    ]
+    assert "drift" in {finding.kind for each in found for finding in each.findings}
+    assert [loud(each) for each in found] == [[], []]
 
 
 def test_a_few_tokens_that_wobble_are_no_drift_and_moved_loads_are() -> None:

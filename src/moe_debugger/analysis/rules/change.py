@@ -7,18 +7,27 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis.assignment import best_assignment
 from moe_debugger.analysis.drift import jensen_shannon_bits
 from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Severity
-from moe_debugger.analysis.intervals import MIN_BLOCKS, Blocks, student_quantile, variance_blocks
+from moe_debugger.analysis.intervals import MIN_BLOCKS, Blocks, student_quantile
 from moe_debugger.analysis.rules.look import Look, formatted
 from moe_debugger.analysis.token_sample import TokenSample
 
-__all__ = ["LoadChange", "TokenOverlap", "drift", "load_change", "token_overlap"]
+__all__ = ["LoadChange", "TokenOverlap", "drift", "load_change", "relabelled_agreement", "token_overlap"]
 
-# Tokens that both sides must have for a word about tokens.
+# Tokens that both sides must have for a word about tokens, and the part of the smaller sample that they must be: other
+# text under the same names has a few tokens in common with it, at most a third where most of them are spaces.
 _MIN_SHARED_TOKENS = 200
+_MIN_SHARED_PART = 0.5
+# Agreement beyond chance from which on experts are taken for renumbered: 1 on the same tokens, about 0 on other text.
+_MIN_RELABELLED = 0.7
+# The table of pairs of experts takes 32 MB for so many.
+_MAX_RELABELLED = 2048
 
 _Floats = npt.NDArray[np.float64]
+_Ids = npt.NDArray[np.signedinteger]
+_Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +89,84 @@ def _bits(now: _Floats, before: _Floats) -> float:
 
 def token_overlap(now: TokenSample, before: TokenSample, design_effect: float) -> TokenOverlap | None:
     """Return how the same tokens were routed on both sides; None where too few tokens are the same."""
-    _, at_now, at_before = np.intersect1d(now.keys, before.keys, return_indices=True)
-    if len(at_now) < _MIN_SHARED_TOKENS:
+    a, b, part = _shared(now, before)
+    if len(a) < _MIN_SHARED_TOKENS or part < _MIN_SHARED_PART:
         return None
-    a, b = now.expert_ids[at_now], before.expert_ids[at_before]
-    shared = ((a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]).any(axis=2).sum(axis=1)
-    width = np.maximum(np.maximum((a >= 0).sum(axis=1), (b >= 0).sum(axis=1)), 1)
-    overlap = shared / width
+    overlap = _num_common(a, b) / np.maximum(np.maximum((a >= 0).sum(axis=1), (b >= 0).sum(axis=1)), 1)
     effect = 1.0 if math.isnan(design_effect) else max(design_effect, 1.0)
     error = float(overlap.std()) * math.sqrt(effect / len(overlap))
     return TokenOverlap(float(overlap.mean()), float(overlap.mean()) + 2 * error, len(overlap))
+
+
+def _shared(now: TokenSample, before: TokenSample) -> tuple[_Ids, _Ids, float]:
+    """Return the routes of the tokens that both have, and the part that they are of the smaller sample."""
+    _, at_now, at_before = np.intersect1d(now.keys, before.keys, return_indices=True)
+    # A sample that is not whole says nothing of tokens with larger keys than its own.
+    ends = [sample.keys[-1] for sample in (now, before) if not sample.is_whole]
+    reach = [int((sample.keys <= min(ends)).sum()) if ends else len(sample.keys) for sample in (now, before)]
+    return now.expert_ids[at_now], before.expert_ids[at_before], len(at_now) / max(min(reach), 1)
+
+
+def _num_common(a: _Ids, b: _Ids) -> npt.NDArray[np.intp]:
+    """Return how many experts each row of `a` has in common with that of `b`; -1 is none."""
+    common: npt.NDArray[np.intp] = ((a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]).any(axis=2).sum(axis=1)
+    return common
+
+
+def relabelled_agreement(now: TokenSample, before: TokenSample) -> float:
+    """Return how far the routes of the tokens that both have agree beyond chance once the experts are renumbered.
+
+    The numbers are given by the best assignment on one half of the tokens, and judged on the other: (agreement -
+    chance) / (1 - chance) (Cohen 1960), chance being that of independent tokens with the same loads. 1 = the same
+    tokens with permuted experts, about 0 = other tokens; NaN without a token, or with more than 2,048 experts in use.
+    """
+    a, b, _ = _shared(now, before)
+    names_a, names_b = np.unique(a[a >= 0]), np.unique(b[b >= 0])
+    size = max(len(names_a), len(names_b))
+    if not 0 < size <= _MAX_RELABELLED:
+        return float("nan")
+    # Keys are hashes, so every second token is a random half.
+    pairs = _pairs(np.searchsorted(names_a, a[::2]), a[::2] >= 0, np.searchsorted(names_b, b[::2]), b[::2] >= 0, size)
+    column = best_assignment(pairs).column
+    new_name = np.full(int(names_a[-1]) + 1, -1)
+    is_known = column[: len(names_a)] < len(names_b)
+    new_name[names_a[is_known]] = names_b[column[: len(names_a)][is_known]]
+    a, b = a[1::2], b[1::2]
+    relabelled = np.where(a >= 0, new_name[a], -1)
+    ids = int(max(relabelled.max(initial=0), b.max(initial=0))) + 1
+    loads_a = np.bincount(relabelled[relabelled >= 0], minlength=ids)
+    loads_b = np.bincount(b[b >= 0], minlength=ids)
+    slots = max(int((a >= 0).sum()), int((b >= 0).sum()), 1)
+    agreement = float(_num_common(relabelled, b).sum()) / slots
+    chance = float(loads_a @ loads_b) / max(len(a), 1) / slots
+    return (agreement - chance) / (1 - chance) if chance < 1 else float("nan")
+
+
+def _pairs(a: _Ids, in_a: _Bools, b: _Ids, in_b: _Bools, size: int) -> npt.NDArray[np.int64]:
+    """Return how many tokens have expert i on one side and j on the other, [size, size]."""
+    both = in_a[:, :, None] & in_b[:, None, :]
+    cells = (a[:, :, None] * size + b[:, None, :])[both]
+    return np.bincount(cells, minlength=size * size).reshape(size, size)
+
+
+def _rerouted(look: Look, layer_index: int) -> TokenOverlap | None:
+    """Return the overlap of the same tokens, where these use other experts; None where they do not, or may be others.
+
+    With token ids in both samples a common token is the same one. By request and position alone it may be another text
+    under the same names: then only a renumbering of the experts that fits the tokens shows that they are the same.
+    """
+    if look.baseline_state is None:
+        return None
+    layers = (look.state.layers[layer_index], look.baseline_state.layers[layer_index])
+    now, before = (layer.token_sample for layer in layers)
+    if now is None or before is None:
+        return None
+    overlap = token_overlap(now, before, look.metrics[layer_index].design_effect)
+    if overlap is None or not overlap.upper < look.thresholds.drift_overlap:
+        return None
+    # Where every row has its token id, it is part of the key.
+    is_same = all(int(layer.token_classes.sum()) == layer.num_tokens for layer in layers)
+    return overlap if is_same or relabelled_agreement(now, before) >= _MIN_RELABELLED else None
 
 
 def drift(look: Look, layer_index: int) -> Iterator[Finding]:
@@ -97,15 +174,13 @@ def drift(look: Look, layer_index: int) -> Iterator[Finding]:
     limits, layer, before = look.thresholds, look.state.layers[layer_index], look.baseline_state
     if before is None or layer_index not in look.baseline or look.shortage(layer_index):
         return
-    old = before.layers[layer_index]
-    change = load_change(look.blocks[layer_index], variance_blocks(old))
-    overlap = None
-    if layer.token_sample is not None and old.token_sample is not None:
-        overlap = token_overlap(layer.token_sample, old.token_sample, look.metrics[layer_index].design_effect)
-    moved = change is not None and change.lower > limits.drift_bits
-    rerouted = overlap is not None and overlap.upper < limits.drift_overlap
+    change = load_change(look.blocks[layer_index], look.baseline_blocks[layer_index])
+    overlap = _rerouted(look, layer_index)
+    moved, rerouted = change is not None and change.lower > limits.drift_bits, overlap is not None
     if not moved and not rerouted:
         return
+    # Loads of stretches move with the topic; the same tokens on other experts do not.
+    is_sure = rerouted or look.compares_requests(layer_index)
     evidence = []
     if change is not None:
         evidence += [
@@ -122,7 +197,7 @@ def drift(look: Look, layer_index: int) -> Iterator[Finding]:
     yield Finding(
         FindingKind.DRIFT,
         # A router that is trained is meant to change.
-        Severity.INFO if look.is_training else Severity.WARNING,
+        Severity.WARNING if is_sure and not look.is_training else Severity.INFO,
         "drift" if moved and not rerouted else ("drift_tokens" if not moved else "drift_both"),
         layer_index,
         since_step=layer.first_step,

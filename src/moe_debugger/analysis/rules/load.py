@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Se
 from moe_debugger.analysis.intervals import benjamini_hochberg, share_tests
 from moe_debugger.analysis.metrics import effective_experts
 from moe_debugger.analysis.rules.look import Look, formatted
-from moe_debugger.analysis.state import LayerState
+from moe_debugger.analysis.state import LayerShape, LayerState
 
 __all__ = [
     "collapse",
@@ -32,11 +33,11 @@ def since(layer: LayerState, shows_it: Callable[[npt.NDArray[np.float64]], bool]
     """Return the first step from which on all rows together, and those after any later step, show something.
 
     Args:
-        layer: with its series; where it keeps none, the answer is the first step of the rows.
+        layer: with its series; where it keeps none, the answer is the first step of the rows, None without steps.
         shows_it: of counts [E], summed from a step to the end of the rows.
     """
     series = layer.load_series
-    if series is None or not len(series.counts) or not series.has_one_clock:
+    if layer.first_step is None or series is None or not len(series.counts) or not series.has_one_clock:
         return layer.first_step
     # Sums from each bucket to the end: the first from which on every one of them shows it.
     tails = np.cumsum(series.counts[::-1].astype(np.float64), axis=0)[::-1]
@@ -67,7 +68,11 @@ def collapse(look: Look, layer_index: int) -> list[Finding]:
         return []
     before = look.baseline.get(layer_index)
     baseline = before.effective_experts if before and before.num_tokens >= limits.min_tokens else None
-    limit = collapse_limit(look, layer_index) if baseline is None else limits.collapse_baseline_ratio * baseline
+    limit = collapse_limit(look, layer_index)
+    if baseline is not None:
+        half = limits.collapse_baseline_ratio * baseline
+        # A few requests use few experts: against those of others that is no fall.
+        limit = half if look.compares_requests(layer_index) else min(half, limit)
     interval = metrics.effective_experts_interval
     missing = look.shortage(layer_index)
     evidence = (
@@ -110,7 +115,8 @@ def collapse(look: Look, layer_index: int) -> list[Finding]:
                 statistic=interval.upper,
             )
         ]
-    if missing and metrics.effective_experts < limit and layer.num_assignments >= 10 * limit:
+    is_low = metrics.effective_experts < limit and layer.num_assignments >= 10 * limit
+    if missing and (is_low or missing == look.repetition()):
         return [
             Finding(
                 FindingKind.LOAD_IMBALANCE,
@@ -151,6 +157,7 @@ def load_imbalance(look: Look, layer_index: int) -> list[Finding]:
         return []
     before = look.baseline.get(layer_index)
     is_new = before is not None and metrics.effective_experts < _UNCHANGED * before.effective_experts
+    is_new = is_new and look.compares_requests(layer_index)
     is_specific = before is None and not look.is_representative
     is_warning = is_new or (before is None and not is_specific and look.rests_on_requests(layer_index))
     return [
@@ -207,10 +214,9 @@ def dead_experts(look: Look, layer_index: int) -> Iterator[Finding]:
     shape = layer.shape
     if look.shortage(layer_index) or math.isnan(metrics.effective_tokens):
         return
-    num_tests = sum(shape.num_experts for shape in look.state.shapes)
     # With no hit in n independent tokens the share is below this at the level, over all experts at once.
-    bound = 1 - (_DEAD_LEVEL / num_tests) ** (1 / metrics.effective_tokens)
-    limit = limits.dead_expert * shape.top_k / shape.num_experts
+    level, limit = _dead_limits(look, shape)
+    bound = 1 - level ** (1 / metrics.effective_tokens)
     if bound >= limit:
         return
     before = look.baseline.get(layer_index)
@@ -252,6 +258,18 @@ def dead_experts(look: Look, layer_index: int) -> Iterator[Finding]:
         )
 
 
+def _dead_limits(look: Look, shape: LayerShape) -> tuple[float, float]:
+    """Return the level of one expert's test, and the share per token below which an expert is dead."""
+    level = _DEAD_LEVEL / sum(shape.num_experts for shape in look.state.shapes)
+    return level, look.thresholds.dead_expert * shape.top_k / shape.num_experts
+
+
+def _tokens_to_be_dead(look: Look, shape: LayerShape) -> float:
+    """Return above how many effective tokens an expert without a hit is dead."""
+    level, limit = _dead_limits(look, shape)
+    return math.log(level) / math.log1p(-limit) if limit < 1 else 0.0
+
+
 def hot_and_cold_experts(look: Look, layers: list[int], dead: set[tuple[int | None, int | None]]) -> Iterator[Finding]:
     """Find experts whose long-run share lies beyond the floors."""
     limits = look.thresholds
@@ -285,9 +303,16 @@ def _skewed(look: Look, index: int, expert: int, kind: FindingKind, p_value: flo
     ratio = metrics.share[expert] * metrics.num_experts
     baseline = before.share[expert] * before.num_experts if before else None
     is_new = baseline is not None and (baseline < floor if is_hot else baseline > floor)
+    is_new = is_new and look.compares_requests(index)
     # A hot expert is a matter of placement on any workload; a cold one may be a specialist for other text.
     is_natural = baseline is None and look.rests_on_requests(index) and (is_hot or look.is_representative)
     limit = floor / metrics.num_experts
+    design, unused_args = _design(look, index), {}
+    if not layer.counts[expert]:
+        needed = formatted(_tokens_to_be_dead(look, layer.shape))
+        design = (design[0], replace(design[1], rule=f"> {needed} to be dead"))
+        effective = formatted(metrics.effective_tokens)
+        unused_args = {"tokens": str(layer.num_tokens), "effectiveTokens": effective, "needed": needed}
 
     def shows_it(counts: npt.NDArray[np.float64]) -> bool:
         share = counts[expert] / max(counts.sum(), 1)
@@ -296,7 +321,7 @@ def _skewed(look: Look, index: int, expert: int, kind: FindingKind, p_value: flo
     return Finding(
         kind,
         Severity.WARNING if is_new or is_natural else Severity.INFO,
-        kind.value,
+        "cold_expert_unused" if unused_args else kind.value,
         index,
         expert,
         since(layer, shows_it),
@@ -307,6 +332,7 @@ def _skewed(look: Look, index: int, expert: int, kind: FindingKind, p_value: flo
             "floor": formatted(floor),
             "percent": formatted(100 * metrics.share[expert]),
             "requests": str(look.state.num_requests),
+            **unused_args,
         },
         (
             EvidenceRow(
@@ -318,7 +344,7 @@ def _skewed(look: Look, index: int, expert: int, kind: FindingKind, p_value: flo
                 "x fair share",
             ),
             EvidenceRow("p_value", p_value, "Benjamini-Hochberg", None, metrics.num_blocks),
-            *_design(look, index),
+            *design,
         ),
         ratio,
     )
