@@ -110,7 +110,10 @@ def test_the_configuration_names_the_model(tmp_path: Path, recordings: list[Reco
         digests.append(manifest.model.config_sha256)
         # A fleet is told the same.
         debugger = MoEDebugger(ALL[name].make(), fleet="nats://127.0.0.1:1")
-        sent = debugger._make_publisher("mine")._manifest()
+        publisher = debugger._make_publisher("mine")
+        publisher.start()
+        sent = publisher._manifest()
+        publisher.stop(0.1)
         debugger.close()
         assert (sent.model_fingerprint, sent.model_class_name) == (digests[-1], manifest.model.class_name)
     assert digests[0] == digests[1] != digests[2]
