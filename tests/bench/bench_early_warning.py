@@ -6,6 +6,10 @@ Each series is AR(1) noise around a constant level, seen as points of 1, 2 or 4 
 step a point up to step 512, then two, then four, with every view judged. Baselines come from the first 100 steps behind
 the warm-up. The effect floor is off, so the statistic alone decides, whatever the scale of the noise. A page of so many
 layers has the threshold for that many; its steps are the series' steps over the number of layers.
+
+    .venv/bin/python tests/bench/bench_early_warning.py --counts --page-steps 4e5
+
+draws loads of few slots instead and pools them by `LayerSeries.from_loads`, for pages of four layers, with the floor.
 """
 
 import argparse
@@ -13,11 +17,17 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from small_counts import SmallCounts
+
 from moe_debugger.analysis.collapse_chart import ChartSettings, run_chart
+from moe_debugger.analysis.early_warning import min_slots
 
 _Floats = npt.NDArray[np.float64]
 # The noise of one step's ln effective experts in the trained runs of docs/early-warning.md is 0.02 to 0.05.
@@ -98,6 +108,25 @@ def measure(
             }
 
 
+def measure_counts(page_steps: float, shapes: Sequence[str], *, seed: int) -> Iterator[dict[str, object]]:
+    """Yield one row for each shape, size of the steps and skew."""
+    for shape in shapes:
+        num_experts, top_k = map(int, shape.split("/"))
+        just_enough = -(-min_slots(num_experts) // top_k)
+        for sigma in (0.0, 1.0):
+            for tokens in (just_enough, 4, 16, 64, (4, 64)) if sigma == 0 else (just_enough, (4, 64)):
+                noise = SmallCounts(num_experts, top_k, tokens, sigma)
+                count, steps = noise.false_alarms(np.random.default_rng(seed), page_steps)
+                yield {
+                    "experts": shape,
+                    "sigma": sigma,
+                    "tokens": tokens,
+                    "page-steps": round(steps),
+                    "alarms": count,
+                    "run length at least": round(rate_bound(count, steps)),
+                }
+
+
 def main() -> int:
     """Run the measurement and print one JSON object a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +135,16 @@ def main() -> int:
     parser.add_argument("--phi", type=float, nargs="+", default=[0.0, 0.5, 0.9], help="autocorrelation of the noise")
     parser.add_argument("--num-steps", type=int, default=2150, help="steps of one series")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--counts", action="store_true", help="measure on loads of few slots")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["8/1", "8/2", "16/2", "64/8", "128/8", "256/8"], help="experts/k, with --counts"
+    )
     arguments = parser.parse_args()
+    if arguments.counts:
+        for row in measure_counts(arguments.page_steps, arguments.shapes, seed=arguments.seed):
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+        return 0
     for layers in arguments.layers:
         for row in measure(
             arguments.page_steps, num_steps=arguments.num_steps, layers=layers, phis=arguments.phi, seed=arguments.seed

@@ -188,6 +188,11 @@ def learn_noise(window: _Floats, is_pair: npt.NDArray[np.bool_], *, phi_errors: 
     return Noise(level, phi, np.maximum(scale, _MIN_SCALE))
 
 
+def _spacing(steps: _Floats) -> float:
+    """Return the usual distance of points, 1 at least."""
+    return max(float(np.median(np.diff(steps))), 1.0) if len(steps) > 1 else 1.0
+
+
 def run_chart(
     values: _Floats, steps: _Floats, tokens: _Floats, settings: ChartSettings, *, num_series: int | None = None
 ) -> ChartResult:
@@ -233,18 +238,16 @@ class _Chart:
                 start = self._learn_and_watch(start)
         self.result.statistic = self._statistic
 
-    def _window_points(self, start: int) -> tuple[int, float]:
-        """Return B and the usual distance of points, from the points behind `start` that a first window may hold."""
-        gaps = np.diff(self._steps[start : start + _MIN_WINDOW_POINTS])
-        spacing = max(float(np.median(gaps)), 1.0) if len(gaps) else 1.0
-        return max(_MIN_WINDOW_POINTS, math.ceil(self._settings.baseline_steps / spacing)), spacing
+    def _window_points(self, start: int) -> int:
+        """Return B, by the distance of the points behind `start` that a first window may hold."""
+        spacing = _spacing(self._steps[start : start + _MIN_WINDOW_POINTS])
+        return max(_MIN_WINDOW_POINTS, math.ceil(self._settings.baseline_steps / spacing))
 
     def _learn_and_watch(self, start: int) -> int | None:
         self.result.is_learning = True
-        points, self._spacing = self._window_points(start)
+        points = self._window_points(start)
         if start + points > len(self._steps):
             return None
-        self._distance = np.maximum(1, np.rint(np.diff(self._steps, prepend=self._steps[0]) / self._spacing))
         usual = float(np.median(self._tokens[start : start + points]))
         kept = [i for i in range(start, start + points) if self._tokens[i] * 2 >= usual]
         follower = start + points
@@ -264,6 +267,8 @@ class _Chart:
         return self._watch(follower, kept, usual)
 
     def _learn(self, indices: npt.NDArray[np.int64]) -> Noise:
+        # Points may come to lie further apart: without a pair of neighbours nothing would be known of the noise.
+        self._spacing = _spacing(self._steps[indices])
         is_pair = np.rint(np.diff(self._steps[indices]) / self._spacing) <= 1
         return learn_noise(self._values[indices], is_pair, phi_errors=self._settings.phi_errors)
 
@@ -279,11 +284,12 @@ class _Chart:
         for i in range(first, len(self._steps)):
             if self._tokens[i] * 2 < usual:
                 small += 1
-                if small == points:
-                    return i - points + 1
+                if small >= _MIN_WINDOW_POINTS and small >= self._window_points(i - small + 1):
+                    return i - small + 1
                 continue
             small = 0
-            self._judge(i, kept[-1], int(self._distance[last + 1 : i + 1].sum()), usual)
+            between = np.rint(np.diff(self._steps[last : i + 1]) / self._spacing)
+            self._judge(i, kept[-1], int(np.maximum(between, 1).sum()), usual)
             kept.append(i)
             last = i
             self._recover(i, kept[-update:])
@@ -292,7 +298,8 @@ class _Chart:
                 window = np.array(kept[len(kept) - points - self._settings.lag : len(kept) - self._settings.lag])
                 if len(window) == points:
                     self._follow(window, update)
-                    usual = float(np.median(self._tokens[window]))
+                    # It never sinks: a batch that shrinks bit by bit is one that shrank.
+                    usual = max(usual, float(np.median(self._tokens[window])))
         return None
 
     def _judge(self, i: int, before: int, distance: int, usual: float) -> None:

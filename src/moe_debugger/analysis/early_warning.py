@@ -5,15 +5,17 @@ The chart of `moe_debugger.analysis.collapse_chart` watches each layer's effecti
 warns while they fall. It is for training, where every step draws from one mix of data: in serving, another kind of text
 moves the load by more than a collapse does in its first steps.
 
-The rate at which it warns of nothing was measured, not assumed (docs/early-warning.md): on autocorrelated noise, with
-baselines from 100 steps, a page warns falsely less than once in `PAGE_RUN_LENGTH` steps, however many layers it has.
+The rate at which it warns of nothing was measured, not assumed (docs/early-warning.md): on autocorrelated noise and on
+that of small counts, with baselines from 100 steps, a page warns falsely less than once in `PAGE_RUN_LENGTH` steps,
+however many layers it has. Loads of a few slots are noise that no chart can be sure of: neighbouring steps are summed
+until a point holds `min_slots` of them.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +31,24 @@ __all__ = [
     "WarningReport",
     "WarningStatus",
     "collapse_warnings",
+    "min_slots",
     "warning_findings",
 ]
 
-# In-control run length of a whole page, in steps: what the measurement of docs/early-warning.md proves at 95 % for
-# every noise and every number of layers tried, by the statistic alone. The effect floor only makes false alarms rarer.
+# In-control run length of a whole page, in steps, as measured in docs/early-warning.md: on AR(1) noise by the statistic
+# alone, on loads of few slots with the effect floor. A deeper floor only makes alarms rarer.
 PAGE_RUN_LENGTH = 1e5
+# The entropy of fewer slots scatters too far, and further down than up: measured in docs/early-warning.md.
+_MIN_SLOTS = 64
+_MIN_SLOTS_PER_EXPERT = 4
 
 _Floats = npt.NDArray[np.float64]
+_Rows = npt.NDArray[np.intp]
+
+
+def min_slots(num_experts: int) -> int:
+    """Return how many slots (tokens x k) a point must hold to be judged: 96 of 8 experts, 1,088 of 256."""
+    return _MIN_SLOTS + _MIN_SLOTS_PER_EXPERT * num_experts
 
 
 class WarningStatus(StrEnum):
@@ -50,10 +62,10 @@ class WarningStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LayerSeries:
-    """What one layer did over the steps, as points of `width` steps each, in ascending order.
+    """What one layer did over the steps, as points of a step or of some neighbouring ones, in ascending order.
 
     Attributes:
-        first_steps: [n] uint64, the first step of each point; missing ones are gaps.
+        first_steps, last_steps: [n] uint64, the first and the last step of each point; missing ones are gaps.
         log_effective: [n] float64, ln of the effective experts (the load entropy in nats); NaN where there is no load.
         num_tokens: [n], what each point was counted over.
         num_experts: E; 0 = not known.
@@ -64,20 +76,20 @@ class LayerSeries:
     """
 
     first_steps: npt.NDArray[np.uint64]
+    last_steps: npt.NDArray[np.uint64]
     log_effective: _Floats
     num_tokens: npt.NDArray[np.integer] | _Floats
     num_experts: int = 0
-    width: int = 1
     max_over_mean: _Floats | None = None
     router_entropy: _Floats | None = None
 
     def __post_init__(self) -> None:
-        columns = (self.log_effective, self.num_tokens, self.max_over_mean, self.router_entropy)
+        columns = (self.last_steps, self.log_effective, self.num_tokens, self.max_over_mean, self.router_entropy)
         lengths = {len(self.first_steps), *(len(column) for column in columns if column is not None)}
         if len(lengths) > 1:
             raise InvalidInputError(f"a layer's series has columns of {sorted(lengths)} points; give equal lengths")
-        if self.width < 1 or (np.diff(self.first_steps.astype(np.float64)) <= 0).any():
-            raise InvalidInputError(f"steps of points {self.width} wide must ascend, and be 1 wide at least")
+        if (self.last_steps < self.first_steps).any() or (self.first_steps[1:] <= self.last_steps[:-1]).any():
+            raise InvalidInputError("points of a layer's series overlap; give steps that ascend, in points 1 or wider")
 
     @classmethod
     def from_loads(
@@ -89,30 +101,68 @@ class LayerSeries:
         width: int = 1,
         router_entropy: _Floats | None = None,
     ) -> Self:
-        """Return the series of loads.
+        """Return the series of loads, neighbouring ones summed until a point holds `min_slots`.
+
+        Slots that are too few for a point at the end are left out until more come.
 
         Args:
-            counts: [n, E], load per expert in each point.
+            first_steps: [n], the first step of each row of `counts`, ascending.
+            counts: [n, E], load per expert.
             num_tokens: [n], valid tokens.
+            width: steps that a row holds.
+            router_entropy: [n], nats a token.
 
         The entropy of each point is corrected for its size by (E - 1) / (2 N) nats (Miller 1955), at most to ln E.
+
+        Raises:
+            InvalidInputError: lengths differ, or steps are not `width` apart at least.
         """
-        table = np.asarray(counts, np.float64)
-        total = table.sum(axis=1)
-        size = np.where(total > 0, total, np.nan)
+        steps, table, tokens = np.asarray(first_steps, np.uint64), np.asarray(counts), np.asarray(num_tokens)
+        lengths = {len(steps), len(table), len(tokens), *(() if router_entropy is None else (len(router_entropy),))}
+        if len(lengths) > 1 or width < 1:
+            raise InvalidInputError(
+                f"a layer's loads have columns of {sorted(lengths)} rows, {width} steps a row; give equal lengths, and "
+                "1 step a row at least"
+            )
+        experts = table.shape[1]
+        kept, starts, ends = _pooled(table.sum(axis=1), min_slots(experts))
+        table = _sums(table[kept], starts).astype(np.float64)
+        size = table.sum(axis=1)
         share = table / size[:, None]
         entropy = -(share * np.log(share, where=share > 0, out=np.zeros_like(share))).sum(axis=1)
-        experts = table.shape[1]
         corrected = np.minimum(entropy + (experts - 1) / (2 * size), math.log(max(experts, 1)))
+        if router_entropy is not None:
+            weight = np.where(np.isfinite(router_entropy), tokens, 0)[kept]
+            total = _sums(weight, starts)
+            summed = _sums(weight * np.nan_to_num(router_entropy[kept]), starts)
+            router_entropy = np.divide(summed, total, out=np.full(len(starts), np.nan), where=total > 0)
         return cls(
-            first_steps=np.asarray(first_steps, np.uint64),
+            first_steps=steps[kept][starts],
+            last_steps=steps[kept][ends] + np.uint64(width - 1),
             log_effective=corrected,
-            num_tokens=np.asarray(num_tokens),
+            num_tokens=_sums(tokens[kept], starts),
             num_experts=experts,
-            width=width,
             max_over_mean=table.max(axis=1, initial=0) * experts / size,
             router_entropy=router_entropy,
         )
+
+
+def _pooled(slots: npt.NDArray[np.integer], enough: int) -> tuple[_Rows, _Rows, _Rows]:
+    """Return the rows with load that make up whole points, and where among them each point starts and ends."""
+    kept = np.flatnonzero(slots)
+    starts, ends, held = [0], [], 0
+    for row, number in enumerate(slots[kept].tolist()):
+        held += number
+        if held >= enough:
+            ends.append(row)
+            starts.append(row + 1)
+            held = 0
+    return kept[: starts[-1]], np.array(starts[:-1], np.intp), np.array(ends, np.intp)
+
+
+def _sums(values: npt.NDArray[Any], starts: _Rows) -> npt.NDArray[Any]:
+    """Return the sums of `values` from each start to the next."""
+    return np.add.reduceat(values, starts) if len(starts) else values[:0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +233,7 @@ def collapse_warnings(series: Mapping[int, LayerSeries], *, settings: ChartSetti
     """
     chosen = settings or ChartSettings()
     groups: dict[tuple[bytes, bytes], list[int]] = {}
-    columns: dict[int, tuple[_Floats, _Floats, _Floats, npt.NDArray[np.intp]]] = {}
+    columns: dict[int, tuple[_Floats, _Floats, _Floats, _Rows]] = {}
     report: dict[int, LayerWarning] = {}
     for index, layer in sorted(series.items()):
         if layer.num_experts == 1:
@@ -201,21 +251,20 @@ def collapse_warnings(series: Mapping[int, LayerSeries], *, settings: ChartSetti
         for position, index in enumerate(members):
             kept = columns[index][3]
             report[index] = _layer_warning(index, series[index], kept, result, position)
-    is_measured = chosen == ChartSettings(min_fall=chosen.min_fall)
+    is_measured = chosen == ChartSettings(min_fall=max(chosen.min_fall, ChartSettings().min_fall))
     return WarningReport(dict(sorted(report.items())), PAGE_RUN_LENGTH if is_measured else None)
 
 
 def _layer_warning(
     index: int,
     series: LayerSeries,
-    kept: npt.NDArray[np.intp],
+    kept: _Rows,
     result: ChartResult,
     position: int,
 ) -> LayerWarning:
-    steps = series.first_steps[kept]
-    end = series.width - 1
+    first, last = series.first_steps[kept], series.last_steps[kept]
     earlier = tuple(
-        (int(steps[alarm.index]) + end, int(steps[alarm.recovered]) + end)
+        (int(last[alarm.index]), int(last[alarm.recovered]))
         for alarm in result.alarms
         if alarm.series == position and alarm.recovered is not None
     )
@@ -230,8 +279,8 @@ def _layer_warning(
             threshold=alarm.threshold,
             baseline=math.exp(alarm.level),
             effective_experts=math.exp(alarm.value),
-            since_step=int(steps[alarm.since]),
-            warned_at_step=int(steps[alarm.index]) + end,
+            since_step=int(first[alarm.since]),
+            warned_at_step=int(last[alarm.index]),
             autocorrelation=alarm.phi,
             noise=alarm.scale,
             earlier=earlier,
@@ -262,7 +311,7 @@ def _layer_warning(
     )
 
 
-def _further_evidence(series: LayerSeries, kept: npt.NDArray[np.intp], alarm: Alarm) -> tuple[EvidenceRow, ...]:
+def _further_evidence(series: LayerSeries, kept: _Rows, alarm: Alarm) -> tuple[EvidenceRow, ...]:
     """Return max/mean and router entropy of the two points up to the alarm, and of up to 100 before the fall."""
     rows = []
     now = kept[max(alarm.index - 1, 0) : alarm.index + 1]

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,10 @@ def _reference_noise(
     return level, phi, max(scale, 1e-3)
 
 
+def usual_distance(steps: list[float]) -> float:
+    return max(statistics.median(after - before for before, after in pairwise(steps)), 1)
+
+
 def reference(
     values: list[float], steps: list[float], tokens: list[float], s: ChartSettings
 ) -> tuple[list[tuple[int, int, int | None]], float]:
@@ -109,10 +114,7 @@ def reference(
     alarms: list[tuple[int, int, int | None]] = []
     statistic, learns_from = 0.0, 0
     while True:
-        spacing = max(
-            statistics.median(b - a for a, b in zip(steps[start:], steps[start + 1 : start + 25], strict=False)), 1
-        )
-        points = max(25, math.ceil(s.baseline_steps / spacing))
+        points = max(25, math.ceil(s.baseline_steps / usual_distance(steps[start : start + 25])))
         high = 5.7 + (0.6 if points < 100 else 0.0)
         if start + points > len(values):
             return alarms, statistic
@@ -126,10 +128,12 @@ def reference(
         if len(kept) < points:
             return alarms, statistic
 
-        def learn(chosen: list[int], spacing: float = spacing) -> tuple[float, float, float]:
-            return _reference_noise([values[j] for j in chosen], [steps[j] for j in chosen], spacing, s.phi_errors)
+        def learn(chosen: list[int]) -> tuple[float, float, float, float]:
+            near = [steps[j] for j in chosen]
+            spacing = usual_distance(near)
+            return (*_reference_noise([values[j] for j in chosen], near, spacing, s.phi_errors), spacing)
 
-        level, phi, scale = learn(kept)
+        level, phi, scale, spacing = learn(kept)
         previous, statistic, since = values[kept[-1]] - level, 0.0, i
         h = high - 1.5 if phi < 0.85 else high
         watched, small, start_again = 0, 0, None
@@ -137,8 +141,9 @@ def reference(
         for j in range(i, len(values)):
             if tokens[j] * 2 < usual:
                 small += 1
-                if small == points:
-                    start_again = j - points + 1
+                first = j - small + 1
+                if small >= 25 and small >= s.baseline_steps / usual_distance(steps[first : first + 25]):
+                    start_again = first
                     break
                 continue
             small = 0
@@ -166,9 +171,10 @@ def reference(
             end = len(kept) - s.lag
             if watched % quarter == 0 and end >= points:
                 window = kept[end - points : end]
-                usual = statistics.median(tokens[q] for q in window)
+                usual = max(usual, statistics.median(tokens[q] for q in window))
+                spacing = usual_distance([steps[q] for q in window])
                 if not is_open and statistic <= h / 2 and window[0] >= learns_from:
-                    new_level, phi, scale = learn(window)
+                    new_level, phi, scale, _ = learn(window)
                     h = high - 1.5 if phi < 0.85 else high
                     error = math.sqrt(2 / points) * scale / (1 - phi)
                     before = level
@@ -293,6 +299,29 @@ def test_a_smaller_batch_for_good_is_learnt_anew() -> None:
     learnt = chart(values, tokens=tokens).noise
     assert learnt is not None
     assert learnt.level[0] == pytest.approx(_FULL - 0.3, abs=0.02)
+
+
+def test_a_batch_that_shrinks_bit_by_bit_is_learnt_anew_as_one_that_shrank_at_once() -> None:
+    values, tokens = noise(12, 900), np.full(900, 512.0)
+    tokens[200:] = np.maximum(512 * 0.995 ** np.arange(700), 64)
+    # Fewer tokens look like fewer experts.
+    values += np.log(tokens / 512)[:, None] / 10
+    below_half = int(np.argmax(tokens < 256))
+    result = chart(values, tokens=tokens)
+    assert result.alarms == []
+    before, after = (chart(values[:end], tokens=tokens[:end]).noise for end in (below_half + 99, below_half + 100))
+    assert before is not None
+    assert after is not None
+    assert after.level[0] < before.level[0] - 0.05
+
+
+def test_points_that_come_to_lie_further_apart_still_teach_their_noise() -> None:
+    values = noise(13, 700, phi=0.0, num_series=4)
+    steps = np.concatenate([np.arange(300.0), 300 + 16 * np.arange(400.0)])
+    result = run_chart(values, steps, np.ones(700), ChartSettings(min_fall=0.0))
+    assert result.noise is not None
+    assert result.noise.scale.min() > 0.02
+    assert result.alarms == []
 
 
 def test_the_level_follows_a_rise_so_that_a_fall_counts_from_there() -> None:

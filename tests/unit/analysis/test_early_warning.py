@@ -5,6 +5,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
+from small_counts import SmallCounts
 
 from moe_debugger.analysis import (
     PAGE_RUN_LENGTH,
@@ -13,9 +14,11 @@ from moe_debugger.analysis import (
     LayerSeries,
     Severity,
     WarningStatus,
+    analyze,
     collapse_warnings,
     warning_findings,
 )
+from moe_debugger.analysis.early_warning import min_slots
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.messages import render_finding
 
@@ -47,14 +50,74 @@ def series(counts: _Counts, *, width: int = 1, first_step: int = 0) -> LayerSeri
 
 
 def test_loads_become_corrected_entropies_by_hand() -> None:
-    counts = np.array([[6, 2, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0]])
-    layer = LayerSeries.from_loads(np.arange(3, dtype=np.uint64), counts, np.array([4, 4, 0]))
-    # H = -(.75 ln .75 + .25 ln .25) = 0.5623 nats, and (E - 1) / (2 N) = 3 / 16 is added; the second is at ln 4.
-    assert layer.log_effective[0] == pytest.approx(0.5623351 + 3 / 16)
+    counts = 10 * np.array([[6, 2, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [1, 3, 0, 4]])
+    layer = LayerSeries.from_loads(np.arange(4, dtype=np.uint64), counts, np.array([40, 40, 9, 40]))
+    # H = -(.75 ln .75 + .25 ln .25) = 0.5623 nats, and (E - 1) / (2 N) = 3 / 160 is added; the second is at ln 4.
+    assert layer.first_steps.tolist() == layer.last_steps.tolist() == [0, 1, 3]
+    assert layer.log_effective[0] == pytest.approx(0.5623351 + 3 / 160)
     assert layer.log_effective[1] == pytest.approx(math.log(4))
-    assert math.isnan(layer.log_effective[2])
     assert layer.max_over_mean is not None
-    assert layer.max_over_mean[:2].tolist() == [3.0, 1.0]
+    assert layer.max_over_mean.tolist() == [3.0, 1.0, 2.0]
+
+
+def test_small_steps_are_summed_until_a_point_holds_enough_slots() -> None:
+    assert [min_slots(experts) for experts in (8, 64, 256)] == [96, 320, 1088]
+    # 40 + 0 + 50 + 6 slots are 96 on 8 experts; 95 and then 200; 96 at once; 95 at the end are too few.
+    slots = np.array([40, 0, 50, 6, 95, 200, 96, 95])
+    counts = np.zeros((8, 8), np.int64)
+    counts[np.arange(8), [0, 0, 1, 2, 3, 4, 5, 6]] = slots
+    entropy = np.array([1.0, 9.0, np.nan, 3.0, 0.5, 0.5, np.nan, 1.0])
+    steps = np.array([10, 12, 14, 16, 18, 30, 32, 34], np.uint64)
+    layer = LayerSeries.from_loads(steps, counts, slots // 2, width=2, router_entropy=entropy)
+    assert layer.first_steps.tolist() == [10, 18, 32]
+    assert layer.last_steps.tolist() == [17, 31, 33]
+    assert layer.num_tokens.tolist() == [48, 147, 48]
+    share = np.array([40, 50, 6]) / 96
+    assert layer.log_effective[0] == pytest.approx(-(share * np.log(share)).sum() + 7 / 192)
+    assert layer.router_entropy is not None
+    assert layer.router_entropy.tolist() == pytest.approx([(20 * 1.0 + 3 * 3.0) / 23, 0.5, math.nan], nan_ok=True)
+    few = LayerSeries.from_loads(steps[:1], counts[:1], slots[:1])
+    assert (len(few.first_steps), collapse_warnings({0: few}).layers[0].status) == (0, WarningStatus.LEARNING)
+
+
+# With a point a step each of these alarms.
+@pytest.mark.parametrize(("num_experts", "top_k", "tokens"), [(8, 2, 8), (8, 2, 16), (16, 2, 16), (8, 1, 32)])
+def test_balanced_routing_of_few_tokens_a_step_is_not_warned_of(num_experts: int, top_k: int, tokens: int) -> None:
+    noise = SmallCounts(num_experts, top_k, tokens)
+    sizes = np.full(6000, tokens)
+    loads = noise.loads(np.random.default_rng(1), sizes, 4)
+    steps = np.arange(len(sizes), dtype=np.uint64)
+    report = collapse_warnings({index: LayerSeries.from_loads(steps, loads[:, index], sizes) for index in range(4)})
+    assert {layer.status for layer in report.layers.values()} == {WarningStatus.WATCHING}
+    assert [layer.earlier for layer in report.layers.values()] == [()] * 4
+
+
+@pytest.mark.parametrize("phase", [None, 3])
+def test_balanced_routing_of_a_batch_that_shrinks_is_not_warned_of(phase: int | None) -> None:
+    rng = np.random.default_rng(1)
+    sizes = np.maximum(256 * 2.0 ** (-np.arange(900) / 120), 2).astype(int)
+    step = np.repeat(np.arange(len(sizes)), sizes)
+    rows = {
+        "layer_index": np.repeat(np.arange(4), len(step)),
+        "expert_ids": np.argpartition(rng.random((4 * len(step), 8)), 1, axis=1)[:, :2],
+        "step": np.tile(step, 4),
+    }
+    if phase is not None:
+        rows["phase"] = np.full(4 * len(step), phase)
+    found = analyze(rows, num_experts=8, top_k=2)
+    assert found.early_warning is not None
+    assert {layer.status for layer in found.early_warning.layers.values()} == {WarningStatus.WATCHING}
+    assert [layer.earlier for layer in found.early_warning.layers.values()] == [()] * 4
+
+
+def test_a_fall_in_small_steps_is_warned_of_in_time() -> None:
+    # 16 tokens a step: three steps a point. Half is lost after 10 to 20 steps of the fall.
+    counts = {index: loads(index, 500, num_tokens=16, falls_from=400 if index == 2 else None) for index in range(4)}
+    report = collapse_warnings({index: series(table) for index, table in counts.items()})
+    warned = report.layers[2].warned_at_step
+    assert report.warned == (2,)
+    assert warned is not None
+    assert 400 < warned <= 412
 
 
 def test_a_fall_in_one_layer_is_warned_of_there_and_nowhere_else() -> None:
@@ -163,9 +226,10 @@ def test_the_run_length_is_stated_for_the_settings_that_were_measured() -> None:
     assert report.false_alarms_per_1000_windows(10) == pytest.approx(0.1)
     # A higher effect floor only makes alarms rarer; another threshold is another rate.
     assert collapse_warnings(layers, settings=ChartSettings(min_fall=0.2)).in_control_run_length == 1e5
-    other = collapse_warnings(layers, settings=ChartSettings(threshold=3.0))
-    assert other.in_control_run_length is None
-    assert other.false_alarms_per_1000_windows(10) is None
+    for settings in (ChartSettings(threshold=3.0), ChartSettings(min_fall=0.1)):
+        other = collapse_warnings(layers, settings=settings)
+        assert other.in_control_run_length is None
+        assert other.false_alarms_per_1000_windows(10) is None
 
 
 def test_a_warning_becomes_a_finding_with_its_evidence_and_words() -> None:
@@ -204,8 +268,17 @@ def test_a_warning_becomes_a_finding_with_its_evidence_and_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "num_tokens", "width"), [([0, 1, 1], 3, 1), ([2, 1, 3], 3, 1), ([0, 1, 2], 2, 1), ([0, 1, 2], 3, 0)]
+    ("first", "last", "num_tokens"),
+    [([0, 1, 1], [0, 1, 1], 3), ([2, 1, 3], [2, 1, 3], 3), ([0, 1, 2], [0, 1, 2], 2), ([0, 2, 4], [2, 3, 4], 3)],
 )
-def test_a_series_that_does_not_fit_together_is_refused(steps: list[int], num_tokens: int, width: int) -> None:
+def test_a_series_that_does_not_fit_together_is_refused(first: list[int], last: list[int], num_tokens: int) -> None:
     with pytest.raises(InvalidInputError):
-        LayerSeries(np.array(steps, np.uint64), np.zeros(3), np.ones(num_tokens), width=width)
+        LayerSeries(np.array(first, np.uint64), np.array(last, np.uint64), np.zeros(3), np.ones(num_tokens))
+
+
+@pytest.mark.parametrize(("num_steps", "num_tokens", "width"), [(2, 3, 1), (3, 2, 1), (3, 3, 0)])
+def test_loads_that_do_not_fit_together_are_refused(num_steps: int, num_tokens: int, width: int) -> None:
+    with pytest.raises(InvalidInputError, match="equal lengths"):
+        LayerSeries.from_loads(
+            np.arange(num_steps, dtype=np.uint64), np.ones((3, 8), np.int64), np.ones(num_tokens, int), width=width
+        )
