@@ -83,9 +83,11 @@ def _as_mapping(decisions: Any) -> Mapping[str, Any]:
 
 
 def _as_array(column: Any, name: str) -> _Array:
+    is_of_numbers = name in _WHOLE or name in _REAL or name == "is_padding"
     try:
-        array = np.asarray(column)
-        is_nested = array.dtype.kind == "O" and (name in _WHOLE or name in _REAL or name == "is_padding")
+        # Names in lists stay what they are: as one array of texts NaN were a name, and all as wide as the longest.
+        array = np.asarray(column, None if is_of_numbers or not isinstance(column, list | tuple) else object)
+        is_nested = array.dtype.kind == "O" and is_of_numbers
         # A column of lists, or of numbers as objects.
         array = np.array(array.tolist()) if is_nested else array
     except ValueError as error:

@@ -216,11 +216,11 @@ def _check_ids(ids: npt.NDArray[np.int32], shape: LayerShape) -> None:
 
 
 def _codes(column: npt.NDArray[Any], row: _Ints) -> tuple[_Ints, tuple[str, ...]]:
-    """Return each row's index into the sorted names that occur, -1 for None and ""."""
+    """Return each row's index into the sorted names that occur, -1 for None, NaN and ""."""
     values = column[row]
     # Neighbours mostly share their name: naming one row of each run is much less than naming all.
     firsts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]][: len(values)])
-    texts = ["" if name is None else str(name) for name in values[firsts].tolist()]
+    texts = ["" if name is None or name != name else str(name) for name in values[firsts].tolist()]
     names = tuple(sorted(set(texts) - {""}))
     index = {"": -1} | {name: i for i, name in enumerate(names)}
     of_run = np.fromiter((index[text] for text in texts), np.int64, len(texts))

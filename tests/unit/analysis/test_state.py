@@ -263,6 +263,8 @@ def test_workloads_are_labels_with_requests_of_their_own(labels: list[Any], expe
         "workload": label[request],
     }
     assert fold_decisions(columns, num_experts=2, top_k=1).num_workloads() == expected
+    listed = {name: column.tolist() for name, column in columns.items()}
+    assert fold_decisions(listed, num_experts=2, top_k=1).num_workloads() == expected
     # Under labels that alternate within requests a request is of its first one.
     columns["workload"] = np.where(np.arange(len(request)) % 2, "odd", "even")
     assert fold_decisions(columns, num_experts=2, top_k=1).num_workloads() == 1
