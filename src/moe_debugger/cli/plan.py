@@ -47,6 +47,7 @@ def plan(
     placement_file: Annotated[
         Path | None, typer.Option("--placement", metavar="FILE.json", help="Write the recommended placement alone.")
     ] = None,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Plan on what is whole of a damaged recording.")] = False,
 ) -> None:
     """Say whether another placement of the experts would help, by how much for certain, and what moving them costs.
 
@@ -64,11 +65,13 @@ def plan(
     from moe_debugger.planning import plan_placement
     from moe_debugger.recording import open_recording
 
-    source = open_recording(recording)
+    mode: Any = "skip" if damaged else "raise"
+    source = open_recording(recording, damaged=mode)
     num_experts, top_k = _sizes(source, recording)
-    others = {}
+    opened, others = [source], {}
     for path in workload or ():
-        other = open_recording(path)
+        other = open_recording(path, damaged=mode)
+        opened.append(other)
         if _sizes(other, path) != (num_experts, top_k):
             raise InvalidInputError(
                 f"{path} is of another model: its layers have other sizes than those of {recording}"
@@ -85,6 +88,8 @@ def plan(
         other_workloads=others,
         expert_bytes=expert_bytes,
     )
+    for problem in (text for each in opened for text in each.problems):
+        typer.echo(problem, err=True)
     if placement_file is not None:
         _write_recommended(made, placement_file)
     if json_file is None:

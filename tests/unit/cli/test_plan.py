@@ -50,6 +50,15 @@ def test_even_load_is_left_alone(run: Run, tmp_path: Path) -> None:
     assert json.loads(run("plan", folder, "--ranks", 4, "--json", "-")[0])["recommended"] is None
 
 
+def test_what_is_whole_of_a_damaged_recording_is_planned_on(run: Run, tmp_path: Path) -> None:
+    folder = recorded(tmp_path / "rec", hot=2.0)
+    (folder / "layers-00000000.parquet").unlink()
+    assert "--damaged" in run("plan", folder, "--ranks", 4, code=1)[1]
+    out, err = run("plan", folder, "--ranks", 4, "--damaged")
+    assert "helps" in out
+    assert "layers-00000000.parquet is missing" in err
+
+
 def test_what_cannot_be_planned_is_said(run: Run, tmp_path: Path) -> None:
     folder = recorded(tmp_path / "rec", hot=0.0, num=4)
     broken = tmp_path / "broken.json"
