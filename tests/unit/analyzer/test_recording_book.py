@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from routing_ledger import LedgerSource
+from routing_rows import forward
 
 from moe_analyzer import recording_book
 from moe_analyzer.recording_book import RecordingBook
@@ -13,7 +14,7 @@ from moe_debugger import JoinedRecording, open_recording
 from moe_debugger.recording.manifest import GroupManifest
 from moe_debugger.recording.writer import Limits
 from moe_debugger.v1 import routing_pb2 as pb
-from moe_debugger.wire.codec import CountsColumns, LayerCountColumns, encode_counts
+from moe_debugger.wire.codec import CountsColumns, LayerCountColumns, encode_batch, encode_counts
 from moe_debugger.wire.ids import new_id
 
 
@@ -105,6 +106,22 @@ def test_a_recording_from_the_middle_misses_nothing_of_before(tmp_path: Path) ->
     statistics = book.finish()
     assert (statistics.num_rows, statistics.num_missing_messages) == (3 * 36, 0)
     assert np.unique(open_recording(tmp_path / "rec").decisions().step).tolist() == [6, 7, 8]
+
+
+def test_the_probabilities_of_messages_are_recorded(tmp_path: Path) -> None:
+    book = begin(tmp_path / "rec")
+    source = LedgerSource(new_id())
+    book.take(source.source_id, source.manifest()[1])
+    num_tokens = 0
+    for index in range(3):
+        columns = forward(index)
+        num_tokens += int((~columns.is_padding).sum())
+        columns.layers[0].probability_sum = np.arange(8.0)
+        book.take(source.source_id, source.message(batch=encode_batch(columns))[1])
+    book.finish()
+    layers = open_recording(tmp_path / "rec").state().layers
+    assert layers[0].mean_probability.tolist() == (3 * np.arange(8.0) / num_tokens).tolist()
+    assert np.isnan(layers[1].mean_probability).all()
 
 
 @pytest.mark.parametrize(("fingerprint", "digest"), [("0" * 64, "0" * 64), ("", None), ("../x", None)])
