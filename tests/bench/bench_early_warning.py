@@ -10,9 +10,14 @@ layers has the threshold for that many; its steps are the series' steps over the
     .venv/bin/python tests/bench/bench_early_warning.py --counts --page-steps 4e5
 
 draws loads of few slots instead and pools them by `LayerSeries.from_loads`, for pages of four layers, with the floor.
+
+    .venv/bin/python tests/bench/bench_early_warning.py --sd 0.06 0.1 0.15 --layers 4
+
+has noise of other standard deviations, with the floors: the rule for fast falls rests on their size.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -35,11 +40,11 @@ _NOISE = 0.03
 _SERIES = 4000
 
 
-def ar1(rng: np.random.Generator, phi: float, num_steps: int, num_series: int) -> _Floats:
-    """Return [num_steps, num_series] of AR(1) noise with standard deviation 0.03, in its long-run state."""
+def ar1(rng: np.random.Generator, phi: float, num_steps: int, num_series: int, sd: float = _NOISE) -> _Floats:
+    """Return [num_steps, num_series] of AR(1) noise of a standard deviation, in its long-run state."""
     out = np.empty((num_steps, num_series))
-    out[0] = rng.standard_normal(num_series) * _NOISE
-    innovation = _NOISE * math.sqrt(1 - phi * phi)
+    out[0] = rng.standard_normal(num_series) * sd
+    innovation = sd * math.sqrt(1 - phi * phi)
     for step in range(1, num_steps):
         out[step] = phi * out[step - 1] + innovation * rng.standard_normal(num_series)
     return out
@@ -82,16 +87,16 @@ def rate_bound(num_alarms: int, num_steps: float) -> float:
 
 
 def measure(
-    page_steps: float, *, num_steps: int, layers: int, phis: Sequence[float], seed: int
+    page_steps: float, *, num_steps: int, layers: int, phis: Sequence[float], seed: int, sd: float | None = None
 ) -> Iterator[dict[str, object]]:
-    """Yield one row for each noise and each view."""
-    settings = ChartSettings(min_fall=0.0)
+    """Yield one row for each noise and each view; with the floors where a standard deviation is given."""
+    settings = ChartSettings(min_fall=0.0) if sd is None else ChartSettings()
     watched = num_steps - settings.warm_up_steps - settings.baseline_steps
     for phi in phis:
         alarms: dict[str, int] = dict.fromkeys(("1", "2", "4", "live"), 0)
         rng, done = np.random.default_rng([seed, layers, int(phi * 10)]), 0
         while done * watched < page_steps * layers:
-            values = ar1(rng, phi, num_steps, _SERIES)
+            values = ar1(rng, phi, num_steps, _SERIES, _NOISE if sd is None else sd)
             for width in (1, 2, 4):
                 alarms[str(width)] += len(false_alarms(values, width, settings, layers))
             alarms["live"] += len(live_false_alarms(values, settings, layers))
@@ -101,6 +106,7 @@ def measure(
             yield {
                 "layers": layers,
                 "phi": phi,
+                "sd": _NOISE if sd is None else sd,
                 "steps a point": view,
                 "page-steps": round(steps),
                 "alarms": count,
@@ -135,6 +141,7 @@ def main() -> int:
     parser.add_argument("--phi", type=float, nargs="+", default=[0.0, 0.5, 0.9], help="autocorrelation of the noise")
     parser.add_argument("--num-steps", type=int, default=2150, help="steps of one series")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sd", type=float, nargs="+", help="standard deviations of the noise, with the floors")
     parser.add_argument("--counts", action="store_true", help="measure on loads of few slots")
     parser.add_argument(
         "--shapes", nargs="+", default=["8/1", "8/2", "16/2", "64/8", "128/8", "256/8"], help="experts/k, with --counts"
@@ -145,9 +152,14 @@ def main() -> int:
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
         return 0
-    for layers in arguments.layers:
+    for layers, sd in itertools.product(arguments.layers, arguments.sd or [None]):
         for row in measure(
-            arguments.page_steps, num_steps=arguments.num_steps, layers=layers, phis=arguments.phi, seed=arguments.seed
+            arguments.page_steps,
+            num_steps=arguments.num_steps,
+            layers=layers,
+            phis=arguments.phi,
+            seed=arguments.seed,
+            sd=sd,
         ):
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()

@@ -16,6 +16,10 @@ What 100 steps can tell is little, and the chart is built around that:
 * The baseline follows a healthy training: every quarter of a window it is learnt anew from the last B points but for
   the newest `lag`. The level rises where the window lies above it beyond doubt, and sinks by at most 1 % in 100 steps.
 * An alarm needs S > h and a fall that matters: the mean of two points at least 15 % below the level.
+* A layer whose router is still settling gives the chart a level that is too low and a phi that is too high, so a fast
+  fall has a rule of its own, which rests on its size: the mean of two points lies 30 % and six standard deviations
+  below the mean of the 25 points before the newest six. The deviation is the larger one of those 25 points and of
+  80, each without its trend.
 
 Every decision at point i depends on points 0..i alone. So a longer prefix of the same series never moves an alarm, and
 looking again and again costs no error rate.
@@ -46,6 +50,11 @@ _FEWER_POINTS = 0.6
 # Where even the raised phi is below this, little can carry over, and less of a fall is needed to be sure.
 _CALM_PHI = 0.85
 _CALM = 1.5
+# A fast fall: against the mean of so many points, after which come so many others and the newest one; its deviation is
+# that of these or of more points, whichever is larger.
+_FAST_POINTS = 25
+_FAST_LAG = 5
+_FAST_NOISE_POINTS = 80
 
 
 def page_threshold(num_series: int, phi: _Floats, num_points: int = 100) -> _Floats:
@@ -75,6 +84,8 @@ class ChartSettings:
         max_sinking: part by which the level may sink in `baseline_steps`.
         min_rise, rise_errors: the level rises where a window's mean is above it by both.
         lag: newest points that a new baseline leaves out: a fall must not teach its own noise.
+        fast_fall, fast_deviations: a fall of at least this part, and of so many standard deviations, against the
+            points just before it is an alarm by itself.
 
     Raises:
         InvalidInputError: a value is out of its range.
@@ -90,6 +101,8 @@ class ChartSettings:
     min_rise: float = 0.02
     rise_errors: float = 4.0
     lag: int = 10
+    fast_fall: float = 0.3
+    fast_deviations: float = 6.0
 
     def __post_init__(self) -> None:
         if self.warm_up_steps < 0 or self.baseline_steps < 1 or self.lag < 0:
@@ -121,9 +134,12 @@ class Alarm:
         series: which of the C series.
         index: the point at which it was raised.
         since: the first point after the chart was last at 0.
-        statistic, threshold: S and h at the alarm.
-        level: the baseline's level, in units of x; `phi` and `scale` as in `Noise`.
+        statistic, threshold: S and h at the alarm; of a fast fall, its size in standard deviations and what it must
+            pass.
+        level: the baseline's level, in units of x, of a fast fall that of the points before it; `phi` and `scale` as
+            in `Noise`.
         value: mean of the two newest points at the alarm.
+        is_fast: whether it is a fast fall that the chart had not found.
         recovered: the point at which the series was back, None while it is not.
     """
 
@@ -136,6 +152,7 @@ class Alarm:
     phi: float
     scale: float
     value: float
+    is_fast: bool = False
     recovered: int | None = None
 
 
@@ -173,9 +190,7 @@ def learn_noise(window: _Floats, is_pair: npt.NDArray[np.bool_], *, phi_errors: 
     """
     num = len(window)
     level: _Floats = window.mean(axis=0)
-    time = np.arange(num, dtype=np.float64) - (num - 1) / 2
-    slope = time @ window / float(time @ time)
-    rest = window - level - time[:, None] * slope
+    rest = _without_trend(window)
     num_pairs = max(int(is_pair.sum()), 1)
     now, before = rest[1:][is_pair], rest[:-1][is_pair]
     # Without gaps this is the lag-1 autocorrelation with the usual divisor: sum x_i x_{i-1} / sum x_i^2.
@@ -186,6 +201,19 @@ def learn_noise(window: _Floats, is_pair: npt.NDArray[np.bool_], *, phi_errors: 
     # Level, slope and phi were fitted: three degrees of freedom.
     scale = np.sqrt(np.square(now - phi * before).sum(axis=0) / max(num_pairs - 3, 1))
     return Noise(level, phi, np.maximum(scale, _MIN_SCALE))
+
+
+def _without_trend(window: _Floats) -> _Floats:
+    """Return a window [B, C] less the straight line through each series."""
+    time = np.arange(len(window), dtype=np.float64) - (len(window) - 1) / 2
+    rest: _Floats = window - window.mean(axis=0) - time[:, None] * (time @ window / float(time @ time))
+    return rest
+
+
+def _deviation(window: _Floats) -> _Floats:
+    """Return the standard deviation of each series of a window about its line, [C]."""
+    deviation: _Floats = np.sqrt(np.square(_without_trend(window)).sum(axis=0) / (len(window) - 2))
+    return deviation
 
 
 def _spacing(steps: _Floats) -> float:
@@ -290,6 +318,7 @@ class _Chart:
             small = 0
             between = np.rint(np.diff(self._steps[last : i + 1]) / self._spacing)
             self._judge(i, kept[-1], int(np.maximum(between, 1).sum()), usual)
+            self._judge_fast(i, kept)
             kept.append(i)
             last = i
             self._recover(i, kept[-update:])
@@ -335,15 +364,47 @@ class _Chart:
                 )
             )
 
+    def _judge_fast(self, i: int, kept: list[int]) -> None:
+        """Raise the alarm where a series lies far below the points just before, whatever its baseline."""
+        noise, settings = self.result.noise, self._settings
+        assert noise is not None
+        known = kept[-_FAST_NOISE_POINTS - _FAST_LAG : -_FAST_LAG]
+        if len(known) < _FAST_NOISE_POINTS:
+            return
+        before, newest = self._values[known[-_FAST_POINTS:]], (self._values[kept[-1]] + self._values[i]) / 2
+        level = before.mean(axis=0)
+        is_deep = (newest - level <= math.log1p(-settings.fast_fall)) & ~self._is_open
+        if not is_deep.any():
+            return
+        deviation = np.maximum(_deviation(before), _deviation(self._values[known]))
+        size = (level - newest) / np.maximum(deviation, _MIN_SCALE)
+        for series in np.flatnonzero(is_deep & (size > settings.fast_deviations)).tolist():
+            usual = level[series] - 2 * deviation[series]
+            since = next((at for at in reversed(kept) if self._values[at, series] >= usual), known[-1])
+            self._is_open[series] = True
+            self.result.alarms.append(
+                Alarm(
+                    series=series,
+                    index=i,
+                    since=min(since + 1, i),
+                    statistic=float(size[series]),
+                    threshold=settings.fast_deviations,
+                    level=float(level[series]),
+                    phi=float(noise.phi[series]),
+                    scale=float(noise.scale[series]),
+                    value=float(newest[series]),
+                    is_fast=True,
+                )
+            )
+
     def _recover(self, i: int, recent: list[int]) -> None:
         """Close alarms whose series lost less than half of `min_fall` over a quarter of a window."""
         if not self._is_open.any():
             return
-        noise = self.result.noise
-        assert noise is not None
-        is_back = self._values[recent].mean(axis=0) - noise.level > math.log1p(-self._settings.min_fall / 2)
+        value, least = self._values[recent].mean(axis=0), math.log1p(-self._settings.min_fall / 2)
         for position, alarm in enumerate(self.result.alarms):
-            if alarm.recovered is None and is_back[alarm.series] and i - alarm.index >= len(recent):
+            is_back = value[alarm.series] - alarm.level > least
+            if alarm.recovered is None and is_back and i - alarm.index >= len(recent):
                 self.result.alarms[position] = replace(alarm, recovered=i)
                 self._is_open[alarm.series] = False
                 self._statistic[alarm.series] = 0.0

@@ -178,6 +178,8 @@ class LayerWarning:
         warned_at_step: last step of the point that raised the alarm; None where not warned.
         autocorrelation, noise: of the baseline: phi (raised, see the chart) and the innovations' scale in ln experts.
         num_points: points with load that were given.
+        is_fast: whether it is warned of by the size of a fast fall, which `statistic` and `threshold` then tell in
+            standard deviations.
         earlier: (warned_at_step, recovered_at_step) of alarms that the layer recovered from.
         evidence: further rows (max/mean, router entropy) before and now, where the series has them.
     """
@@ -194,6 +196,7 @@ class LayerWarning:
     warned_at_step: int | None = None
     autocorrelation: float | None = None
     noise: float | None = None
+    is_fast: bool = False
     earlier: tuple[tuple[int, int], ...] = ()
     evidence: tuple[EvidenceRow, ...] = ()
 
@@ -283,6 +286,7 @@ def _layer_warning(
             warned_at_step=int(last[alarm.index]),
             autocorrelation=alarm.phi,
             noise=alarm.scale,
+            is_fast=alarm.is_fast,
             earlier=earlier,
             evidence=_further_evidence(series, kept, alarm),
         )
@@ -345,7 +349,9 @@ def _finding(layer: LayerWarning, run_length: float | None) -> Finding:
     fall = 1 - layer.effective_experts / layer.baseline
     rule = f"> {layer.threshold:.3g}"
     evidence = [
-        EvidenceRow("collapse_statistic", layer.statistic, rule, sample_size=layer.num_points),
+        EvidenceRow("fall_in_deviations", layer.statistic, rule, sample_size=layer.num_points)
+        if layer.is_fast
+        else EvidenceRow("collapse_statistic", layer.statistic, rule, sample_size=layer.num_points),
         EvidenceRow(
             "effective_experts", layer.effective_experts, baseline=layer.baseline, sample_size=2, unit="experts"
         ),
