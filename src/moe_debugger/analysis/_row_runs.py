@@ -44,7 +44,7 @@ class RowsOf:
         if len(self) >= _LONG_RUN * len(self.starts):
             parts = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
             return np.concatenate([column[start:end] for start, end in parts])
-        return column.take(self.indices, axis=0)
+        return column.take(self.starts if len(self) == len(self.starts) else self.indices, axis=0)
 
     @property
     def indices(self) -> _Ints:
@@ -61,8 +61,17 @@ def rows_of_each(values: npt.NDArray[Any]) -> dict[int, RowsOf]:
     if not len(values):
         return {}
     starts = run_starts(values)
-    ends = np.append(starts[1:], len(values))
-    owner = values[starts]
+    if len(starts) * 2 > len(values):
+        # Runs that are hardly any: each row is one by itself.
+        starts = np.arange(len(values))
+        ends = starts + 1
+        owner = values
+    else:
+        ends = np.append(starts[1:], len(values))
+        owner = values[starts]
+    if owner.dtype.itemsize > 2 and owner.min() >= 0 and owner.max() < 2**16:
+        # Sorted by counting: where layers alternate, there is a run for each row.
+        owner = owner.astype(np.uint16)
     order = np.argsort(owner, kind="stable")
     bounds = run_starts(owner[order]).tolist()
     groups = [order[first:last] for first, last in zip(bounds, [*bounds[1:], len(order)], strict=True)]
