@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_debugger.analysis.explanation.association import CAP, Correlation, onset_score, rank_correlation
 from moe_debugger.analysis.explanation.change_points import find_change
-from moe_debugger.analysis.explanation.context import Context, Floats, cause, number
+from moe_debugger.analysis.explanation.context import Context, Floats, began, cause, number
 from moe_debugger.analysis.explanation.model import Cause
 from moe_debugger.analysis.explanation.settings import Jump, Setting
 from moe_debugger.analysis.findings import EvidenceRow, FindingKind
@@ -60,8 +60,9 @@ def _coefficient(context: Context, setting: Setting) -> Iterator[Cause]:
         code = "balancing_absent" if jump is None else "balancing_turned_off"
         yield cause(code, "balance.absent", CAP + score, evidence=(row,), setting="balance_coef", **args)
     elif jump is not None and score > 0 and abs(level) < abs(jump.before):
-        args |= {"now": number(jump.after), "before": number(jump.before)}
-        row = EvidenceRow("balance_coef", jump.after, "changed before the onset", jump.before, len(values))
+        when = began(jump.step, context.onset)
+        args |= {"now": number(jump.after), "before": number(jump.before), "when": when}
+        row = EvidenceRow("balance_coef", jump.after, f"changed {when}", jump.before, len(values))
         yield cause("balancing_reduced", "onset.jump", score, evidence=(row,), setting="balance_coef", **args)
 
 

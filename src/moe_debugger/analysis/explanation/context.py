@@ -14,7 +14,7 @@ from moe_debugger.analysis.explanation.settings import ObservedSettings, Setting
 from moe_debugger.analysis.findings import Finding, FindingKind
 from moe_debugger.errors import InvalidInputError
 
-__all__ = ["BALANCE_KINDS", "Context", "PlacementOptions", "WorkloadMix", "number"]
+__all__ = ["BALANCE_KINDS", "Context", "PlacementOptions", "WorkloadMix", "began", "cause", "number"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -162,6 +162,11 @@ class Context:
     def before(self, setting: Setting) -> Floats:
         """Return the setting's values before the onset; none where there is no onset."""
         return np.zeros(0) if self.since is None else setting.part(before=self.since)
+
+
+def began(changed_at: int, onset: Onset | None) -> str:
+    """Return how a change that is not after the onset's interval lies to it, for people."""
+    return "before it began" if onset is not None and changed_at < onset.first_step else "as it began"
 
 
 def cause(

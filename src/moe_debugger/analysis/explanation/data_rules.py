@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from moe_debugger.analysis.explanation.association import CAP, onset_score
 from moe_debugger.analysis.explanation.change_points import find_change
-from moe_debugger.analysis.explanation.context import Context, Floats, WorkloadMix, cause, number
+from moe_debugger.analysis.explanation.context import Context, Floats, WorkloadMix, began, cause, number
 from moe_debugger.analysis.explanation.history import LayerHistory, Limit
 from moe_debugger.analysis.explanation.model import Cause
 from moe_debugger.analysis.findings import EvidenceRow, FindingKind
@@ -57,11 +57,10 @@ def _mix(context: Context) -> Iterator[Cause]:
     share, was = mix.counts[change.onset :].sum(axis=0), mix.counts[: change.onset].sum(axis=0)
     share, was = share / share.sum(), was / was.sum()
     kind = int((share - was).argmax())
-    row = EvidenceRow(
-        "workload_mix_divergence", change.after, "rises before the onset", change.before, len(mix.steps), "bits"
-    )
+    when = began(at, onset)
+    row = EvidenceRow("workload_mix_divergence", change.after, f"rises {when}", change.before, len(mix.steps), "bits")
     yield cause(
-        "data_changed", "data.mix", score, evidence=(row,), step=str(at), kind=mix.names[kind],
+        "data_changed", "data.mix", score, evidence=(row,), step=str(at), when=when, kind=mix.names[kind],
         before=number(100 * float(was[kind])), now=number(100 * float(share[kind])),
     )  # fmt: skip
 

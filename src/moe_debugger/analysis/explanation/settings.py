@@ -19,6 +19,10 @@ NO_LAYER = -1
 _ALIASES = {"learning_rate": "lr", "aux_loss": "balance_loss", "router_aux_loss_coef": "balance_coef"}
 # A setting jumps where it changes by half of the larger of two neighbouring values, or more: schedules do not.
 _JUMP_SHARE = 0.5
+# Of what moves between jumps, a schedule turns back in no larger part of its changes; noise does in two thirds.
+_MAX_TURNS = 0.1
+# A change by less than this part of the largest value is rounding.
+_ROUNDING = 1e-6
 # Values on either side of a jump whose median is its level.
 _LEVEL_VALUES = 10
 _MIN_BEFORE = 5
@@ -72,8 +76,7 @@ class Setting:
     def jumps(self) -> list[Jump]:
         """Return where the value changed by half of the larger neighbour or more, or from or to zero."""
         steps, values = self.finite()
-        size = np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
-        places = np.flatnonzero((np.abs(np.diff(values)) >= _JUMP_SHARE * size) & (size > 0)) + 1
+        places = _jumps(values)
         bounds = [0, *places.tolist(), len(values)]
         return [
             Jump(
@@ -83,6 +86,16 @@ class Setting:
             )
             for i, at in enumerate(places.tolist())
         ]
+
+    def looks_set(self) -> bool:
+        """Return whether the values between the jumps stand still or follow a schedule; what is measured is noisy."""
+        _, values = self.finite()
+        for part in np.split(values, _jumps(values)):
+            moves = np.diff(part)
+            signs = np.sign(moves[np.abs(moves) > _ROUNDING * np.abs(values).max()])
+            if (signs[1:] != signs[:-1]).sum() > _MAX_TURNS * len(signs):
+                return False
+        return True
 
     def spikes(self, factor: float) -> list[Jump]:
         """Return where the value exceeds the largest of the 10 values before it (5 at least) `factor` times.
@@ -100,6 +113,12 @@ class Setting:
             Jump(int(steps[at]), float(np.median(values[max(0, at - _LEVEL_VALUES) : at])), float(values[at]))
             for at in np.flatnonzero(is_spike).tolist()
         ]
+
+
+def _jumps(values: Floats) -> npt.NDArray[np.intp]:
+    """Return the places of the first values after each jump."""
+    size = np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
+    return np.flatnonzero((np.abs(np.diff(values)) >= _JUMP_SHARE * size) & (size > 0)) + 1
 
 
 class ObservedSettings:

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_debugger.analysis.explanation.association import CAP, onset_score
 from moe_debugger.analysis.explanation.change_points import find_change
-from moe_debugger.analysis.explanation.context import Context, cause, number
+from moe_debugger.analysis.explanation.context import Context, began, cause, number
 from moe_debugger.analysis.explanation.model import Cause
 from moe_debugger.analysis.explanation.settings import Jump, Setting
 from moe_debugger.analysis.findings import EvidenceRow, FindingKind
@@ -18,7 +18,7 @@ _GRADIENT_FACTOR = 5.0
 # A gradient that fell to less than this part has vanished.
 _VANISHED = 0.1
 _MIN_POINTS = 5
-# A setting is changed by hand a few times; a series that jumps more often is something measured.
+# A setting is changed by hand a few times; a series that jumps more often, or is noisy, is something measured.
 _MAX_JUMPS = 5
 # Measured, not set; and the settings that have rules of their own.
 _OUTCOMES = ("loss", "eval_loss", "balance_loss", "grad_norm", "router_z_loss", "balance_coef", "lr")
@@ -51,6 +51,7 @@ def _spike(context: Context, name: str, factor: float, code: str, rule: str) -> 
     yield cause(
         code, rule, score, evidence=(row,), setting=name,
         before=number(spike.before), now=number(spike.after), step=str(spike.step),
+        when=began(spike.step, context.onset),
     )  # fmt: skip
 
 
@@ -97,6 +98,7 @@ def _router_gradient(context: Context) -> Iterator[Cause]:
     yield cause(
         "router_gradient_vanished", "gradient.router.vanished", score, evidence=(row,),
         setting="router_gradient_norm", layer=str(index), before=number(before), now=number(after), step=str(at),
+        when=began(at, context.layer_onset),
     )  # fmt: skip
 
 
@@ -122,16 +124,18 @@ def _expert_gradient(context: Context) -> Iterator[Cause]:
 
 
 def _other_setting(context: Context, setting: Setting) -> Iterator[Cause]:
-    """onset.jump: any other observed setting of the model that jumped before the onset."""
+    """onset.jump: any other observed setting of the model that jumped before the onset or as it began."""
     jumps = setting.jumps()
-    if not 0 < len(jumps) <= _MAX_JUMPS:
+    if not 0 < len(jumps) <= _MAX_JUMPS or not setting.looks_set():
         return
     best = _best(context, setting, jumps)
     if best is None:
         return
     score, jump = best
-    row = EvidenceRow(setting.name, jump.after, "changed before the onset", jump.before, len(setting.steps))
+    when = began(jump.step, context.onset)
+    row = EvidenceRow(setting.name, jump.after, f"changed {when}", jump.before, len(setting.steps))
     yield cause(
         "setting_changed", "onset.jump", score, evidence=(row,), setting=setting.name,
         name=setting.name, before=number(jump.before), now=number(jump.after), step=str(jump.step),
+        when=when,
     )  # fmt: skip

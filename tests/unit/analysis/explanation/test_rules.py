@@ -193,6 +193,29 @@ def test_any_other_setting_that_jumped_before_the_onset_is_named_but_not_what_is
     noise = np.random.default_rng(0).exponential(1, 150)
     assert explained(observed(tokens_lost=noise)).causes == ()
     assert explained(observed(eval_loss=jump(1.0, 3.0))).causes == ()
+    # A measure of the load jumps with the collapse, but moves all the time.
+    measured = np.array(jump(1.0, 3.0)) + np.random.default_rng(0).normal(0, 0.03, 150)
+    assert explained(observed(max_violation=measured)).causes == ()
+    assert (
+        explained(ObservedSettings([Setting("max_violation", -1, np.arange(70, 150), measured[70:, None])])).causes
+        == ()
+    )
+    schedule = np.array(jump(1.0, 3.0)) * np.linspace(1, 0.8, 150)
+    assert only(explained(observed(router_temperature=schedule))).code == "setting_changed"
+
+
+@pytest.mark.parametrize(("at", "when"), [(80, "before it began"), (90, "as it began")])
+def test_before_is_said_only_of_what_lies_before_the_interval_of_the_onset(at: int, when: str) -> None:
+    settings = observed(
+        router_temperature=jump(1.0, 3.0, at), lr=jump(1e-3, 3e-3, at), balance_coef=jump(0.02, 0.001, at)
+    )
+    found = explained(settings)
+    onset = found.started_at
+    assert onset is not None
+    assert 80 < onset.first_step <= 90 <= onset.last_step
+    assert {one.code: one.args["when"] for one in found.causes} == dict.fromkeys(
+        ("setting_changed", "learning_rate_spike", "balancing_reduced"), when
+    )
 
 
 def test_another_mix_of_text_before_the_onset_goes_with_it() -> None:
