@@ -73,4 +73,6 @@ def test_a_broken_detector_is_a_problem_and_no_failure(installed: Path, tmp_path
     both = run(os.pathsep.join([str(installed), str(tmp_path)]))
     assert "quiet-half.half_is_idle" in both["codes"]
     assert "problems with plug-ins (1): detector plug-in 'broken'" in both["note"]
-    assert both["problems"] == ["detector plug-in 'broken' (broken:Broken) could not be loaded: RuntimeError: no"]
+    assert both["problems"] == [
+        "detector plug-in 'broken' (broken:Broken, of broken 1.0) could not be loaded: RuntimeError: no"
+    ]

@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Severity, Thresholds
+from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Severity, Thresholds, finding_to_proto
 from moe_debugger.analysis.metrics import LayerMetrics
 from moe_debugger.analysis.state import LayerShape, LayerState, RoutingState
 from moe_debugger.capture_health import CaptureHealth
@@ -43,7 +43,15 @@ __all__ = [
 DETECTOR_GROUP = "moe_debugger.detectors"
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,79}")
-_MAX_FINDINGS = 1000
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
+_MAX_FINDINGS, _MAX_PROBLEMS = 1000, 10
+_MAX_EVIDENCE, _MAX_ARGS = 50, 20
+# Letters of a text; whatever is longer is cut. `_MAX_WORD` is for the texts in a row of evidence and for versions.
+_MAX_TEXT, _MAX_WORD, _MAX_PROBLEM = 2000, 200, 500
+# What a terminal or a page would obey, and what cannot be sent: controls, line and text direction marks, surrogates.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Texts of several lines.
+_LONG_ARGS = ("summary", "remedy")
 # An analysis of a live session runs every second or so.
 _SLOW_S = 1.0
 
@@ -158,8 +166,8 @@ def detector_view(
     layers = {
         index: LayerView(
             shape=layer.shape,
-            metrics=metrics[index],
-            baseline=baseline.get(index),
+            metrics=replace(metrics[index]),
+            baseline=replace(baseline[index]) if index in baseline else None,
             counts=_locked(layer.counts),
             block_counts=_locked(layer.block_counts),
             block_tokens=_locked(layer.block_tokens),
@@ -170,7 +178,7 @@ def detector_view(
         )
         for index, layer in state.layers.items()
     }
-    return DetectorView(MappingProxyType(layers), thresholds, state.num_requests, num_workloads, health)
+    return DetectorView(MappingProxyType(layers), replace(thresholds), state.num_requests, num_workloads, health)
 
 
 def _locked(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -195,21 +203,26 @@ def installed_detectors() -> tuple[tuple[Detector, ...], tuple[str, ...]]:
     Loaded on the first call, once in a process; `installed_detectors.cache_clear()` looks again.
     """
     detectors: dict[str, Detector] = {}
+    kept: dict[str, str] = {}
     problems = []
     for entry in sorted(metadata.entry_points(group=DETECTOR_GROUP), key=lambda entry: (entry.name, entry.value)):
-        where = f"detector plug-in {entry.name!r} ({entry.value})"
+        distribution = getattr(entry, "dist", None)
+        package = f", of {distribution.name} {distribution.version}" if distribution is not None else ""
+        where = f"{entry.name!r} ({entry.value}{package})"
         try:
             loaded = entry.load()
             detector = loaded if _is_ready(loaded) else loaded()
+            name, problem = _contract(detector)
         # The code of others may fail in any way; what it breaks must be itself alone.
-        except Exception as error:  # noqa: BLE001
-            problems.append(f"{where} could not be loaded: {type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            problems.append(_problem(f"detector plug-in {where} could not be loaded: {_error_text(error)}"))
             continue
-        problem = _contract_problem(detector, detectors)
+        if not problem and name in detectors:
+            problem = f"has the name {name!r}, which {kept[name]} has, too; that one is kept, this one is left out"
         if problem:
-            problems.append(f"{where} {problem}")
+            problems.append(_problem(f"detector plug-in {where} {problem}"))
         else:
-            detectors[detector.name] = detector
+            detectors[name], kept[name] = detector, where
     return tuple(detectors[name] for name in sorted(detectors)), tuple(problems)
 
 
@@ -217,16 +230,33 @@ def _is_ready(loaded: Any) -> bool:
     return not isinstance(loaded, type) and isinstance(loaded, Detector)
 
 
-def _contract_problem(detector: Any, others: Mapping[str, Detector]) -> str:
+def _contract(detector: Any) -> tuple[str, str]:
+    """Return the name of a detector, and what is wrong with it."""
     if not isinstance(detector, Detector) or not callable(detector.detect):
-        return f"gives a {type(detector).__name__}, which has no name, version and detect(view)"
-    if not isinstance(detector.name, str) or not _NAME.fullmatch(detector.name):
-        return f"has the name {detector.name!r}, expected up to 40 lower-case letters, digits, '-' and '_'"
-    if not isinstance(detector.version, str):
-        return f"has the version {detector.version!r}, expected a text"
-    if detector.name in others:
-        return f"has the name {detector.name!r}, which another plug-in has; this one is left out"
-    return ""
+        return "", f"gives a {type(detector).__name__}, which has no name, version and detect(view)"
+    name, version = detector.name, detector.version
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return "", f"has the name {name!r}, expected up to 40 lower-case letters, digits, '-' and '_'"
+    if not isinstance(version, str):
+        return name, f"has the version {version!r}, expected a text"
+    return name, ""
+
+
+def _error_text(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - the error, too, is the code of others
+        return type(error).__name__
+
+
+def _text(text: str, limit: int, *, keeps_lines: bool = False) -> str:
+    """Return `text` without control characters, cut at `limit`."""
+    cut = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return _CONTROLS.sub(lambda found: "\n" if keeps_lines and found[0] == "\n" else " ", cut)
+
+
+def _problem(text: str) -> str:
+    return _text(text, _MAX_PROBLEM)
 
 
 def run_detectors(view: DetectorView, detectors: Iterable[Detector] | None = None) -> DetectorOutcome:
@@ -244,25 +274,34 @@ def run_detectors(view: DetectorView, detectors: Iterable[Detector] | None = Non
     findings: list[Finding] = []
     ran = []
     for detector in detectors:
-        where = f"detector plug-in {detector.name!r}"
-        ran.append(f"{detector.name} {detector.version}")
+        where = f"detector plug-in of type {type(detector).__name__!r}"
+        own_problems: dict[str, None] = {}
         start = time.perf_counter()
         try:
-            for number, finding in enumerate(detector.detect(view)):
+            name, problem = _contract(detector)
+            where = f"detector plug-in {name!r}" if name else where
+            if problem:
+                problems.append(_problem(f"{where} {problem}"))
+                continue
+            ran.append(f"{name} {_text(detector.version, _MAX_WORD)}")
+            for number, found in enumerate(detector.detect(view)):
                 if number >= _MAX_FINDINGS:
-                    problems.append(f"{where} returned more than {_MAX_FINDINGS} findings; the rest was left out")
+                    own_problems[f"{where} returned more than {_MAX_FINDINGS} findings; the rest was left out"] = None
                     break
-                problem = _finding_problem(finding, view)
-                if problem:
-                    problems.append(f"{where} returned a finding that was left out: {problem}")
+                finding, problem = _taken(found, view, name)
+                if finding is None:
+                    own_problems[_problem(f"{where} returned a finding that was left out: {problem}")] = None
                 else:
-                    findings.append(replace(finding, code=f"{detector.name}.{finding.code}"))
+                    findings.append(finding)
         # As above: a plug-in breaks nothing but itself.
-        except Exception as error:  # noqa: BLE001
-            problems.append(f"{where} failed: {type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            own_problems[_problem(f"{where} failed: {_error_text(error)}")] = None
         taken = time.perf_counter() - start
         if taken > _SLOW_S:
-            problems.append(f"{where} took {taken:.1f} s; every analysis waits for it")
+            own_problems[f"{where} took {taken:.1f} s; every analysis waits for it"] = None
+        problems.extend([*own_problems][:_MAX_PROBLEMS])
+        if len(own_problems) > _MAX_PROBLEMS:
+            problems.append(f"{where} has {len(own_problems) - _MAX_PROBLEMS} more problems")
     return DetectorOutcome(tuple(findings), tuple(dict.fromkeys(problems)), tuple(ran))
 
 
@@ -270,6 +309,20 @@ def installed_findings(view: Callable[[], DetectorView]) -> DetectorOutcome:
     """Return what the installed detectors find; `view` is asked for only where there is one."""
     detectors, problems = installed_detectors()
     return run_detectors(view()) if detectors else DetectorOutcome(problems=problems)
+
+
+def _taken(found: Any, view: DetectorView, name: str) -> tuple[Finding | None, str]:
+    """Return a plug-in's finding as it is shown and sent, or what is wrong with it."""
+    try:
+        problem = _finding_problem(found, view)
+        if problem:
+            return None, problem
+        finding = _cleaned(found, name)
+        # Whatever the checks let through: it has to fit into the message that carries it.
+        finding_to_proto(finding)
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        return None, _error_text(error)
+    return finding, ""
 
 
 def _finding_problem(finding: Any, view: DetectorView) -> str:
@@ -282,27 +335,93 @@ def _finding_problem(finding: Any, view: DetectorView) -> str:
     place = _place_problem(finding, view)
     if place:
         return place
-    if not isinstance(finding.since_step, int | np.integer | None):
+    if finding.since_step is not None and not _is_whole(finding.since_step):
         return f"{finding.code}: since_step {finding.since_step!r}, expected a step or None"
-    if not isinstance(finding.statistic, int | float | np.number):
+    if not _is_number(finding.statistic):
         return f"{finding.code}: statistic {finding.statistic!r}, expected a number"
     if not isinstance(finding.evidence, tuple) or not all(isinstance(row, EvidenceRow) for row in finding.evidence):
         return f"{finding.code}: evidence that is no tuple of EvidenceRow"
-    if not all(isinstance(key, str) and isinstance(value, str) for key, value in dict(finding.args).items()):
-        return f"{finding.code}: args that are no texts"
+    if len(finding.evidence) > _MAX_EVIDENCE:
+        return f"{finding.code}: {len(finding.evidence)} rows of evidence, expected {_MAX_EVIDENCE} at most"
+    rows = (_row_problem(row) for row in finding.evidence)
+    problem = next((problem for problem in rows if problem), "") or _args_problem(finding)
+    if problem:
+        return f"{finding.code}: {problem}"
+    if finding.explanation is not None:
+        return f"{finding.code}: an explanation, expected None: what was observed explains it"
     if finding.severity is Severity.CRITICAL and not finding.evidence:
         return f"{finding.code}: critical without evidence"
     return ""
 
 
+def _is_whole(value: Any, below: int = 1 << 64) -> bool:
+    # True is an int to Python.
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= int(value) < below
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _row_problem(row: EvidenceRow) -> str:
+    if not all(isinstance(text, str) for text in (row.metric, row.rule, row.unit)):
+        return f"evidence of metric {row.metric!r}, rule {row.rule!r}, unit {row.unit!r}, expected texts"
+    if not _is_number(row.value):
+        return f"evidence {row.metric!r}: value {row.value!r}, expected a number"
+    if row.baseline is not None and not _is_number(row.baseline):
+        return f"evidence {row.metric!r}: baseline {row.baseline!r}, expected a number or None"
+    if not _is_whole(row.sample_size):
+        return f"evidence {row.metric!r}: sample_size {row.sample_size!r}, expected a whole number, 0 or more"
+    return ""
+
+
+def _args_problem(finding: Finding) -> str:
+    args = dict(finding.args)
+    if len(args) > _MAX_ARGS:
+        return f"{len(args)} args, expected {_MAX_ARGS} at most"
+    for key, value in args.items():
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            return f"an arg named {key!r}, expected up to 40 letters, digits and '_'"
+        if not isinstance(value, str):
+            return f"args that are no texts: {key} is {value!r}"
+    return ""
+
+
+def _cleaned(finding: Finding, name: str) -> Finding:
+    return Finding(
+        kind=finding.kind,
+        severity=finding.severity,
+        code=f"{name}.{finding.code}",
+        layer_index=_int(finding.layer_index),
+        expert_id=_int(finding.expert_id),
+        since_step=_int(finding.since_step),
+        args={key: _text(text, _MAX_TEXT, keeps_lines=key in _LONG_ARGS) for key, text in finding.args.items()},
+        evidence=tuple(
+            EvidenceRow(
+                metric=_text(row.metric, _MAX_WORD),
+                value=float(row.value),
+                rule=_text(row.rule, _MAX_WORD),
+                baseline=None if row.baseline is None else float(row.baseline),
+                sample_size=int(row.sample_size),
+                unit=_text(row.unit, _MAX_WORD),
+            )
+            for row in finding.evidence
+        ),
+        statistic=float(finding.statistic),
+    )
+
+
+def _int(value: int | None) -> int | None:
+    return None if value is None else int(value)
+
+
 def _place_problem(finding: Finding, view: DetectorView) -> str:
     layer, expert = finding.layer_index, finding.expert_id
     if layer is None:
-        return f"{finding.code}: expert {expert} of no layer" if expert is not None else ""
-    if layer not in view.layers:
+        return f"{finding.code}: expert {expert!r} of no layer" if expert is not None else ""
+    if not _is_whole(layer) or layer not in view.layers:
         return f"{finding.code}: layer {layer!r}, there are {sorted(view.layers)}"
-    if expert is not None and not (
-        isinstance(expert, int | np.integer) and 0 <= expert < view.layers[layer].shape.num_experts
-    ):
-        return f"{finding.code}: expert {expert!r} of layer {layer}, which has {view.layers[layer].shape.num_experts}"
+    num_experts = view.layers[layer].shape.num_experts
+    if expert is not None and not _is_whole(expert, num_experts):
+        return f"{finding.code}: expert {expert!r} of layer {layer}, which has {num_experts}"
     return ""
