@@ -125,7 +125,9 @@ def _experts_text(decisions: Decisions, row: int | None, with_weights: bool) -> 
 
 
 def print_findings(console: Console, analysis: Analysis, num_tokens: int) -> None:
-    """Print the findings, or why there are none."""
+    """Print the findings, or why there are none, and what was wrong with detectors of others."""
+    for problem in analysis.problems:
+        console.print(Text(f"\n! {problem}", "yellow"), soft_wrap=True)
     if not analysis.findings:
         console.print(
             Text(
@@ -139,8 +141,15 @@ def print_findings(console: Console, analysis: Analysis, num_tokens: int) -> Non
     for finding in analysis.findings:
         style = _SEVERITY_STYLES[finding.severity]
         line = Text(f"  {finding.severity.value!s:<9}", style)
-        line.append(render_finding(finding.code, finding.args))
+        title, summary, remedy = (
+            render_finding(finding.code, finding.args, part) for part in ("title", "summary", "remedy")
+        )
+        # Words of plug-ins come in parts of which none repeats the other.
+        is_of_plugin = "." in finding.code
+        line.append(f"{title}: {summary}" if is_of_plugin and title != summary else summary)
         console.print(line)
+        if is_of_plugin and remedy:
+            console.print(Text(f"            {remedy}", "dim"), soft_wrap=True)
         # Most of one prompt's findings say that it is too little to tell: there is nothing to explain yet.
         if finding.explanation is not None and finding.severity is not Severity.INFO:
             for text in explanation_text(finding.explanation):

@@ -85,8 +85,8 @@ def doctor(
 
 def run_checks(data_dir: Path) -> list[Check]:
     """Look at everything; takes a few seconds."""
-    checks = [_python(), *_extras(), *_servers(), _page(), _node(), _chromium(), *_ports(data_dir), _shm(), _torch()]
-    return [*checks, *_data(data_dir)]
+    checks = [_python(), *_extras(), *_detectors(), *_servers(), _page(), _node(), _chromium()]
+    return [*checks, *_ports(data_dir), _shm(), _torch(), *_data(data_dir)]
 
 
 def _python() -> Check:
@@ -114,6 +114,17 @@ def _extras() -> Iterator[Check]:
             yield Check(f"[{extra}]", "missing", f"not installed: {', '.join(absent)}", remedy)
         else:
             yield Check(f"[{extra}]", "ok", detail)
+
+
+def _detectors() -> Iterator[Check]:
+    from moe_debugger.analysis.plugins import installed_detectors
+
+    detectors, problems = installed_detectors()
+    if detectors or not problems:
+        names = ", ".join(f"{detector.name} {detector.version}" for detector in detectors)
+        yield Check("detectors", "ok", names or "no plug-ins")
+    for problem in problems:
+        yield Check("detectors", "note", problem, "mend or uninstall that package; see docs/detectors.md")
 
 
 def _servers() -> Iterator[Check]:

@@ -168,6 +168,7 @@ def _as_json(loaded: "LoadedModel", debugger: "MoEDebugger", result: PromptResul
     session = debugger.session
     assert session is not None
     stats, experts, decisions = session.get_routing_stats(), session.get_expert_metrics(), session.decisions()
+    analysis = session.diagnose()
     chosen = [item for item in stats.layers if layer is None or item.info.layer_index == layer]
     tokens: list[dict[str, Any]] = [
         {"position": i, "token_id": token, "text": piece.decode("utf-8", errors="backslashreplace"), "layers": {}}
@@ -195,7 +196,8 @@ def _as_json(loaded: "LoadedModel", debugger: "MoEDebugger", result: PromptResul
             if layer is None or row.layer_index == layer
         ],
         "tokens": tokens,
-        "findings": [finding.to_dict() for finding in session.diagnose().findings],
+        "findings": [finding.to_dict() for finding in analysis.findings],
+        "problems": list(analysis.problems),
         "performance": session.get_performance_metrics().to_dict(),
     }
     return _without_nan(answer)  # type: ignore[no-any-return]

@@ -54,10 +54,19 @@ def render_finding(code: str, args: Mapping[str, object], part: str = "summary",
     """Return a finding's ``title``, ``summary`` or ``remedy``.
 
     Detectors of others bring their own words: where the catalogue has none, an argument of the part's name is the text.
+    Of findings of plug-ins (``<plugin>.<code>``) without it, the title stands for the summary and the code for the
+    title, and the remedy is empty.
     """
-    if part in args and f"finding.{code}.{part}" not in catalogue(locale):
+    if f"finding.{code}.{part}" in catalogue(locale):
+        return render(f"finding.{code}.{part}", args, locale)
+    if args.get(part):
         return str(args[part])
-    return render(f"finding.{code}.{part}", args, locale)
+    plugin, _, own_code = code.partition(".")
+    if not own_code:
+        return render(f"finding.{code}.{part}", args, locale)
+    if part == "remedy":
+        return ""
+    return str(args.get("title") or f"{own_code.replace('_', ' ')} ({plugin})")
 
 
 def sample_unit(metric: str, code: str = "", unit: str = "", locale: str = "en") -> str:

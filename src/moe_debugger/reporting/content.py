@@ -208,7 +208,10 @@ class ExplanationEntry(Model):
 
 
 class FindingEntry(Model):
-    """A finding with its words and evidence; `explanation` is None of findings that were not explained."""
+    """A finding with its words and evidence; `explanation` is None of findings that were not explained.
+
+    `plugin` is the name of the plug-in that found it, "" of the built-in rules.
+    """
 
     rule_id: str
     kind: str
@@ -216,6 +219,7 @@ class FindingEntry(Model):
     title: str
     summary: str
     remedy: str
+    plugin: str = ""
     layer_index: int | None = None
     expert_id: int | None = None
     since_step: int | None = None

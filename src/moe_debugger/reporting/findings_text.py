@@ -30,6 +30,7 @@ def _entry(finding: Finding) -> FindingEntry:
         title=render_finding(finding.code, finding.args, "title"),
         summary=render_finding(finding.code, finding.args, "summary"),
         remedy=render_finding(finding.code, finding.args, "remedy"),
+        plugin=finding.code.rpartition(".")[0],
         layer_index=finding.layer_index,
         expert_id=finding.expert_id,
         since_step=finding.since_step,

@@ -35,7 +35,8 @@ def _remedies(entries: Sequence[FindingEntry]) -> list[Fix]:
             # A placement is tried for each layer by itself.
             own = entry.rule_id if remedy.gain is not None else ""
             grouped.setdefault((remedy.text, remedy.change, own), []).append((entry, remedy))
-        if not explained:
+        # A remedy of a plug-in knows more than those of its kind.
+        if entry.remedy and (entry.plugin or not explained):
             grouped.setdefault((entry.remedy, "", ""), []).append((entry, None))
     return [_fix(text, members) for (text, _, _), members in grouped.items()]
 

@@ -65,6 +65,9 @@ def notices(material: Material) -> list[Notice]:
         add("info", say("notice.first_rows", read=material.num_rows_read, num=material.num_rows))
     if manifest is not None and not any(each.tone in ("critical", "warning") for each in found):
         found.insert(0, Notice(tone="good", text=say("notice.whole")))
+    # What is wrong with detectors of others is not of the recording.
+    for problem in material.analysis.problems:
+        add("warning", say("notice.problem", problem=problem))
     order = {"critical": 0, "warning": 1, "good": 2, "info": 3}
     return sorted(found, key=lambda notice: order[notice.tone])
 

@@ -24,9 +24,11 @@ def test_render_keeps_an_argument_that_was_not_given_and_a_code_that_it_does_not
 def test_findings_of_plugins_bring_their_own_words() -> None:
     args = {"title": "Layer 3 idles", "layer": "3"}
     assert render_finding("quiet-half.half_is_idle", args, "title") == "Layer 3 idles"
-    assert render_finding("quiet-half.half_is_idle", {"layer": "3"}, "title").startswith(
-        "finding.quiet-half.half_is_idle"
-    )
+    assert render_finding("quiet-half.half_is_idle", args, "summary") == "Layer 3 idles"
+    without = [
+        render_finding("quiet-half.half_is_idle", {"layer": "3"}, part) for part in ("title", "summary", "remedy")
+    ]
+    assert without == ["half is idle (quiet-half)", "half is idle (quiet-half)", ""]
     # Words of our own findings cannot be replaced by an argument.
     assert render_finding("dead_expert", {**args, "expert": "6"}, "title").startswith("Expert 6 in layer 3")
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from rich.console import Console
 
+from moe_debugger.analysis import Analysis, Finding, FindingKind, Severity, plugins
 from moe_debugger.cli._summary import Summary
+from moe_debugger.cli._trace_view import print_findings
 from moe_debugger.cli.doctor import run_checks
 from moe_debugger.cli.up import service_env
 from moe_debugger.config import Config
@@ -96,6 +99,25 @@ def test_doctor_reports_servers_and_what_it_would_need(run: Run, tmp_path: Path)
     assert "sync" in checks["nats"].detail
     answer = json.loads(run("doctor", "--json", "--data", str(tmp_path / "data")))
     assert answer["can_run"] is True
+
+
+def test_problems_of_plugins_are_shown_with_their_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plugins, "installed_detectors", lambda: ((), ("detector plug-in 'a' is bad", "'b' is bad")))
+    found = [check for check in run_checks(tmp_path) if check.name == "detectors"]
+    assert [(check.state, check.detail) for check in found] == [
+        ("note", "detector plug-in 'a' is bad"), ("note", "'b' is bad")
+    ]  # fmt: skip
+    args = {"title": "Half idles", "summary": "of layer 3", "remedy": "look there"}
+    findings = tuple(
+        Finding(FindingKind.LOAD_IMBALANCE, Severity.INFO, "quiet-half.half_is_idle", args=each) for each in (args, {})
+    )
+    console = Console(record=True, width=100)
+    print_findings(console, Analysis({}, findings, 1, problems=("plug-in 'a' failed",)), 10)
+    shown = console.export_text()
+    assert "! plug-in 'a' failed" in shown
+    assert "Half idles: of layer 3" in shown
+    assert "look there" in shown
+    assert "half is idle (quiet-half)" in shown
 
 
 def test_doctor_says_what_is_missing_and_fails(run: Run, tmp_path: Path) -> None:

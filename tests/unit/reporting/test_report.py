@@ -14,11 +14,12 @@ from reported import forwards, infos, material, name, record, sampled
 
 import moe_debugger
 from moe_debugger import Report, open_recording, report
-from moe_debugger.analysis import EvidenceRow, Finding, FindingKind, Severity, Thresholds
+from moe_debugger.analysis import Analysis, EvidenceRow, Finding, FindingKind, Severity, Thresholds
 from moe_debugger.analysis.step_loads import LoadSeries
 from moe_debugger.errors import DependencyMissingError, InvalidInputError, UnsupportedFormatError
 from moe_debugger.recording.manifest import ModelIdentity, Topology
 from moe_debugger.reporting import html
+from moe_debugger.reporting.content import ExplanationEntry
 from moe_debugger.reporting.findings_text import lead_times
 from moe_debugger.reporting.material import layer_range
 from moe_debugger.reporting.texts import catalogue, sentence
@@ -405,3 +406,20 @@ def test_nan_never_gets_in(whole: Path) -> None:
 
     assert all(math.isfinite(value) for value in numbers(report(open_recording(whole)).to_dict()))
     assert name(1) == "0" * 25 + "1"
+
+
+def test_a_report_shows_all_problems_of_plugins_and_their_findings_in_their_own_words() -> None:
+    args = {"title": "Half idles", "summary": "of layer 3", "remedy": "look there"}
+    finding = Finding(FindingKind.LOAD_IMBALANCE, Severity.INFO, "quiet-half.half_is_idle", args=args)
+    made = report(Analysis({}, (finding,), 1, problems=("'a' failed", "'b' failed")))
+    assert [each.text.text for each in made.notices if each.tone == "warning"] == ["'a' failed", "'b' failed"]
+    assert made.findings[0].plugin == "quiet-half"
+    explained = ExplanationEntry(
+        started="of its kind", spread=[], status="", causes=[], unexplained=1.0, missing=[], remedies=[], rows_query="",
+        rows_python="",
+    )  # fmt: skip
+    page = made.model_copy(
+        update={"findings": [made.findings[0].model_copy(update={"explanation": explained})]}
+    ).to_html()
+    for text in ("Half idles", "of layer 3", "look there", "of its kind"):
+        assert text in page
