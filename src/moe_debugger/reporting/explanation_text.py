@@ -11,7 +11,7 @@ __all__ = ["explanation_entry"]
 def explanation_entry(explanation: Explanation) -> ExplanationEntry:
     """Return an explanation as it is shown."""
     return ExplanationEntry(
-        started=onset_text(explanation.started_at),
+        started=onset_text(explanation.started_at, explanation.spread),
         spread=list(explanation.spread),
         status=render(f"explanation.{explanation.status}", explanation.status_args),
         causes=[

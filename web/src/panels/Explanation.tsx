@@ -27,7 +27,7 @@ export default function Explanation({ finding, explanation }: { finding: Finding
   return (
     <section className="explanation" aria-label={t("explanation.label")} data-testid="explanation">
       <h4>{t("explanation.start")}</h4>
-      <p data-testid="onset">{onsetText(startedAt)}</p>
+      <p data-testid="onset">{onsetText(startedAt, spread)}</p>
       {spread.length > 1 && <Spread spread={spread} />}
       <h4>
         {t("explanation.why")} <span className="association">{t("explanation.association")}</span>
@@ -68,7 +68,11 @@ export default function Explanation({ finding, explanation }: { finding: Finding
   );
 }
 
-function onsetText(onset: FindingOnset | undefined): string {
+function onsetText(onset: FindingOnset | undefined, [first]: LayerCrossing[]): string {
+  if (!onset && first) {
+    const { layerIndex, step } = first;
+    return catalogueText("explanation.from_the_first_step", { layer: layerIndex, step: formatInteger(step) });
+  }
   if (!onset) return catalogueText("explanation.no_start", {});
   return catalogueText(Number.isNaN(onset.before) ? "explanation.crossed_at" : "explanation.started_at", {
     layer: onset.layerIndex,

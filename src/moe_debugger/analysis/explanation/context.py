@@ -130,8 +130,8 @@ class Context:
 
     @property
     def onset(self) -> Onset | None:
-        """What a cause must come before: the first onset of all layers, else that of the finding's own."""
-        return self.course.first or self.course.own
+        """What a cause must come before: the first onset of all layers."""
+        return self.course.first
 
     @property
     def layer_onset(self) -> Onset | None:

@@ -105,7 +105,8 @@ def _rows(context: Context) -> RowsLink | None:
     finding = context.finding
     if finding.layer_index is None or finding.kind in _NO_ROWS:
         return None
-    since = context.since if context.since is not None else finding.since_step
+    # Where it was so from the first step seen, all rows are behind it.
+    since = finding.since_step if context.since is None and not context.course.spread else context.since
     values = {"layer_index": finding.layer_index}
     text = f"tokens where layer = {finding.layer_index}"
     if finding.kind is FindingKind.DEAD_EXPERT:

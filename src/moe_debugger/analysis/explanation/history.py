@@ -32,6 +32,8 @@ MAX_BUCKETS = 160
 _ASSIGNMENTS_PER_EXPERT = 10
 # A layer has crossed its limit where so many buckets in a row are beyond it.
 _RUN = 3
+# A layer beyond its limit has recovered where so many buckets in a row are within it.
+_RECOVERY = 8
 # A series that falls begins to count once it has risen so far from its lowest to its highest value (warm-up).
 _SETTLED = 0.75
 
@@ -175,15 +177,34 @@ class Limit:
         extreme: Floats = history.load_ratio.max(axis=1) if self.is_upper else history.load_ratio.min(axis=1)
         return extreme
 
-    def first_crossing(self, history: LayerHistory, *, is_own_layer: bool) -> int | None:
-        """Return the first bucket of the first run of 3 that lie beyond the limit, after warm-up; None without one."""
+    def last_crossing(self, history: LayerHistory, *, is_own_layer: bool) -> tuple[int, int] | None:
+        """Return since when the layer was within the limit, and the bucket in which it then crossed it; None without.
+
+        The crossing is the first of 3 buckets in a row beyond the limit, behind warm-up and behind the last recovery
+        (8 in a row within it); 0 where the layer was beyond it from the first bucket on. A layer that recovered and
+        stayed within the limit has none, but for the finding's own, which crossed it by the finding.
+        """
         values = self.values(history, is_own_layer=is_own_layer)
         is_beyond = values > self.value if self.is_upper else values < self.value
         start = history.settled_from() if self.metric == "effective_experts" else 0
-        if len(is_beyond) - start < _RUN:
+        crossed = _runs(is_beyond[start:], _RUN)
+        recovered = _runs(~is_beyond[start:], _RECOVERY)
+        if not len(crossed) or (not is_own_layer and len(recovered) and recovered[-1] > crossed[-1]):
             return None
-        runs = np.lib.stride_tricks.sliding_window_view(is_beyond[start:], _RUN).all(axis=1)
-        return start + int(runs.argmax()) if runs.any() else None
+        recovered = recovered[recovered < crossed[-1]]
+        if not len(recovered):
+            # The highest value of a layer's warm-up is its first that counts: beyond there, it was so before, too.
+            return (start, start + int(crossed[0])) if crossed[0] else (0, 0)
+        fell_before = crossed[crossed < recovered[-1]]
+        since = int(fell_before[-1]) + _RUN if len(fell_before) else 0
+        return start + since, start + int(crossed[crossed > recovered[-1]][0])
+
+
+def _runs(is_true: npt.NDArray[np.bool_], length: int) -> npt.NDArray[np.intp]:
+    """Return the places from which on `length` values in a row are true."""
+    if len(is_true) < length:
+        return np.zeros(0, np.intp)
+    return np.flatnonzero(np.lib.stride_tricks.sliding_window_view(is_true, length).all(axis=1))
 
 
 def is_of_single_steps(finding: Finding) -> bool:

@@ -29,7 +29,8 @@ class Course:
 
     Attributes:
         own: onset in the finding's own layer; None = no change was found there.
-        first: the earliest onset of all layers that changed or crossed; what causes must come before.
+        first: the earliest onset of all layers that changed or crossed; what causes must come before. None where a
+            layer of the spread was beyond the limit from the first step seen, so that it began before.
         spread: (layer, first step at which it crossed the rule), in order.
         change: the best change of the finding's layer, significant or not; None = none could be fitted.
         num_buckets: buckets of the finding's layer.
@@ -52,27 +53,36 @@ def course_of(finding: Finding, histories: Mapping[int, LayerHistory]) -> Course
     own = histories.get(own_index) if own_index is not None else None
     reference = own or next(iter(histories.values()))
     limit = Limit.of(finding, reference.num_experts)
-    crossings: dict[int, int] = {}
+    # Of each layer that crossed: the bucket since which it was within the limit, and that of the crossing.
+    places: dict[int, tuple[int, int]] = {}
     if limit is not None:
         for index, history in histories.items():
-            bucket = limit.first_crossing(history, is_own_layer=index == own_index)
-            if bucket is not None:
-                crossings[index] = int(history.steps[bucket])
+            place = limit.last_crossing(history, is_own_layer=index == own_index)
+            # Experts of other layers that were always beyond it have nothing to do with this one.
+            is_other_expert = limit.expert_id is not None and index != own_index
+            if place is not None and (place[1] or not is_other_expert):
+                places[index] = place
+    crossings = {index: int(histories[index].steps[bucket]) for index, (_, bucket) in places.items()}
     looked_at = {*crossings, *([own_index] if own is not None and own_index is not None else [])}
     if limit is None and finding.kind in COLLAPSES:
         # A warning has no limit to cross: layers that fell significantly take its place.
         looked_at = set(histories)
     changes = {
-        index: _change(finding, histories[index], is_own_layer=index == own_index) for index in sorted(looked_at)
+        index: _change(finding, histories[index], places.get(index, (0, 0))[0], is_own_layer=index == own_index)
+        for index in sorted(looked_at)
     }
     onsets = {}
     for index, (change, start) in changes.items():
-        onset = _onset(finding, histories[index], change, start, crossings.get(index))
+        onset = _onset(finding, histories[index], change, start, places.get(index))
         if onset is not None:
             onsets[index] = onset
     if limit is None and finding.kind in COLLAPSES:
         crossings = {index: onset.step for index, onset in onsets.items()}
     first = min(onsets.values(), key=lambda one: (one.step, one.layer_index), default=None)
+    if first is not None and any(
+        bucket == 0 and crossings[index] <= first.step for index, (_, bucket) in places.items()
+    ):
+        first = None
     return Course(
         own=onsets.get(own_index) if own_index is not None else None,
         first=first,
@@ -98,21 +108,28 @@ def _signal(finding: Finding, history: LayerHistory, *, is_own_layer: bool) -> t
     return "effective_experts", np.log(history.effective_experts), -1
 
 
-def _change(finding: Finding, history: LayerHistory, *, is_own_layer: bool) -> tuple[Change | None, int]:
-    """Return the best change of a layer's signal, and the first bucket that was looked at."""
+def _change(finding: Finding, history: LayerHistory, since: int, *, is_own_layer: bool) -> tuple[Change | None, int]:
+    """Return the best change of a layer's signal from bucket `since` on, and the first bucket that was looked at."""
     metric, values, direction = _signal(finding, history, is_own_layer=is_own_layer)
-    return history.fall if metric == "effective_experts" else (find_change(values, direction=direction), 0)
+    if metric == "effective_experts" and since <= history.fall[1]:
+        return history.fall
+    return find_change(values[since:], direction=direction), since
 
 
 def _onset(
-    finding: Finding, history: LayerHistory, change: Change | None, start: int, crossed_at: int | None
+    finding: Finding, history: LayerHistory, change: Change | None, start: int, place: tuple[int, int] | None
 ) -> Onset | None:
+    if place is not None and place[1] == 0:
+        # Beyond the limit from the first bucket on: it began before anything was seen.
+        return None
     metric, _, _ = _signal(finding, history, is_own_layer=history.layer_index == finding.layer_index)
-    if change is not None and change.is_significant:
+    # A layer that had crossed before it changed further began with the crossing.
+    if change is not None and change.is_significant and (place is None or start + change.first_onset <= place[1]):
         back = math.exp if metric == "effective_experts" else float
+        onset = start + change.onset if place is None else min(start + change.onset, place[1])
         return Onset(
             layer_index=history.layer_index,
-            step=int(history.steps[start + change.onset]),
+            step=int(history.steps[onset]),
             first_step=int(history.steps[start + change.first_onset]),
             last_step=history.bucket_end(start + change.last_onset),
             metric=metric,
@@ -121,9 +138,8 @@ def _onset(
             score=change.log_likelihood_ratio - change.penalty,
             rule="change_point",
         )
-    # A crossing at the very first bucket began before anything was seen: that is no onset.
-    seen_from = int(history.steps[min(start, len(history.steps) - 1)])
-    if crossed_at is None or crossed_at <= seen_from:
+    if place is None:
         return None
     # It began somewhere before it crossed.
-    return Onset(history.layer_index, crossed_at, seen_from, crossed_at, metric, _NAN, _NAN, 0.0, "first_crossing")
+    since, crossed_at = (int(history.steps[bucket]) for bucket in place)
+    return Onset(history.layer_index, crossed_at, since, crossed_at, metric, _NAN, _NAN, 0.0, "first_crossing")

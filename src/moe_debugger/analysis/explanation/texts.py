@@ -1,6 +1,7 @@
 """Explanations in words, for terminals and logs."""
 
 import math
+from collections.abc import Sequence
 
 from moe_debugger.analysis.explanation.model import Explanation, Onset, Remedy
 from moe_debugger.messages import render
@@ -10,7 +11,7 @@ __all__ = ["effect_text", "explanation_text", "onset_text"]
 
 def explanation_text(explanation: Explanation, locale: str = "en") -> list[str]:
     """Return an explanation as lines: since when, how it spread, causes with weights, what is missing, remedies."""
-    lines = [onset_text(explanation.started_at, locale)]
+    lines = [onset_text(explanation.started_at, explanation.spread, locale)]
     if len(explanation.spread) > 1:
         layers = ", ".join(f"{layer} (step {step})" for layer, step in explanation.spread)
         lines.append(render("explanation.spread", {"layers": layers}, locale))
@@ -29,8 +30,10 @@ def explanation_text(explanation: Explanation, locale: str = "en") -> list[str]:
     return lines
 
 
-def onset_text(onset: Onset | None, locale: str = "en") -> str:
-    """Return where and when it began."""
+def onset_text(onset: Onset | None, spread: Sequence[tuple[int, int]] = (), locale: str = "en") -> str:
+    """Return where and when it began; a `spread` without a beginning was there from the first step seen."""
+    if onset is None and spread:
+        return render("explanation.from_the_first_step", {"layer": spread[0][0], "step": spread[0][1]}, locale)
     if onset is None:
         return render("explanation.no_start", {}, locale)
     code = "explanation.crossed_at" if math.isnan(onset.before) else "explanation.started_at"

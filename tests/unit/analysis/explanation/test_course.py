@@ -1,10 +1,18 @@
 """Where it began and how it spread, from loads over steps of known truth."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moe_debugger.analysis import EvidenceRow, Finding, FindingKind, LayerShape, RoutingState, Severity
-from moe_debugger.analysis.explanation import LayerHistory, explain, histories_from_decisions, histories_from_state
+from moe_debugger.analysis.explanation import (
+    LayerHistory,
+    explain,
+    explanation_text,
+    histories_from_decisions,
+    histories_from_state,
+)
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.v1 import routing_pb2 as pb
 from moe_debugger.wire.codec import CountsColumns, LayerCountColumns
@@ -95,6 +103,53 @@ def test_a_skew_that_never_changed_has_no_beginning() -> None:
     found = explain(collapse(), histories={0: history(0, 0, length=1)})
     assert found.started_at is None
     assert found.spread == ((0, 0),)
+
+
+def test_no_later_layer_is_named_as_the_beginning_where_another_was_beyond_the_limit_all_along() -> None:
+    finding = replace(collapse(0), since_step=80)
+    found = explain(finding, histories={0: history(0, 70), 1: history(1, 0, length=1)})
+    assert found.started_at is None
+    assert found.spread[0] == (1, 0)
+    assert found.spread[1][0] == 0
+    assert explanation_text(found)[0] == (
+        "Layer 1 was beyond the limit from the first step seen, 0: when it began is not known."
+    )
+    assert found.rows is not None
+    assert found.rows.query == "experts where layer = 0 order by load desc"
+
+
+def test_an_expert_that_was_always_hot_elsewhere_does_not_hide_when_another_became_so() -> None:
+    counts = np.stack([collapsing_counts(120, None), collapsing_counts(120, None)])
+    counts[0, :, 3] *= 8
+    counts[1, 60:, 5] *= 8
+    finding = Finding(FindingKind.HOT_EXPERT, Severity.WARNING, "hot_expert", 1, 5)
+    found = explain(finding, histories={layer: LayerHistory(layer, np.arange(120), counts[layer]) for layer in (0, 1)})
+    assert found.started_at is not None
+    assert found.started_at.step == 60
+    assert found.spread == ((1, 60),)
+
+
+def test_a_dip_that_recovered_is_not_the_beginning() -> None:
+    counts = np.stack([collapsing_counts(150, onset, seed=layer) for layer, onset in enumerate((90, None, 110))])
+    counts[:, 10:18] = collapsing_counts(8, 0, length=1)
+    found = explain(
+        collapse(), histories={layer: LayerHistory(layer, np.arange(150), counts[layer]) for layer in range(3)}
+    )
+    assert found.started_at is not None
+    assert found.started_at.layer_index == 0
+    assert 80 < found.started_at.first_step <= 91
+    assert found.started_at.before == pytest.approx(8, rel=0.02)
+    assert [layer for layer, _ in found.spread] == [0, 2]
+    assert 90 < found.spread[0][1] < 110 < found.spread[1][1]
+
+
+def test_a_second_fall_beyond_the_limit_is_not_the_beginning() -> None:
+    layer = LayerHistory(0, np.arange(150), collapsing_counts(150, 40, length=1))
+    layer.counts[40:100] = np.random.default_rng(0).multinomial(4000, [0.4, 0.4, 0.2, 0, 0, 0, 0, 0], 60)
+    layer.counts[100:] = [4000, 0, 0, 0, 0, 0, 0, 0]
+    found = explain(collapse(), histories={0: layer})
+    assert found.started_at is not None
+    assert (found.started_at.step, found.spread) == (40, ((0, 40),))
 
 
 def test_histories_come_from_the_state_and_from_rows_alike() -> None:
