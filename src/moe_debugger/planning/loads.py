@@ -40,7 +40,12 @@ def check_counts(counts: Any, name: str = "loads") -> Floats:
     Raises:
         InvalidInputError: another shape, no step, layer or expert, or a value that is negative or not finite.
     """
-    array = np.asarray(counts.counts if isinstance(counts, StepLoads) else counts)
+    try:
+        array = np.asarray(counts.counts if isinstance(counts, StepLoads) else counts)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{name}: rows of different lengths; expected [num_steps, num_layers, num_experts]"
+        ) from error
     if array.dtype.kind not in "uif" or array.ndim != 3:
         raise InvalidInputError(
             f"{name}: {array.ndim} dimensions of {array.dtype}, expected numbers [num_steps, num_layers, num_experts]"

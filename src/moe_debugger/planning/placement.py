@@ -131,13 +131,16 @@ class Placement:
         Raises:
             InvalidInputError: a value is missing or not valid.
         """
+        expected = "expected what Placement.to_dict() gives"
+        if not isinstance(values, Mapping):
+            raise InvalidInputError(f"not a placement: a {type(values).__name__}; {expected}")
         try:
             table = np.array(values["physical_to_logical"])
             names = ("strategy", "num_experts", "num_ranks")
             strategy, num_experts, num_ranks = (values[name] for name in names)
         except (KeyError, ValueError) as error:
-            raise InvalidInputError(f"not a placement: {error}; expected what Placement.to_dict() gives") from error
-        return cls(str(strategy), int(num_experts), int(num_ranks), table, int(values.get("num_nodes", 1)))
+            raise InvalidInputError(f"not a placement: {error}; {expected}") from error
+        return cls(str(strategy), num_experts, num_ranks, table, values.get("num_nodes", 1))
 
     def to_sglang(self, model_layer_indices: Sequence[int], num_model_layers: int) -> dict[str, list[list[int]]]:
         """Return the object that SGLang's `--init-expert-location` reads from a .json file.
@@ -177,6 +180,16 @@ def contiguous_placement(
     return Placement("contiguous", num_experts, num_ranks, table, num_nodes)
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Check that a value is a whole number of `least` or more.
+
+    Raises:
+        InvalidInputError: it is not.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise InvalidInputError(f"{name} {value!r}: expected a whole number, {least} or more")
+
+
 def check_ranks(num_slots: int, num_experts: int, num_ranks: int, num_nodes: int) -> None:
     """Check that slots can be dealt to ranks, and ranks to nodes.
 
@@ -184,8 +197,7 @@ def check_ranks(num_slots: int, num_experts: int, num_ranks: int, num_nodes: int
         InvalidInputError: they can not.
     """
     for name, value in (("num_experts", num_experts), ("num_ranks", num_ranks), ("num_nodes", num_nodes)):
-        if value < 1:
-            raise InvalidInputError(f"{name} {value}: expected 1 or more")
+        check_whole(name, value, 1)
     if num_ranks % num_nodes:
         raise InvalidInputError(f"{num_ranks} ranks on {num_nodes} nodes: expected the same number on each node")
     if num_slots < num_experts:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from moe_debugger._tables import html_table, text_table
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.planning.evaluation import MIN_STEPS, Verdict, WindowResult, evaluate, judge
@@ -18,7 +20,7 @@ from moe_debugger.planning.migration import (
     migration,
 )
 from moe_debugger.planning.packing import eplb_placement, greedy_placement, hierarchical_placement
-from moe_debugger.planning.placement import Placement, contiguous_placement
+from moe_debugger.planning.placement import Placement, check_whole, contiguous_placement
 from moe_debugger.planning.rank_metrics import expected_active_experts
 
 __all__ = ["Candidate", "PlacementPlan", "plan_placement"]
@@ -192,7 +194,12 @@ def plan_placement(
     layers, experts = counts.shape[1:]
     if num_redundant is None:
         num_redundant = 0 if current is None else current.num_slots - current.num_experts
+    for name, value in (("num_ranks", num_ranks), ("num_nodes", num_nodes), ("num_groups", num_groups)):
+        check_whole(name, value, 1)
     _check_options(top_k, experts, num_redundant, held_out_share, min_gain, confidence)
+    for name, rate in (("seconds_per_assignment", seconds_per_assignment), ("link_bytes_per_s", link_bytes_per_s)):
+        if rate is not None and not (isinstance(rate, int | float | np.number) and 0 < rate < math.inf):
+            raise InvalidInputError(f"{name} {rate!r}: expected a number, more than 0")
     num_slots = experts + num_redundant
     if current is None:
         own_slots = experts if experts % num_ranks == 0 else num_slots
@@ -257,10 +264,10 @@ def _candidates(weights: Floats, current: Placement, num_slots: int, num_groups:
 def _check_options(
     top_k: int, num_experts: int, num_redundant: int, held_out_share: float, min_gain: float, confidence: float
 ) -> None:
-    if not 1 <= top_k <= num_experts:
+    check_whole("top_k", top_k, 1)
+    if top_k > num_experts:
         raise InvalidInputError(f"top_k {top_k}: expected 1 to {num_experts}, the number of experts")
-    if num_redundant < 0:
-        raise InvalidInputError(f"num_redundant {num_redundant}: expected 0 or more")
+    check_whole("num_redundant", num_redundant, 0)
     if not 0 < held_out_share < 1:
         raise InvalidInputError(f"held_out_share {held_out_share}: expected more than 0 and less than 1")
     if not 0 <= min_gain < 1:

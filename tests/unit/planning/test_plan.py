@@ -256,9 +256,34 @@ def test_plans_on_independent_even_routing_seldom_claim_a_help() -> None:
         ({"confidence": 1.0}, "confidence"),
         ({"current": contiguous_placement(2, 16, 2)}, "on 2 ranks"),
         ({"expert_bytes": -1}, "expert_bytes"),
+        ({"num_ranks": 0}, "num_ranks 0: expected a whole number, 1 or more"),
+        ({"num_ranks": "4"}, "num_ranks '4'"),
+        ({"num_nodes": 2, "num_groups": 0}, "num_groups 0"),
+        ({"link_bytes_per_s": 0}, "link_bytes_per_s 0"),
+        ({"seconds_per_assignment": -1}, "seconds_per_assignment -1"),
     ],
 )
 def test_options_that_make_no_plan_are_refused(options: dict[str, Any], message: str) -> None:
     all_options: dict[str, Any] = {"top_k": 2, "num_ranks": 4} | options
     with pytest.raises(InvalidInputError, match=message):
         plan_placement(_steps(_skewed(0), 64, 0), **all_options)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1], "not a placement: a list"),
+        ({"num_experts": "q"}, "num_experts 'q'"),
+        ({"num_nodes": None}, "num_nodes None"),
+    ],
+)
+def test_what_is_no_placement_is_refused(values: Any, message: str) -> None:
+    if isinstance(values, dict):
+        values = contiguous_placement(1, 4, 2).to_dict() | values
+    with pytest.raises(InvalidInputError, match=message):
+        Placement.from_dict(values)
+
+
+def test_ragged_loads_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="rows of different lengths"):
+        _plan([[[1, 2]], [[1, 2, 3]]])
