@@ -23,6 +23,9 @@ class Phase(StrEnum):
     TRAIN = "train"
 
 
+_PHASES = {Phase.PREFILL: 1, Phase.DECODE: 2, Phase.TRAIN: 3}
+
+
 def plan(
     recording: Annotated[Path, typer.Argument(metavar="REC", help="Folder of a recording.")],
     ranks: Annotated[int, typer.Option(min=1, metavar="N", help="Expert-parallel ranks.")],
@@ -120,7 +123,14 @@ def _loads(source: "Recording", num_experts: int, phase: Phase | None) -> "StepL
             f"{source.manifest.session_name!r} has no rows (it was captured at level {source.manifest.level!r}): a "
             "plan needs the loads of single forwards, so record at level `routes` or above"
         )
-    return loads_from_decisions(rows, num_experts=num_experts, phase=None if phase is None else phase.value)
+    loads = loads_from_decisions(rows, num_experts=num_experts, phase=None if phase is None else phase.value)
+    if phase is not None and not len(loads.steps):
+        present = {each.value for each in Phase if (rows["phase"] == _PHASES[each]).any()}
+        raise InvalidInputError(
+            f"{source.manifest.session_name!r} has no loads of --phase {phase.value}; it has rows of "
+            f"{', '.join(sorted(present)) or 'no known phase'}"
+        )
+    return loads
 
 
 def _placement(path: Path) -> "Placement":

@@ -224,6 +224,8 @@ def plan_placement(
         )
         gained = fitted_gain(current, placement, fit)
         verdict, reason = judge(result, others, fitted_gain=gained, min_gain=min_gain)
+        if verdict is Verdict.WOULD_NOT_HELP and result.current.waste_share > min_gain:
+            reason += _too_heavy(held_out.sum(axis=0), placement)
         if len(fit) < MIN_FIT_STEPS:
             verdict, reason = Verdict.NOT_ENOUGH_STEPS, f"{len(fit)} steps to fit to; it takes {MIN_FIT_STEPS} or more"
         cost = migration(current, placement, expert_bytes=expert_bytes)
@@ -239,7 +241,7 @@ def plan_placement(
         num_fit_steps=len(fit),
         tokens_per_step=tokens,
         expected_active_experts=expected,
-        notes=_notes(candidates),
+        notes=(*_notes(candidates), *_groups_note(experts, num_nodes, num_groups)),
     )
 
 
@@ -250,7 +252,7 @@ def _candidates(weights: Floats, current: Placement, num_slots: int, num_groups:
         makers.append(lambda: greedy_placement(weights, ranks, num_nodes=nodes))
     if num_slots > experts:
         makers.append(lambda: eplb_placement(weights, ranks, num_slots=num_slots, num_nodes=nodes))
-    if nodes > 1 and num_groups % nodes == 0 and experts % num_groups == 0:
+    if nodes > 1 and _groups_fit(experts, nodes, num_groups):
         makers.append(
             lambda: hierarchical_placement(weights, ranks, num_slots=num_slots, num_nodes=nodes, num_groups=num_groups)
         )
@@ -259,6 +261,37 @@ def _candidates(weights: Floats, current: Placement, num_slots: int, num_groups:
             f"{experts} experts on {ranks} ranks without spare slots: nothing to try; give num_redundant"
         )
     return [make() for make in makers]
+
+
+def _groups_fit(experts: int, nodes: int, num_groups: int) -> bool:
+    return num_groups % nodes == 0 and experts % num_groups == 0
+
+
+def _groups_note(experts: int, nodes: int, num_groups: int) -> tuple[str, ...]:
+    # One group is what routing without groups has.
+    if nodes == 1 or num_groups == 1 or _groups_fit(experts, nodes, num_groups):
+        return ()
+    return (
+        f"hierarchical was not tried: {num_groups} groups do not divide {experts} experts evenly, or not onto {nodes} "
+        "nodes",
+    )
+
+
+def _too_heavy(loads: Floats, placement: Placement) -> str:
+    """Name the heaviest of the experts that alone exceed a rank's fair share and have one copy; "" without one.
+
+    Args:
+        loads: [num_layers, num_experts] sums over the window.
+    """
+    fair = loads.sum(axis=1, keepdims=True) / placement.num_ranks
+    ratio = np.divide(loads, fair, out=np.zeros_like(loads), where=fair > 0) * (placement.num_copies == 1)
+    layer, expert = (int(i) for i in np.unravel_index(ratio.argmax(), ratio.shape))
+    if ratio[layer, expert] <= 1:
+        return ""
+    return (
+        f"; expert {expert} of layer {layer} alone is given {ratio[layer, expert]:.2f}x a rank's fair share, so that "
+        "only copies of it can even it out (num_redundant)"
+    )
 
 
 def _check_options(

@@ -68,6 +68,10 @@ def test_what_cannot_be_planned_is_said(run: Run, tmp_path: Path) -> None:
     )
     # Four forwards, none of them decoding: an answer, but no verdict on the loads.
     assert "not_enough_steps" in run("plan", folder, "--ranks", 4)[0]
+    assert (
+        "has no loads of --phase train; it has rows of"
+        in run("plan", folder, "--ranks", 4, "--phase", "train", code=1)[1]
+    )
     counted = record(tmp_path / "counts", [], infos(SHAPE), level="counts")
     assert "has no rows" in run("plan", counted, "--ranks", 4, code=1)[1]
     assert "rec" in run("plan", tmp_path / "missing", "--ranks", 4, code=1)[1]

@@ -287,3 +287,23 @@ def test_what_is_no_placement_is_refused(values: Any, message: str) -> None:
 def test_ragged_loads_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="rows of different lengths"):
         _plan([[[1, 2]], [[1, 2, 3]]])
+
+
+def test_an_expert_too_heavy_for_any_rank_is_named() -> None:
+    shares = [1.0] * NUM_EXPERTS
+    shares[5] = 20.0
+    loads = _steps(shares, 128, 0)
+    packed = _plan(loads, current=_only(_plan(loads)).placement)
+    assert "; expert 5 of layer" in _only(packed).reason
+    assert "only copies of it" in _only(packed).reason
+    copied = [each for each in _plan(loads, num_redundant=4).candidates if each.placement.strategy == "eplb"]
+    assert "alone" not in copied[0].reason
+
+
+def test_groups_that_do_not_fit_the_nodes_are_said() -> None:
+    loads = _steps(_skewed(0), 128, 0)
+    said = [
+        any("hierarchical was not tried" in note for note in _plan(loads, num_nodes=2, num_groups=n).notes)
+        for n in (1, 2, 3, 6)
+    ]
+    assert said == [False, False, True, True]
