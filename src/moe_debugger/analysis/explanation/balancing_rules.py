@@ -205,7 +205,7 @@ def _share_of_loss(context: Context, coefficient: Setting | None) -> Iterator[Ca
 
 
 def _selection_bias(context: Context) -> Iterator[Cause]:
-    """bias.wrong_way: the wider the selection biases are spread, the fewer experts are used."""
+    """bias.wrong_way: around the onset, the wider the selection biases are spread, the fewer experts are used."""
     index = context.finding.layer_index
     if index is None or index not in context.histories:
         return
@@ -215,8 +215,13 @@ def _selection_bias(context: Context) -> Iterator[Cause]:
         return
     steps, at_low, at_high = np.intersect1d(low.steps, high.steps, return_indices=True)
     spread = Setting("selection_bias_spread", index, steps, (high.values[at_high] - low.values[at_low])[:, :1])
-    history = context.histories[index]
-    correlation = rank_correlation(*_paired(spread, history.steps, np.log(history.effective_experts)))
+    history, onset = context.histories[index], context.onset
+    begin = 0
+    if onset is not None:
+        # Healthy biases spread, too, while they even out the load: as many buckets count before it as since it began.
+        since = int(np.searchsorted(history.steps, onset.first_step))
+        begin = max(0, 2 * since - len(history.steps))
+    correlation = rank_correlation(*_paired(spread, history.steps[begin:], np.log(history.effective_experts[begin:])))
     if correlation is None or correlation.value > -_WRONG_SIGN:
         return
     before, now = context.before(spread), context.now(spread)

@@ -193,6 +193,7 @@ def _limit(rule: str) -> float | None:
 # What bears on balance in a training, in the order in which it helps most. Selection biases come with the gradients,
 # where the router has any.
 _TRAINING = ("balance_coef", "balance_loss", "lr", "router_gradient_norm")
+_LOSS_SETTINGS = ("balance_coef", "balance_loss")
 _GRADIENTS = ("router_gradient_norm", "selection_bias_max", "expert_gradient_norm", "selection_bias_min")
 
 
@@ -203,7 +204,12 @@ def missing_of(context: Context) -> tuple[Missing, ...]:
     if kind is FindingKind.CAPTURE_UNHEALTHY:
         return ()
     if context.is_training and kind is not FindingKind.RANK_STRAGGLER:
-        found += [_setting(name) for name in _TRAINING if not context.settings.is_observed(name)]
+        biases = context.settings.layers("selection_bias_max").values()
+        # Where selection biases balance, there need not be a balancing loss.
+        needless = _LOSS_SETTINGS if any(np.nan_to_num(one.values).any() for one in biases) else ()
+        found += [
+            _setting(name) for name in _TRAINING if name not in needless and not context.settings.is_observed(name)
+        ]
     if not context.histories:
         found.append(
             Missing(

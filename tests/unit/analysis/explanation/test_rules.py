@@ -141,6 +141,23 @@ def test_selection_biases_that_spread_as_the_load_narrows_go_the_wrong_way() -> 
     assert explained(right, histories={0: layer}).causes == ()
 
 
+def test_selection_biases_are_looked_at_around_the_onset_and_stand_in_for_a_balancing_loss() -> None:
+    # For 90 steps the biases spread while they even out the load; then they turn and spread on.
+    layer = history(0, ONSET, length=30)
+    warm_up = np.linspace(0, 1, ONSET)
+    rng = np.random.default_rng(0)
+    for step in range(ONSET):
+        uneven = 0.04 * (1 - warm_up[step])
+        layer.counts[step] = rng.multinomial(4000, [1 / 8 + uneven, *[1 / 8 - uneven / 7] * 7])
+    spread = np.r_[0.3 * warm_up, 0.3 + 0.02 * np.arange(150 - ONSET)]
+    biases = [series("selection_bias_min", -spread, 0), series("selection_bias_max", spread, 0)]
+    found = explained(ObservedSettings(biases), histories={0: layer})
+    assert (only(found).code, found.status) == ("selection_bias_wrong_way", "ranked")
+    assert [one.name for one in found.missing] == ["lr", "router_gradient_norm"]
+    unused = [series(f"selection_bias_{end}", np.zeros(150), 0) for end in ("min", "max")]
+    assert "balance_loss" in [one.name for one in explained(ObservedSettings(unused), histories={0: layer}).missing]
+
+
 def test_a_learning_rate_that_trebles_before_the_onset_goes_with_it_and_a_warm_up_does_not() -> None:
     found = explained(observed(lr=jump(1e-3, 3e-3, at=85)))
     assert (only(found).code, only(found).rule) == ("learning_rate_spike", "lr.spike")
