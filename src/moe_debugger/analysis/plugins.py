@@ -46,7 +46,7 @@ _CODE = re.compile(r"[a-z][a-z0-9_]{0,79}")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 _MAX_FINDINGS, _MAX_PROBLEMS = 1000, 10
 _MAX_EVIDENCE, _MAX_ARGS = 50, 20
-# Letters of a text; whatever is longer is cut. `_MAX_WORD` is for the texts in a row of evidence and for versions.
+# Letters of a text; whatever is longer is cut. `_MAX_WORD` is for titles, versions and the texts of evidence.
 _MAX_TEXT, _MAX_WORD, _MAX_PROBLEM = 2000, 200, 500
 # What a terminal or a page would obey, and what cannot be sent: controls, line and text direction marks, surrogates.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -395,7 +395,10 @@ def _cleaned(finding: Finding, name: str) -> Finding:
         layer_index=_int(finding.layer_index),
         expert_id=_int(finding.expert_id),
         since_step=_int(finding.since_step),
-        args={key: _text(text, _MAX_TEXT, keeps_lines=key in _LONG_ARGS) for key, text in finding.args.items()},
+        args={
+            key: _text(text, _MAX_WORD if key == "title" else _MAX_TEXT, keeps_lines=key in _LONG_ARGS)
+            for key, text in finding.args.items()
+        },
         evidence=tuple(
             EvidenceRow(
                 metric=_text(row.metric, _MAX_WORD),

@@ -204,7 +204,7 @@ def test_texts_are_cleaned_and_cut_and_numbers_become_plain() -> None:
     row = EvidenceRow("m\x07" * 500, np.float32(0.5), sample_size=np.int64(7))  # type: ignore[arg-type]
     given = finding(args=args, evidence=(row,), layer_index=np.int64(2), since_step=np.uint64(9))
     found = run_detectors(view_of(), [Scripted(lambda view: [given])]).findings[0]
-    assert found.args == {"title": "T" * 1999 + "…", "summary": "a [31m \nb ", "place": "x y "}
+    assert found.args == {"title": "T" * 199 + "…", "summary": "a [31m \nb ", "place": "x y "}
     assert found.evidence[0].metric == "m " * 99 + "m…"
     assert [type(value) for value in (found.evidence[0].value, found.evidence[0].sample_size)] == [float, int]
     assert [type(value) for value in (found.layer_index, found.since_step)] == [int, int]
