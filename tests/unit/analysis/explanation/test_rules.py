@@ -142,14 +142,14 @@ def test_selection_biases_that_spread_as_the_load_narrows_go_the_wrong_way() -> 
 
 
 def test_selection_biases_are_looked_at_around_the_onset_and_stand_in_for_a_balancing_loss() -> None:
-    # For 90 steps the biases spread while they even out the load; then they turn and spread on.
-    layer = history(0, ONSET, length=30)
-    warm_up = np.linspace(0, 1, ONSET)
+    # For 100 steps the biases spread while they even out the load; then they turn and spread on.
+    layer = history(0, 100, length=30)
+    warm_up = np.linspace(0, 1, 100)
     rng = np.random.default_rng(0)
-    for step in range(ONSET):
-        uneven = 0.04 * (1 - warm_up[step])
+    for step in range(100):
+        uneven = 0.08 * (1 - warm_up[step])
         layer.counts[step] = rng.multinomial(4000, [1 / 8 + uneven, *[1 / 8 - uneven / 7] * 7])
-    spread = np.r_[0.3 * warm_up, 0.3 + 0.02 * np.arange(150 - ONSET)]
+    spread = np.r_[0.3 * warm_up, 0.3 + 0.02 * np.arange(150 - 100)]
     biases = [series("selection_bias_min", -spread, 0), series("selection_bias_max", spread, 0)]
     found = explained(ObservedSettings(biases), histories={0: layer})
     assert (only(found).code, found.status) == ("selection_bias_wrong_way", "ranked")
@@ -162,7 +162,7 @@ def test_a_learning_rate_that_trebles_before_the_onset_goes_with_it_and_a_warm_u
     found = explained(observed(lr=jump(1e-3, 3e-3, at=85)))
     assert (only(found).code, only(found).rule) == ("learning_rate_spike", "lr.spike")
     assert found.remedies[0].change == "learning_rate: 0.001  # observed: 0.003 at step 85"
-    assert explained(observed(lr=[1e-3 * min(1, (n + 1) / 89) for n in range(150)])).causes == ()
+    assert explained(observed(lr=[1e-3 * min(1, (n + 1) / 89) for n in range(100)])).causes == ()
     assert explained(observed(lr=jump(1e-3, 3e-3, at=130))).causes == ()
 
 
