@@ -162,7 +162,7 @@ def test_a_learning_rate_that_trebles_before_the_onset_goes_with_it_and_a_warm_u
     found = explained(observed(lr=jump(1e-3, 3e-3, at=85)))
     assert (only(found).code, only(found).rule) == ("learning_rate_spike", "lr.spike")
     assert found.remedies[0].change == "learning_rate: 0.001  # observed: 0.003 at step 85"
-    assert explained(observed(lr=[1e-3 * min(1, (n + 1) / 89) for n in range(100)])).causes == ()
+    assert explained(observed(lr=[1e-3 * min(1, (n + 1) / 89) for n in range(150)])).causes == ()
     assert explained(observed(lr=jump(1e-3, 3e-3, at=130))).causes == ()
 
 
