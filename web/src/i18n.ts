@@ -41,7 +41,9 @@ export function findingText(finding: Pick<Finding, "code" | "args">, part: "titl
   if (own !== undefined) return own;
   if (part === "remedy") return "";
   const args = Object.entries(finding.args).map(([name, value]) => `${name} = ${value}`);
-  return part === "title" ? finding.code : args.join(", ");
+  if (part === "summary") return args.join(", ");
+  const [plugin, code] = finding.code.split(/\.(.*)/, 2);
+  return code ? `${code.replaceAll("_", " ")} (${plugin})` : finding.code;
 }
 
 /** The name of a metric. */

@@ -18,7 +18,7 @@ import {
   FindingState,
   Severity,
 } from "../src/gen/moe_debugger/v1/session_pb";
-import { i18n } from "../src/i18n";
+import { findingText, i18n } from "../src/i18n";
 import type { Picture } from "../src/live";
 import { matchesFilter } from "../src/model/filter";
 import { recentWindow, wholeSession } from "../src/model/load";
@@ -436,4 +436,12 @@ describe("assurance", () => {
     ]);
     expect(screen.getByTestId("assurance").textContent).toContain("at most once in 625K steps");
   });
+});
+
+it("names a finding of a plug-in without words by its code and its detector", () => {
+  const args = { share: "50 %" };
+  expect(findingText({ code: "quiet-half.half_is_idle", args }, "title")).toBe("half is idle (quiet-half)");
+  expect(findingText({ code: "quiet-half.half_is_idle", args }, "summary")).toBe("share = 50 %");
+  expect(findingText({ code: "quiet-half.x", args: { title: "Half is idle" } }, "title")).toBe("Half is idle");
+  expect(findingText({ code: "unheard_of", args: {} }, "title")).toBe("unheard_of");
 });
