@@ -175,11 +175,13 @@ NAMES_OF_LOOPS = {
         *("decisions_dropped", "rows_not_written", "rows_damaged"),
     ],
     ("reporting/quality_scores.py", "f'capture_{check.name}'"): ["capture_<check>"],
-    # Series of a training, which docs/training.md defines, and evidence that is read back from messages.
+    # Series of a training, which docs/training.md defines, numbers of other people's detectors, and evidence that is
+    # read back from messages.
     ("analysis/explanation/training_rules.py", "name"): [],
     ("analysis/explanation/training_rules.py", "setting.name"): [],
     ("analysis/explanation/wire.py", "row.metric"): [],
     ("analysis/findings.py", "row.metric"): [],
+    ("analysis/plugins.py", "_text(row.metric, _MAX_WORD)"): [],
     ("reporting/findings_text.py", "row.metric"): [],
 }
 
