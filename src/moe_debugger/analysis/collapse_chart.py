@@ -317,8 +317,9 @@ class _Chart:
                 continue
             small = 0
             between = np.rint(np.diff(self._steps[last : i + 1]) / self._spacing)
-            self._judge(i, kept[-1], int(np.maximum(between, 1).sum()), usual)
-            self._judge_fast(i, kept)
+            newest = (self._values[kept[-1]] + self._values[i]) / 2
+            self._judge(i, newest, int(np.maximum(between, 1).sum()), usual)
+            self._judge_fast(i, kept, newest)
             kept.append(i)
             last = i
             self._recover(i, kept[-update:])
@@ -331,7 +332,7 @@ class _Chart:
                     usual = max(usual, float(np.median(self._tokens[window])))
         return None
 
-    def _judge(self, i: int, before: int, distance: int, usual: float) -> None:
+    def _judge(self, i: int, newest: _Floats, distance: int, usual: float) -> None:
         noise, settings = self.result.noise, self._settings
         assert noise is not None
         deviation = self._values[i] - noise.level
@@ -346,32 +347,18 @@ class _Chart:
         self._statistic[is_zero] = 0.0
         self._since[is_zero] = i + 1
         self._previous = deviation
-        newest = (self._values[before] + self._values[i]) / 2
         has_fallen = newest - noise.level <= math.log1p(-settings.min_fall)
         for series in np.flatnonzero((self._statistic > self._threshold) & has_fallen & ~self._is_open).tolist():
-            self._is_open[series] = True
-            self.result.alarms.append(
-                Alarm(
-                    series=series,
-                    index=i,
-                    since=int(self._since[series]),
-                    statistic=float(self._statistic[series]),
-                    threshold=float(self._threshold[series]),
-                    level=float(noise.level[series]),
-                    phi=float(noise.phi[series]),
-                    scale=float(noise.scale[series]),
-                    value=float(newest[series]),
-                )
-            )
+            since, threshold = int(self._since[series]), float(self._threshold[series])
+            self._warn(series, i, since, float(self._statistic[series]), threshold, noise.level, newest)
 
-    def _judge_fast(self, i: int, kept: list[int]) -> None:
+    def _judge_fast(self, i: int, kept: list[int], newest: _Floats) -> None:
         """Raise the alarm where a series lies far below the points just before, whatever its baseline."""
-        noise, settings = self.result.noise, self._settings
-        assert noise is not None
+        settings = self._settings
         known = kept[-_FAST_NOISE_POINTS - _FAST_LAG : -_FAST_LAG]
         if len(known) < _FAST_NOISE_POINTS:
             return
-        before, newest = self._values[known[-_FAST_POINTS:]], (self._values[kept[-1]] + self._values[i]) / 2
+        before = self._values[known[-_FAST_POINTS:]]
         level = before.mean(axis=0)
         is_deep = (newest - level <= math.log1p(-settings.fast_fall)) & ~self._is_open
         if not is_deep.any():
@@ -380,22 +367,39 @@ class _Chart:
         size = (level - newest) / np.maximum(deviation, _MIN_SCALE)
         for series in np.flatnonzero(is_deep & (size > settings.fast_deviations)).tolist():
             usual = level[series] - 2 * deviation[series]
-            since = next((at for at in reversed(kept) if self._values[at, series] >= usual), known[-1])
-            self._is_open[series] = True
-            self.result.alarms.append(
-                Alarm(
-                    series=series,
-                    index=i,
-                    since=min(since + 1, i),
-                    statistic=float(size[series]),
-                    threshold=settings.fast_deviations,
-                    level=float(level[series]),
-                    phi=float(noise.phi[series]),
-                    scale=float(noise.scale[series]),
-                    value=float(newest[series]),
-                    is_fast=True,
-                )
+            since = 1 + next((at for at in reversed(kept) if self._values[at, series] >= usual), known[-1])
+            threshold = settings.fast_deviations
+            self._warn(series, i, min(since, i), float(size[series]), threshold, level, newest, is_fast=True)
+
+    def _warn(
+        self,
+        series: int,
+        i: int,
+        since: int,
+        statistic: float,
+        threshold: float,
+        level: _Floats,
+        newest: _Floats,
+        *,
+        is_fast: bool = False,
+    ) -> None:
+        noise = self.result.noise
+        assert noise is not None
+        self._is_open[series] = True
+        self.result.alarms.append(
+            Alarm(
+                series=series,
+                index=i,
+                since=since,
+                statistic=statistic,
+                threshold=threshold,
+                level=float(level[series]),
+                phi=float(noise.phi[series]),
+                scale=float(noise.scale[series]),
+                value=float(newest[series]),
+                is_fast=is_fast,
             )
+        )
 
     def _recover(self, i: int, recent: list[int]) -> None:
         """Close alarms whose series lost less than half of `min_fall` over a quarter of a window."""

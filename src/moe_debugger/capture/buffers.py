@@ -10,7 +10,7 @@ from typing import Any
 
 from .raw import RawLayer
 
-__all__ = ["copy_written", "overwritten"]
+__all__ = ["copy_written", "copy_written_layers"]
 
 
 def copy_written(tensors: dict[str, Any]) -> None:
@@ -18,15 +18,21 @@ def copy_written(tensors: dict[str, Any]) -> None:
     tensors.update({name: tensor.clone() for name, tensor, _ in _written(tensors)})
 
 
-def overwritten(layers: Sequence[RawLayer]) -> list[RawLayer]:
-    """Return the layers of one forward whose tensors lie where those of a later layer lie, in the order of its calls.
+def copy_written_layers(layers: Sequence[RawLayer]) -> list[RawLayer]:
+    """Copy what was written in place of the layers of one forward, in the order of their calls.
 
-    All of them are held, so that no memory can have been freed and used again.
+    All tensors are held, so that no memory can have been freed and used again: where those of two layers lie in one
+    place, the later layer has overwritten the earlier one's.
+
+    Returns:
+        The layers that were overwritten; what lies there is not theirs.
     """
-    last = {place: layer for layer in layers for _, _, place in _written(layer.tensors)}
-    if not last:
-        return []
-    return [layer for layer in layers if any(last[place] is not layer for _, _, place in _written(layer.tensors))]
+    written = [(layer, *found) for layer in layers for found in _written(layer.tensors)]
+    last = {place: layer for layer, _, _, place in written}
+    for layer, name, tensor, _ in written:
+        layer.tensors[name] = tensor.clone()
+    lost = {id(layer) for layer, _, _, place in written if last[place] is not layer}
+    return [layer for layer in layers if id(layer) in lost]
 
 
 def _written(tensors: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, int]]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moe_debugger.errors import AlreadyAttachedError
 
-from .buffers import copy_written, overwritten
+from .buffers import copy_written, copy_written_layers
 from .compiled import Receivers, reset_compiled_code
 from .context import (
     CacheLength,
@@ -204,6 +204,8 @@ class Capture:
             capture.receive(site, tap, values, num_rows)
 
         hook = TapHook(self, self._local, site, tap, self._receivers.add(_weakly(self, received)))
+        if site.info.layer_index in self._copied_at_once:
+            hook.reads_at_once()
         self._tap_hooks.setdefault(site.info.layer_index, []).append(hook)
         if tap.moment == "before":
             self._handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -341,13 +343,13 @@ class Capture:
                 if carrier is not None and frame.are_ids_minted and ids and frame.past_length == 0:
                     self._tracker.remember(carrier, ids)
         self._note_unseen(forward, raw)
-        self._refuse_overwritten(raw)
+        self._own_written(raw)
         self._transfer.start(raw)
         self._drafts.offer(raw)
 
-    def _refuse_overwritten(self, raw: RawForward) -> None:
-        """Lose the layers whose tensors a later layer has written its own into, and copy theirs at once from now on."""
-        layers = overwritten(raw.layers)
+    def _own_written(self, raw: RawForward) -> None:
+        """Copy what the next forward may overwrite; layers that a later one overwrote are lost, and copied at once."""
+        layers = copy_written_layers(raw.layers)
         if not layers:
             return
         raw.layers = [layer for layer in raw.layers if not any(layer is each for each in layers)]

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
-from .buffers import copy_written
 from .raw import RawForward
 from .sites import Site
 from .sums import reduce_on_device
@@ -97,9 +96,7 @@ class CudaStreams:
 
 
 class HostTransfer:
-    """Copies a forward's device tensors into pinned memory on a side stream.
-
-    Host tensors are left as they are, but those that were written in place: the next forward may do so again.
+    """Copies a forward's device tensors into pinned memory on a side stream; host tensors are left as they are.
 
     Args:
         sites: the model's MoE layers, by layer index.
@@ -116,8 +113,6 @@ class HostTransfer:
 
     def start(self, raw: RawForward) -> None:
         """Replace the tensors of `raw` by host tensors; `raw.copied` holds the events to wait for before reading."""
-        for layer in raw.layers:
-            copy_written(layer.tensors)
         if not self._cuda.is_in_use():
             return
         devices = {tensor.device for tensor in _tensors(raw) if self._cuda.is_device(tensor)}

@@ -1,8 +1,5 @@
 """What the page links to can be asked of a live session."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
 from moe_analyzer.session_query import _capabilities
@@ -18,10 +15,7 @@ from moe_debugger.query.binding import bind
 def test_the_rows_behind_every_finding_can_be_asked_for(
     kind: FindingKind, expert_id: int | None, since: int | None
 ) -> None:
-    context: Any = SimpleNamespace(
-        finding=Finding(kind, Severity.WARNING, str(kind), layer_index=3, expert_id=expert_id), since=since
-    )
-    link = _rows(context)
+    link = _rows(Finding(kind, Severity.WARNING, str(kind), layer_index=3, expert_id=expert_id), since)
     if link is None:
         assert kind in (FindingKind.CAPTURE_UNHEALTHY, FindingKind.RANK_STRAGGLER)
         return

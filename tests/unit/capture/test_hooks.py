@@ -186,3 +186,27 @@ def test_routes_in_a_buffer_that_is_written_again_are_copied_before(*, is_shared
     for forward, layer in zip(decisions.forward_index, decisions.layer_index, strict=True):
         rows = (decisions.forward_index == forward) & (decisions.layer_index == layer)
         assert decisions.expert_ids[rows].tolist() == truth[forward * len(gates) + layer].tolist()
+
+
+def test_a_shared_buffer_is_copied_at_once_in_the_next_session_too() -> None:
+    model = build("mixtral")
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    buffer, truth = torch.empty(10, gates[0].top_k, dtype=torch.int64), []
+
+    def into_buffer(module: Any, args: Any, output: Any) -> Any:
+        truth.append(output[2].clone())
+        return *output[:2], buffer.copy_(output[2])
+
+    for gate in gates:
+        gate.register_forward_hook(into_buffer)
+    with torch.no_grad(), MoEDebugger(model) as debugger:
+        model(torch.randint(3, 90, (2, 5)))
+        assert debugger.session is not None
+        debugger.session.close()
+        session = debugger.start_session()
+        truth.clear()
+        model(torch.randint(3, 90, (2, 5)))
+        decisions = session.decisions()
+        assert debugger.get_performance_metrics().num_dropped == {}
+    for layer, expected in enumerate(truth):
+        assert decisions.expert_ids[decisions.layer_index == layer].tolist() == expected.tolist()

@@ -3,14 +3,12 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import torch
-
-from moe_debugger.cli import main
 
 GLAM_FOLDER = Path(__file__).parents[3] / "examples" / "glam"
 MINE = """
@@ -44,14 +42,11 @@ def fails():
 """
 
 
-class Run(Protocol):
-    """Runs the command and returns what it printed on both streams."""
-
-    def __call__(self, *arguments: str, code: int = 0) -> tuple[str, str]: ...
+Run = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+def check(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     """Run `moe-debugger check-adapter` in a folder with the example and `mine.py`."""
     torch.set_num_threads(1)
     for name in ("modeling_glam.py", "glam_adapter.py"):
@@ -60,31 +55,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(tmp_path)
     path, modules = list(sys.path), {name: sys.modules.pop(name, None) for name in ("modeling_glam", "glam_adapter")}
 
-    def run_main(*arguments: str, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["moe-debugger", "check-adapter", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert (ended.value.code or 0) == code, printed
-        return printed.out, printed.err
-
-    yield run_main
+    yield partial(run, "check-adapter")
     sys.path[:] = path
     for name in ("mine", *modules):
         sys.modules.pop(name, None)
     sys.modules.update({name: module for name, module in modules.items() if module is not None})
 
 
-def test_an_adapter_that_is_right_ends_with_0_and_a_table(run: Run) -> None:
-    out, err = run("glam_adapter:GlamAdapter", "--model", "modeling_glam:tiny_model", "--max-experts", "16")
+def test_an_adapter_that_is_right_ends_with_0_and_a_table(check: Run) -> None:
+    out, err = check("glam_adapter:GlamAdapter", "--model", "modeling_glam:tiny_model", "--max-experts", "16")
     assert "layers.1.feed_forward" in out
     assert "adapter 'glam' agrees with the experiment" in out
     assert "48 experts beyond max_experts" in out
     assert not err
 
 
-def test_an_adapter_that_is_wrong_ends_with_1_and_says_how(run: Run) -> None:
-    out, err = run("mine:OffByOne", "--model", "mine:small", code=1)
+def test_an_adapter_that_is_wrong_ends_with_1_and_says_how(check: Run) -> None:
+    out, err = check("mine:OffByOne", "--model", "mine:small", code=1)
     assert not out
     assert "adapter 'glam' is refused, 1 problem(s):" in err
     assert "layers.1.feed_forward: the experts of" in err
@@ -92,12 +79,12 @@ def test_an_adapter_that_is_wrong_ends_with_1_and_says_how(run: Run) -> None:
     assert "Every id is 1 too high" in err
 
 
-def test_the_result_as_json(run: Run) -> None:
-    out, _ = run("mine:MADE", "--model", "mine:with_inputs", "--max-experts", "8", "--json")
+def test_the_result_as_json(check: Run) -> None:
+    out, _ = check("mine:MADE", "--model", "mine:with_inputs", "--max-experts", "8", "--json")
     result = json.loads(out)
     assert result["agrees"]
     assert [layer["num_tokens"] for layer in result["layers"]] == [30]
-    out, _ = run("mine:OffByOne", "--model", "mine:small", "--json", code=1)
+    out, _ = check("mine:OffByOne", "--model", "mine:small", "--json", code=1)
     assert json.loads(out)["problems"]
 
 
@@ -114,8 +101,10 @@ def test_the_result_as_json(run: Run) -> None:
         (("mine:MADE", "--model", "demo"), "adapter 'glam' matches none of the"),
     ],
 )
-def test_what_cannot_be_checked_ends_with_1_and_the_reason(run: Run, arguments: tuple[str, ...], expected: str) -> None:
-    out, err = run(*arguments, code=1)
+def test_what_cannot_be_checked_ends_with_1_and_the_reason(
+    check: Run, arguments: tuple[str, ...], expected: str
+) -> None:
+    out, err = check(*arguments, code=1)
     assert not out
     assert err.startswith("moe-debugger: ")
     assert expected in err

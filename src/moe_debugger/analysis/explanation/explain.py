@@ -89,7 +89,7 @@ def explain(
         unexplained=unexplained,
         missing=missing,
         remedies=tuple(remedies_of(context, causes, missing)),
-        rows=_rows(context),
+        rows=_rows(finding, _rows_since(context)),
     )
 
 
@@ -101,12 +101,14 @@ def weighted(causes: list[Cause]) -> tuple[tuple[Cause, ...], float]:
     return tuple(replace(one, weight=part / whole) for one, part in zip(ranked, odds, strict=True)), 1 / whole
 
 
-def _rows(context: Context) -> RowsLink | None:
-    finding = context.finding
+def _rows_since(context: Context) -> int | None:
+    """Return the first step whose rows are behind the finding, None = all: it was so from the first step seen."""
+    return context.finding.since_step if context.since is None and not context.course.spread else context.since
+
+
+def _rows(finding: Finding, since: int | None) -> RowsLink | None:
     if finding.layer_index is None or finding.kind in _NO_ROWS:
         return None
-    # Where it was so from the first step seen, all rows are behind it.
-    since = finding.since_step if context.since is None and not context.course.spread else context.since
     values = {"layer_index": finding.layer_index}
     text = f"tokens where layer = {finding.layer_index}"
     if finding.kind is FindingKind.DEAD_EXPERT:
