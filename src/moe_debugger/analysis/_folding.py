@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_debugger.analysis._row_runs import load_of_runs, run_starts, sums_by_group
+from moe_debugger.analysis.fixed_sums import NUM_GROUPS, RowGroups
 from moe_debugger.analysis.layer_state import (
     FIXED_POINT,
     MAX_ABSOLUTE,
@@ -184,16 +185,7 @@ def fold_layer(state: LayerState, layer: LayerColumns, batch: Batch) -> None:
     _fold_load(state, ids, is_load, steps, blocks, batch.stretches[rows][valid], known, batch.step_source)
     if state.token_sample is not None:
         state.token_sample.fold(batch.keys[rows][valid], ids, slots.is_load)
-    for name, total in (
-        ("router_entropy", state.router_entropy),
-        ("top1_probability", state.top1_probability),
-        ("margin", state.margin),
-    ):
-        column = getattr(layer, name)
-        if column is not None:
-            total.add(column[valid])
-    if layer.router_logsumexp is not None:
-        state.z_squared.add(np.square(layer.router_logsumexp[valid].astype(np.float64)))
+    _fold_means(state, layer, valid, status, blocks, known)
     if layer.probability_sum is not None:
         _add_probabilities(state, layer.probability_sum, len(steps))
     _fold_content(state, layer, ids, valid, batch, rows)
@@ -310,6 +302,33 @@ def _pays(starts: npt.NDArray[np.intp], ids: npt.NDArray[np.int32], num_experts:
 def _block_numbers(hashes: _U64, known: npt.NDArray[np.bool_], num: int) -> npt.NDArray[np.intp]:
     """Return each row's block; rows of unknown requests go to one more, which is dropped after counting."""
     return np.where(known, (hashes >> np.uint64(32)) % np.uint64(num), np.uint64(num)).astype(np.intp)
+
+
+def _fold_means(
+    state: LayerState,
+    layer: LayerColumns,
+    valid: npt.NDArray[np.bool_] | slice,
+    status: npt.NDArray[np.uint8] | None,
+    blocks: _U64,
+    known: npt.NDArray[np.bool_],
+) -> None:
+    """Add what is a mean over the valid rows, by groups of requests."""
+    columns = [
+        (state.router_entropy, layer.router_entropy),
+        (state.top1_probability, layer.top1_probability),
+        (state.margin, layer.margin),
+    ]
+    if layer.router_logsumexp is None and status is None and all(column is None for _, column in columns):
+        return
+    starts = run_starts(blocks, known)
+    groups = RowGroups(starts, _block_numbers(blocks[starts], known[starts], NUM_GROUPS))
+    for sums, column in columns:
+        if column is not None:
+            sums.add(column[valid], groups)
+    if layer.router_logsumexp is not None:
+        state.z_squared.add(np.square(layer.router_logsumexp[valid].astype(np.float64)), groups)
+    if status is not None:
+        state.dropped.add(np.count_nonzero(status == pb.SLOT_STATUS_DROPPED, axis=1), groups)
 
 
 def _fold_content(

@@ -5,8 +5,9 @@ registers, u32 number of layers, layers. Integer arrays are written in the narro
 maximum (one byte says which), so that a window's blocks cost one byte a cell. Kinds of tokens (phases, token classes,
 workloads) stand behind a byte that is 0 where they are those of the layer before, as they mostly are.
 
-Major 5 gives each layer its kinds of tokens. Up to major 4 one table of phases and of token classes stood for all
-layers, and is read as that of each; workloads were counted without their requests, and are read as none.
+Major 6 keeps means by groups of requests; older sums are read as those of unknown requests, and dropped slots as of no
+group. Major 5 gives each layer its kinds of tokens. Up to major 4 one table of phases and of token classes stood for
+all layers, and is read as that of each; workloads were counted without their requests, and are read as none.
 Major 4 adds the sum of squares of the tokens' routed slots, and keeps means in multiples of 2**-40 instead of 2**-20;
 older states get the sum of squares of equal tokens. Major 3 added blocks of positions, workloads, and the history: the
 series over steps and the samples of steps and tokens, each layer's behind a byte that says whether it is there. Major 2
@@ -21,12 +22,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis.fixed_sums import FRACTION_BITS, NUM_GROUPS, UNKNOWN_GROUP, FixedSums
 from moe_debugger.analysis.layer_state import even_squares
 from moe_debugger.analysis.sketch import NUM_REGISTERS
 from moe_debugger.analysis.state import (
     NUM_PHASES,
     NUM_TOKEN_CLASSES,
-    FixedSum,
     LayerShape,
     LayerState,
     RoutingState,
@@ -39,7 +40,7 @@ from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireF
 
 __all__ = ["STATE_FORMAT_MAJOR", "decode_state", "encode_state"]
 
-STATE_FORMAT_MAJOR = 5
+STATE_FORMAT_MAJOR = 6
 STATE_FORMAT_MINOR = 0
 _MAGIC = b"MoRS"
 _HEADER = struct.Struct("<4sBBHI")
@@ -47,7 +48,9 @@ _LAYER = struct.Struct("<IIII9QQQ")
 _LAYER_2 = struct.Struct("<IIII8QQQ")
 _LAYER_1 = struct.Struct("<III6QQQ")
 _SERIES = struct.Struct("<BIQQQQ")
-_SUMS = ("router_entropy", "top1_probability", "margin", "z_squared")
+# Sums by groups of requests.
+_SUMS = ("router_entropy", "top1_probability", "margin", "z_squared", "dropped")
+_MAX_SUM = 1 << 62
 _WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 # Up to major 3 means were multiples of 2**-20.
 _COARSE_BITS = 20
@@ -95,10 +98,9 @@ def _encode_layer(layer: LayerState) -> list[bytes]:
         _NO_STEP if layer.first_step is None else layer.first_step,
         _NO_STEP if layer.last_step is None else layer.last_step,
     )
-    sums = [getattr(layer, name) for name in _SUMS]
     return [
         head,
-        *(total.total.to_bytes(16, "little", signed=True) + struct.pack("<Q", total.num_values) for total in sums),
+        *(part for name in _SUMS for part in _encode_sums(getattr(layer, name))),
         layer.content_registers.tobytes(),
         _pack(layer.counts),
         _pack(layer.block_counts),
@@ -110,6 +112,14 @@ def _encode_layer(layer: LayerState) -> list[bytes]:
         *_encode_steps(layer.step_sample),
         *_encode_tokens(layer.token_sample),
     ]
+
+
+def _encode_sums(sums: FixedSums) -> list[bytes]:
+    if not sums.num_values:
+        return [b"\0"]
+    # The sign goes last, so that small numbers stay narrow.
+    wholes = (sums.wholes << 1) ^ (sums.wholes >> 63)
+    return [b"\1", *(_pack(part.view(np.uint64)) for part in (wholes, sums.fractions, sums.counts))]
 
 
 def _encode_series(series: LoadSeries | None) -> list[bytes]:
@@ -276,11 +286,8 @@ def _decode_layer(reader: _Reader, major: int) -> LayerState:
     except InvalidInputError as error:
         raise WireFormatError(f"routing state: {error}") from error
     what = f"layer {index}"
-    sums = []
-    for name in _SUMS:
-        total = int.from_bytes(reader.take(16, f"{what}: {name}"), "little", signed=True)
-        (num_values,) = struct.unpack("<Q", reader.take(8, f"{what}: {name}"))
-        sums.append(FixedSum(total if major >= 4 else total << _COARSE_BITS, num_values))
+    names = _SUMS if major >= 6 else _SUMS[:-1]
+    sums = {name: _decode_sums(reader, major, f"{what}: {name}") for name in names}
     blocks = num_blocks(experts)
     registers = reader.registers(f"{what}: fingerprints")
     counts = reader.unsigned(experts, f"{what}: counts")
@@ -309,16 +316,39 @@ def _decode_layer(reader: _Reader, major: int) -> LayerState:
         squared_loads=even_squares(int(counts.sum()), tokens) if squared_loads is None else squared_loads,
         num_probability_tokens=probability_tokens,
         num_fingerprints=fingerprints,
-        router_entropy=sums[0],
-        top1_probability=sums[1],
-        margin=sums[2],
-        z_squared=sums[3],
+        router_entropy=sums["router_entropy"],
+        top1_probability=sums["top1_probability"],
+        margin=sums["margin"],
+        z_squared=sums["z_squared"],
+        dropped=sums.get("dropped", FixedSums()),
         first_step=None if first == _NO_STEP else first,
         last_step=None if last == _NO_STEP else last,
         load_series=_decode_series(reader, experts, what) if has_more else None,
         step_sample=_decode_steps(reader, experts, what) if has_more else None,
         token_sample=_decode_tokens(reader, top_k, what) if has_more else None,
     )
+
+
+def _decode_sums(reader: _Reader, major: int, what: str) -> FixedSums:
+    sums = FixedSums()
+    if major < 6:
+        total = int.from_bytes(reader.take(16, what), "little", signed=True)
+        (num_values,) = struct.unpack("<Q", reader.take(8, what))
+        if major < 4:
+            total <<= _COARSE_BITS
+        whole, fraction = divmod(total, 1 << FRACTION_BITS)
+        if max(abs(whole), num_values) >= _MAX_SUM:
+            raise WireFormatError(f"routing state: {what} is {whole} of {num_values} values, expected less than 2**62")
+        sums.add_sums(whole, fraction, num_values, UNKNOWN_GROUP)
+    elif reader.is_there(what):
+        wholes, fractions, counts = (reader.unsigned(NUM_GROUPS + 1, what) for _ in range(3))
+        if fractions.max() >> np.uint64(FRACTION_BITS) or counts.max() >= _MAX_SUM:
+            raise WireFormatError(f"routing state: {what} has fractions or sample sizes out of range")
+        signs = -(wholes & np.uint64(1)).astype(np.int64)
+        sums = FixedSums(
+            (wholes >> np.uint64(1)).astype(np.int64) ^ signs, fractions.astype(np.int64), counts.astype(np.int64)
+        )
+    return sums
 
 
 def _decode_series(reader: _Reader, experts: int, what: str) -> LoadSeries | None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis.intervals import MIN_BLOCKS, Interval, student_quantile
+from moe_debugger.analysis.intervals import MIN_BLOCKS, Interval, effective_number, student_quantile
 
-__all__ = ["UNKNOWN_INTERVAL", "DocumentMean", "document_mean"]
+__all__ = ["UNKNOWN_INTERVAL", "DocumentMean", "document_mean", "ratio_interval"]
 
 _NAN = float("nan")
+_Floats = npt.NDArray[np.float64]
 UNKNOWN_INTERVAL = Interval(_NAN, _NAN)
 
 
@@ -34,7 +35,7 @@ class DocumentMean:
 
 
 def document_mean(values: npt.NDArray[np.float64], document: npt.NDArray[np.int64]) -> DocumentMean:
-    """Return the mean of `values` in 0..1, with the interval of a ratio over documents (Cochran 1977, eq. 6.13).
+    """Return the mean of `values` in 0..1 with its interval, that of `ratio_interval` mostly.
 
     Where documents do not differ at all (a rate of 0 or of 1, mostly) their spread says nothing; then the interval is
     Wilson's with each document as a single observation, which is right however dependent its tokens are.
@@ -46,19 +47,36 @@ def document_mean(values: npt.NDArray[np.float64], document: npt.NDArray[np.int6
     if not len(values):
         return DocumentMean(_NAN, UNKNOWN_INTERVAL, 0, 0)
     sizes = np.bincount(document).astype(np.float64)
-    sums = np.bincount(document, weights=values)[sizes > 0]
+    sums = np.bincount(document, weights=values)[sizes > 0].astype(np.float64)
     sizes = sizes[sizes > 0]
-    mean, num = float(values.mean()), len(sizes)
-    kish = float(sizes.sum() ** 2 / np.square(sizes).sum())
+    mean, interval = float(values.mean()), ratio_interval(sums, sizes, highest=1.0)
+    if math.isnan(interval.lower) and effective_number(sizes) >= MIN_BLOCKS:
+        interval = _wilson(mean, effective_number(sizes))
+    return DocumentMean(mean, interval, len(values), len(sizes))
+
+
+def ratio_interval(sums: _Floats, sizes: _Floats, *, highest: float = math.inf) -> Interval:
+    """Return the 95 % interval of the mean ``sums.sum() / sizes.sum()`` of values of at least 0, from documents.
+
+    A ratio over documents (Cochran 1977, eq. 6.13), with Student's quantile.
+
+    Args:
+        sums: [d] float64, sum of the values of each document (or of groups of whole documents).
+        sizes: [d] float64 above 0, how many values that is.
+        highest: what a value can be at most.
+
+    Returns:
+        NaN with fewer than 4 documents' worth (Kish's effective number), or where they do not differ at all.
+    """
+    num, kish = len(sizes), effective_number(sizes)
     if kish < MIN_BLOCKS:
-        return DocumentMean(mean, UNKNOWN_INTERVAL, len(values), num)
+        return UNKNOWN_INTERVAL
+    mean = float(sums.sum() / sizes.sum())
     spread = float(np.square(sums - mean * sizes).sum())
     if spread <= 1e-18 * sizes.sum() ** 2:
-        interval = _wilson(mean, kish)
-    else:
-        width = student_quantile(kish - 1) * math.sqrt(num / (num - 1) * spread) / float(sizes.sum())
-        interval = Interval(max(mean - width, 0.0), min(mean + width, 1.0))
-    return DocumentMean(mean, interval, len(values), num)
+        return UNKNOWN_INTERVAL
+    width = student_quantile(kish - 1) * math.sqrt(num / (num - 1) * spread) / float(sizes.sum())
+    return Interval(max(mean - width, 0.0), min(mean + width, highest))
 
 
 def _wilson(rate: float, num: float) -> Interval:

@@ -26,6 +26,7 @@ __all__ = [
     "Interval",
     "benjamini_hochberg",
     "design_effect",
+    "effective_number",
     "jackknife",
     "row_entropies",
     "share_tests",
@@ -104,7 +105,7 @@ class Blocks:
     @property
     def effective_number(self) -> float:
         """Effective number of blocks of unequal size (Kish 1965): as many equal ones would be as good."""
-        return _kish(self.table.sum(axis=1))
+        return effective_number(self.table.sum(axis=1))
 
 
 def variance_blocks(
@@ -123,7 +124,7 @@ def variance_blocks(
     """
     requests = _occupied(state.block_counts)
     enough = num_requests is None or num_requests >= min_requests
-    if enough and not prefers_positions and _kish(requests.sum(axis=1)) >= MIN_BLOCKS:
+    if enough and not prefers_positions and effective_number(requests.sum(axis=1)) >= MIN_BLOCKS:
         return Blocks(requests, BlockKind.REQUESTS)
     if state.position_counts is not None:
         positions = _occupied(state.position_counts)
@@ -142,7 +143,7 @@ def _occupied(table: npt.NDArray[np.generic]) -> _Floats:
     return occupied
 
 
-def _kish(sizes: _Floats) -> float:
+def effective_number(sizes: _Floats) -> float:
     """Return the effective number of blocks of unequal size (Kish 1965): as many equal ones would be as good."""
     return float(sizes.sum() ** 2 / np.square(sizes).sum()) if len(sizes) else 0.0
 

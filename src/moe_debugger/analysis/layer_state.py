@@ -7,6 +7,7 @@ from typing import Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger.analysis.fixed_sums import FixedSums
 from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate
 from moe_debugger.analysis.step_loads import LoadSeries, StepSample
 from moe_debugger.analysis.token_sample import TokenSample
@@ -20,7 +21,6 @@ __all__ = [
     "MAX_EXPERTS",
     "NUM_PHASES",
     "NUM_TOKEN_CLASSES",
-    "FixedSum",
     "LayerShape",
     "LayerState",
     "even_squares",
@@ -35,12 +35,6 @@ NUM_TOKEN_CLASSES = 256
 FIXED_POINT = 1 << 20
 # A batch's sum of an expert's probabilities is at most its tokens; the bound keeps the sum inside int64.
 MAX_ABSOLUTE = float(1 << 26)
-# Means over tokens are kept as sums of round(value * 2**40): exact to 1e-12 a value.
-_FRACTION_BITS = 40
-# Beyond this (a logsumexp above two million) a router statistic is no statistic any more.
-_MAX_VALUE = float(1 << 42)
-# So many values, or fractions, of any size sum up inside int64.
-_ROWS_AT_ONCE = 1 << 20
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -95,39 +89,6 @@ class LayerShape:
 
 
 @dataclass(slots=True)
-class FixedSum:
-    """A sum of real values in fixed point (multiples of 2**-40), exact for any number of them, with its sample size."""
-
-    total: int = 0
-    num_values: int = 0
-
-    def add(self, values: npt.NDArray[np.floating]) -> None:
-        """Add the values of at most 2**42; the others, and NaN, are left out of the sum and of the sample size."""
-        usable = values[np.abs(values) <= _MAX_VALUE].astype(np.float64)
-        self.num_values += len(usable)
-        largest = max(float(usable.max(initial=0.0)), -float(usable.min(initial=0.0)))
-        if largest * len(usable) < 1 << (62 - _FRACTION_BITS):
-            self.total += int(np.rint(usable * (1 << _FRACTION_BITS)).astype(np.int64).sum())
-            return
-        # One 64-bit sum could overflow: wholes and fractions have one each.
-        wholes = np.trunc(usable)
-        fractions = np.rint((usable - wholes) * (1 << _FRACTION_BITS)).astype(np.int64)
-        for start in range(0, len(usable), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            self.total += (int(wholes[rows].astype(np.int64).sum()) << _FRACTION_BITS) + int(fractions[rows].sum())
-
-    def plus(self, other: "FixedSum") -> "FixedSum":
-        """Return the sum of both."""
-        return FixedSum(self.total + other.total, self.num_values + other.num_values)
-
-    @property
-    def mean(self) -> float:
-        """The mean, NaN without a value."""
-        # One rounding, of two exact integers.
-        return self.total / (self.num_values << _FRACTION_BITS) if self.num_values else float("nan")
-
-
-@dataclass(slots=True)
 class LayerState:
     """What is kept of one layer.
 
@@ -150,8 +111,9 @@ class LayerState:
         squared_loads: sum over valid tokens of the square of their number of routed slots, ``num_tokens * k**2`` where
             every slot is routed. Of sums, which do not tell single tokens, that of tokens with as equal numbers as
             there can be.
-        router_entropy, top1_probability, margin, z_squared: sums over valid tokens, where captured.
-            `z_squared` is the square of the logits' logsumexp (router z-loss).
+        router_entropy, top1_probability, margin, z_squared: sums over valid tokens, where captured, by groups of
+            requests. `z_squared` is the square of the logits' logsumexp (router z-loss).
+        dropped: dropped slots of valid tokens whose slots have a status, likewise; of no sums of the `counts` level.
         probability_sum: [E] int64, fixed-point sum of the router's probability per expert.
         num_probability_tokens: valid tokens in `probability_sum`.
         content_registers: [256] uint8, distinct counter over the tokens' fingerprints (position, experts, applied
@@ -178,10 +140,11 @@ class LayerState:
     squared_loads: int = 0
     num_probability_tokens: int = 0
     num_fingerprints: int = 0
-    router_entropy: FixedSum = field(default_factory=FixedSum)
-    top1_probability: FixedSum = field(default_factory=FixedSum)
-    margin: FixedSum = field(default_factory=FixedSum)
-    z_squared: FixedSum = field(default_factory=FixedSum)
+    router_entropy: FixedSums = field(default_factory=FixedSums)
+    top1_probability: FixedSums = field(default_factory=FixedSums)
+    margin: FixedSums = field(default_factory=FixedSums)
+    z_squared: FixedSums = field(default_factory=FixedSums)
+    dropped: FixedSums = field(default_factory=FixedSums)
     first_step: int | None = None
     last_step: int | None = None
     position_counts: _U64 | None = None
@@ -271,6 +234,7 @@ class LayerState:
             top1_probability=self.top1_probability.plus(other.top1_probability),
             margin=self.margin.plus(other.margin),
             z_squared=self.z_squared.plus(other.z_squared),
+            dropped=self.dropped.plus(other.dropped),
             first_step=_extreme(min, self.first_step, other.first_step),
             last_step=_extreme(max, self.last_step, other.last_step),
             position_counts=_sum(self.position_counts, other.position_counts),

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis.intervals import Blocks, Interval, jackknife, variance_blocks
+from moe_debugger.analysis.document_means import UNKNOWN_INTERVAL, ratio_interval
+from moe_debugger.analysis.fixed_sums import FixedSums
+from moe_debugger.analysis.intervals import BlockKind, Blocks, Interval, jackknife, variance_blocks
 from moe_debugger.analysis.small_samples import BalancedBand, balanced_band
 from moe_debugger.analysis.state import LayerState
 
@@ -178,6 +180,8 @@ class LayerMetrics:
         mean_confidence: mean top-1 probability, over `num_confidence` tokens.
         mean_margin: K-th minus (K+1)-th selection score, over `num_margin` tokens.
         router_z_loss: mean squared logsumexp of the logits, over `num_z` tokens (ST-MoE, eq. 5).
+        mean_token_entropy_interval, mean_confidence_interval, mean_margin_interval, router_z_loss_interval,
+            dropped_share_interval: two-sided 95 % from groups of whole requests; NaN where `blocks_of` is another.
         dropped_share, identity_share, skipped_share: slots of that class / all slots of valid tokens.
     """
 
@@ -210,13 +214,18 @@ class LayerMetrics:
     num_probability_tokens: int
     router_z_loss: float
     num_z: int
+    router_z_loss_interval: Interval
     mean_token_entropy: float
     num_token_entropy: int
+    mean_token_entropy_interval: Interval
     mean_confidence: float
     num_confidence: int
+    mean_confidence_interval: Interval
     mean_margin: float
     num_margin: int
+    mean_margin_interval: Interval
     dropped_share: float
+    dropped_share_interval: Interval
     identity_share: float
     skipped_share: float
 
@@ -250,6 +259,13 @@ def layer_metrics(state: LayerState, blocks: Blocks | None = None) -> LayerMetri
     num_slots = state.num_tokens * shape.top_k
     interval, design_effect = jackknife(blocks, state.routed_per_token)
     has_load = state.num_assignments > 0
+
+    def mean_interval(sums: FixedSums, *, highest: float = math.inf, slots: int = 1) -> Interval:
+        if blocks.kind is not BlockKind.REQUESTS:
+            return UNKNOWN_INTERVAL
+        totals, sizes = sums.by_group()
+        return ratio_interval(totals, sizes * slots, highest=highest)
+
     return LayerMetrics(
         layer_index=shape.layer_index,
         num_experts=shape.num_experts,
@@ -280,13 +296,18 @@ def layer_metrics(state: LayerState, blocks: Blocks | None = None) -> LayerMetri
         num_probability_tokens=state.num_probability_tokens,
         router_z_loss=state.z_squared.mean,
         num_z=state.z_squared.num_values,
+        router_z_loss_interval=mean_interval(state.z_squared),
         mean_token_entropy=state.router_entropy.mean,
         num_token_entropy=state.router_entropy.num_values,
+        mean_token_entropy_interval=mean_interval(state.router_entropy),
         mean_confidence=state.top1_probability.mean,
         num_confidence=state.top1_probability.num_values,
+        mean_confidence_interval=mean_interval(state.top1_probability, highest=1.0),
         mean_margin=state.margin.mean,
         num_margin=state.margin.num_values,
+        mean_margin_interval=mean_interval(state.margin),
         dropped_share=state.num_dropped_slots / num_slots if num_slots else _NAN,
+        dropped_share_interval=mean_interval(state.dropped, highest=1.0, slots=shape.top_k),
         identity_share=state.num_identity_slots / num_slots if num_slots else _NAN,
         skipped_share=state.num_skipped_slots / num_slots if num_slots else _NAN,
     )

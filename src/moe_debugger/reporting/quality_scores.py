@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from moe_debugger.capture_health import CheckStatus
 from moe_debugger.planning import StepLoads, contiguous_placement, rank_loads, rank_metrics
 from moe_debugger.reporting.content import EvidenceLine, Text, known, say, show
@@ -23,7 +25,8 @@ def router_confidence(material: Material) -> Scored:
     for index, metrics in material.analysis.metrics.items():
         info = material.layers.get(index)
         choices = metrics.num_experts + (info.num_identity_experts if info is not None else 0)
-        value = 1 - metrics.mean_token_entropy / math.log(choices) if choices > 1 else float("nan")
+        value = _confidence(metrics.mean_token_entropy, choices)
+        interval = metrics.mean_token_entropy_interval
         missing: Text | None
         if not metrics.num_token_entropy:
             cause = info.unavailable_reason if info is not None else ""
@@ -35,30 +38,39 @@ def router_confidence(material: Material) -> Scored:
         reason = reason or missing
         scores[index] = None if missing or math.isnan(value) else interpolate(value, points)
         before = before_of(material, index)
-        then = None
-        if before is not None and before.num_token_entropy and choices > 1:
-            then = known(1 - before.mean_token_entropy / math.log(choices))
         lines.append(
             EvidenceLine(
                 metric="routing_confidence",
                 now=known(value),
-                baseline=then,
+                lower=known(_confidence(interval.upper, choices)),
+                upper=known(_confidence(interval.lower, choices)),
+                baseline=None if before is None else known(_confidence(before.mean_token_entropy, choices)),
                 rule=f"< {show(limits.routing_confidence)}",
                 sample_size=metrics.num_token_entropy,
                 layer_index=index,
             )
         )
-        for name, sample in (("mean_confidence", metrics.num_confidence), ("mean_margin", metrics.num_margin)):
+        for name, sample, interval in (
+            ("mean_confidence", metrics.num_confidence, metrics.mean_confidence_interval),
+            ("mean_margin", metrics.num_margin, metrics.mean_margin_interval),
+        ):
             lines.append(
                 EvidenceLine(
                     metric=name,
                     now=known(getattr(metrics, name)),
+                    lower=known(interval.lower),
+                    upper=known(interval.upper),
                     baseline=None if before is None else known(getattr(before, name)),
                     sample_size=sample,
                     layer_index=index,
                 )
             )
     return scores, reason, lines
+
+
+def _confidence(entropy: float, choices: int) -> float:
+    """Return 1 - `entropy` (nats) / ln `choices`, 0..1; NaN with a single choice."""
+    return float(np.clip(1 - entropy / math.log(choices), 0, 1)) if choices > 1 else float("nan")
 
 
 def capacity(material: Material) -> Scored:
@@ -78,6 +90,8 @@ def capacity(material: Material) -> Scored:
             EvidenceLine(
                 metric="dropped_share",
                 now=known(metrics.dropped_share),
+                lower=known(metrics.dropped_share_interval.lower),
+                upper=known(metrics.dropped_share_interval.upper),
                 baseline=None if before is None else known(before.dropped_share),
                 rule=f"> {show(limit)}",
                 sample_size=metrics.num_tokens * metrics.top_k,

@@ -26,7 +26,7 @@ def test_a_state_of_major_1_reads_and_goes_on() -> None:
 
 
 # Three tokens in steps 3, 3, 4 through four experts and an identity one, the last one padding.
-@pytest.mark.parametrize("major", [2, 3, 4, 5])
+@pytest.mark.parametrize("major", [2, 3, 4, 5, 6])
 def test_a_state_of_a_later_major_reads_and_goes_on(major: int) -> None:
     state = RoutingState.from_bytes((GOLDEN.parent / f"routing_state_{major}.bin").read_bytes())
     layer = state.layers[0]
@@ -39,6 +39,9 @@ def test_a_state_of_a_later_major_reads_and_goes_on(major: int) -> None:
     # Up to major 4 one table stood for all layers, and workloads had no requests.
     assert (state.phase_tokens.sum(), state.token_classes.sum()) == (2, 2)
     assert layer.workloads.num_tokens.tolist() == ([2] if major >= 5 else [])
+    # Up to major 5 sums stood for all requests at once.
+    assert layer.router_entropy.by_group()[0].tolist() == ([1.5] if major >= 6 else [])
+    assert layer.dropped.num_values == (2 if major >= 6 else 0)
     if major == 2:
         # That version kept no history, and what is merged with it has none either.
         assert layer.load_series is None

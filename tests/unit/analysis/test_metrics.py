@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_debugger.analysis import analyze, metrics
+from moe_debugger.analysis.fixed_sums import NUM_GROUPS
 from moe_debugger.analysis.metrics import layer_metrics
+from moe_debugger.analysis.sketch import hash_strings
 from moe_debugger.analysis.state import LayerShape, RoutingState
 
 COUNTS = st.lists(st.integers(0, 10_000), min_size=1, max_size=40).filter(lambda counts: sum(counts) > 0)
@@ -103,6 +105,53 @@ def test_entropy_of_the_load_and_of_tokens_are_apart(simulate: Callable[..., dic
     assert got.normalised_load_entropy > 0.99
     assert (got.mean_token_entropy, got.num_token_entropy) == (0, 4096)
     assert (got.mean_confidence, got.num_confidence) == (1, 4096)
+
+
+def test_means_over_tokens_have_intervals_from_requests() -> None:
+    # 20 groups of two requests of one token each: half of the groups have the values 1, half of them 3.
+    names = [f"request {number}" for number in range(1000)]
+    group = (hash_strings(names) >> np.uint64(32)) % np.uint64(NUM_GROUPS)
+    chosen = np.concatenate([np.flatnonzero(group == number)[:2] for number in range(NUM_GROUPS)])
+    rows = {
+        "layer_index": np.zeros(40, int),
+        "expert_ids": np.tile([[0, 1], [2, 3]], (20, 1)),
+        "request_id": [names[index] for index in chosen],
+        "margin": np.repeat([1.0, 3.0], 20),
+    }
+    got = analyze(rows, num_experts=4, top_k=2).metrics[0]
+    # The sums 2 and 6 lie 2 away from 20 pairs' mean of 4: t_19 sqrt(20/19 * 20 * 4) / 40 tokens.
+    width = 2.0930 * math.sqrt(20 / 19 * 80) / 40
+    assert got.mean_margin == 2
+    assert got.mean_margin_interval.lower == pytest.approx(2 - width, rel=0.01)
+    assert got.mean_margin_interval.upper == pytest.approx(2 + width, rel=0.01)
+    # Not captured; and none dropped, whose spread says nothing.
+    assert math.isnan(got.mean_confidence_interval.upper)
+    assert (got.dropped_share, math.isnan(got.dropped_share_interval.upper)) == (0, True)
+    rows["request_id"] = ["one"] * 40
+    assert math.isnan(analyze(rows, num_experts=4, top_k=2).metrics[0].mean_margin_interval.upper)
+
+
+def test_intervals_of_means_hold_where_requests_differ(simulate: Callable[..., dict[str, Any]]) -> None:
+    held = {"mean_token_entropy": 0, "mean_confidence": 0, "router_z_loss": 0, "dropped_share": 0}
+    draws = 200
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        rows = simulate(rng, num_layers=1, num_requests=60, num_tokens=1200)
+        request = np.unique(rows["request_id"], return_inverse=True)[1]
+        rows["router_entropy"] = rng.normal(1, 0.2, 60)[request] + rng.normal(0, 0.1, 1200)
+        rows["top1_probability"] = rng.beta(6, 4, 60)[request]
+        rows["router_logsumexp"] = np.sqrt(rng.gamma(4, 0.5, 60)[request])
+        is_dropped = rng.random((1200, 2)) < rng.beta(2, 18, 60)[request, None]
+        rows["slot_status"] = np.where(is_dropped, 2, 1)
+        rows["expert_ids"] = np.where(is_dropped, -1, rows["expert_ids"])
+        got = analyze(rows, num_experts=8, top_k=2).metrics[0]
+        truth = {"mean_token_entropy": 1, "mean_confidence": 0.6, "router_z_loss": 2, "dropped_share": 0.1}
+        for name, value in truth.items():
+            interval = getattr(got, f"{name}_interval")
+            held[name] += interval.lower <= value <= interval.upper
+    for name, number in held.items():
+        # 95 % of 200 are 190; 180 and 198 are its limits at 0.002.
+        assert 179 <= number <= 199, (name, number)
 
 
 def test_layers_are_never_pooled(simulate: Callable[..., dict[str, Any]]) -> None:

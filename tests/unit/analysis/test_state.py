@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rows import Case, cases
 
+from moe_debugger.analysis._row_runs import run_starts
 from moe_debugger.analysis._state_codec import STATE_FORMAT_MAJOR
 from moe_debugger.analysis.analyze import fold_decisions
+from moe_debugger.analysis.fixed_sums import NUM_GROUPS, UNKNOWN_GROUP, FixedSums, RowGroups
 from moe_debugger.analysis.sketch import NUM_REGISTERS, distinct_estimate, hash_strings, observe
-from moe_debugger.analysis.state import FixedSum, LayerShape, RoutingState, merge_all, num_blocks
+from moe_debugger.analysis.state import LayerShape, RoutingState, merge_all, num_blocks
 from moe_debugger.analysis.workloads import SAMPLE_REQUESTS
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError, WireFormatError
 from moe_debugger.wire.codec import CountsColumns, LayerColumns, LayerCountColumns, RoutingColumns
@@ -123,31 +125,51 @@ def test_fold_equals_a_loop_over_rows(make_columns: MakeColumns, seed: int) -> N
         assert got.margin.mean == pytest.approx(np.mean(margins), abs=1e-12)
 
 
+def runs(group: npt.NDArray[np.intp]) -> RowGroups:
+    starts = run_starts(group)
+    return RowGroups(starts, group[starts])
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         (np.full(200_000, 8000.0**2), 8000.0**2),
-        (np.full(3_000_000, 2.0**42), 2.0**42),
+        (np.full(3_000_000, 2.0**32), 2.0**32),
         (np.array([3e-7, 3e-7, 3e-7]), 3e-7),
-        (np.array([-(2.0**41) - 0.25, 2.0**41 + 0.75]), 0.25),
-        (np.array([float.fromhex("-0x1.68004p-36"), 2.0**41]), 2.0**40),
+        (np.array([-(2.0**31) - 0.25, 2.0**31 + 0.75]), 0.25),
+        (np.array([float.fromhex("-0x1.68004p-36"), 2.0**31]), 2.0**30),
     ],
     ids=["z-loss of large logits", "many of the largest values", "near 0", "both signs", "near 0 beside the largest"],
 )
 def test_sums_of_statistics_are_exact(values: npt.NDArray[np.float64], expected: float) -> None:
-    whole, parts = FixedSum(), FixedSum()
-    whole.add(values)
-    for part in np.array_split(values, 7):
-        parts.add(part)
-    assert whole == parts
+    rng = np.random.default_rng(0)
+    whole, parts, merged = FixedSums(), FixedSums(), FixedSums()
+    group = np.sort(rng.integers(0, NUM_GROUPS, len(values)))
+    whole.add(values, runs(group))
+    for rows in np.array_split(rng.permutation(len(values)), 7):
+        parts.add(values[rows], runs(group[rows]))
+        part = FixedSums()
+        part.add(values[rows], runs(group[rows]))
+        merged = part.plus(merged)
+    for sums in (parts, merged):
+        for name in ("wholes", "fractions", "counts"):
+            assert getattr(sums, name).tolist() == getattr(whole, name).tolist()
     assert whole.mean == pytest.approx(expected, rel=1e-5, abs=1e-12)
     assert whole.num_values == len(values)
+    totals, sizes = whole.by_group()
+    known = np.bincount(group)
+    assert sizes.tolist() == known[known > 0].tolist()
+    by_hand = [math.fsum(values[group == number]) for number in np.flatnonzero(known)]
+    assert totals == pytest.approx(by_hand, rel=1e-12, abs=1e-6)
 
 
 def test_values_that_are_no_statistics_are_in_no_mean_and_no_sample_size() -> None:
-    total = FixedSum()
-    total.add(np.array([1.0, math.nan, math.inf, -math.inf, 3e38, 2.0], np.float32))
+    total = FixedSums()
+    values = np.array([1.0, math.nan, math.inf, -math.inf, 3e38, 2.0], np.float32)
+    total.add(values, runs(np.array([4, 4, 4, 4, UNKNOWN_GROUP, UNKNOWN_GROUP])))
     assert (total.num_values, total.mean) == (2, 1.5)
+    # That of unknown requests is in no group.
+    assert [part.tolist() for part in total.by_group()] == [[1.0], [1.0]]
 
 
 @settings(max_examples=30, deadline=None)
