@@ -1,5 +1,6 @@
 """Results of queries as messages and back."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def _result_column(message: pb.QueryColumn, num_rows: int) -> ResultColumn:
                 ends = np.cumsum(np.frombuffer(message.lengths, "<u4"), dtype=np.int64).tolist()
                 if (ends[-1] if ends else 0) != len(values):
                     raise ValueError("its lists do not add up")
-                values = [values[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+                values = [values[start:end] for start, end in pairwise([0, *ends])]
             elif kind is Kind.BOOLEAN:
                 values = [bool(value) for value in values]
         if len(values) != num_rows or len(message.is_missing) not in (0, num_rows):

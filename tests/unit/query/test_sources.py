@@ -15,6 +15,7 @@ from moe_debugger import MoEDebugger, SessionClosedError, open_recording
 from moe_debugger.errors import QueryCostError, QueryError
 from moe_debugger.query import LOCAL_LIMITS, QueryResult, run_query
 from moe_debugger.query.local import RecordingSource, SessionSource
+from moe_debugger.query.messages import result_from_proto, result_to_proto
 
 _BOTH = [
     "experts show layer, expert, assignments, share, load, mean_gate_weight order by layer, expert",
@@ -215,6 +216,26 @@ def test_a_damaged_part_is_an_error_or_said(tmp_path: Path) -> None:
     result = recording.query("tokens show count")
     assert 0 < result["count"][0] < recording.manifest.num_rows
     assert any("part-00000001" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tokens where position = 9999",
+        "experts where expert = 9999",
+        "layers where layer = 9999",
+        "steps where step = 9999",
+        "requests where request = none",
+        "findings where layer = 9999",
+        "series where name = none",
+    ],
+)
+def test_a_result_without_rows_is_read_back_from_its_message(recorded: Any, text: str) -> None:
+    _, recording = recorded
+    found = recording.query(text)
+    assert len(found) == 0
+    back = result_from_proto(result_to_proto(found))
+    assert (back.names, back.rows, back.notes) == (found.names, [], found.notes)
 
 
 def test_results_as_table_csv_json_and_frame(recorded: Any) -> None:
