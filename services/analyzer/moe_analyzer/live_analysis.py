@@ -144,7 +144,7 @@ def _with_history(recent: RoutingState, history: History) -> RoutingState:
             series, steps, tokens = history[index]
             layer = replace(layer, load_series=series, step_sample=_since(steps, layer.first_step), token_sample=tokens)
         layers[index] = layer
-    return RoutingState(layers, recent.request_registers)
+    return RoutingState(layers, recent.request_registers, recent.request_sample)
 
 
 def _since(sample: StepSample, first_step: int | None) -> StepSample | None:

@@ -32,7 +32,7 @@ def without_history(state: RoutingState) -> RoutingState:
         index: replace(layer, load_series=None, step_sample=None, token_sample=None)
         for index, layer in state.layers.items()
     }
-    return RoutingState(layers, state.request_registers)
+    return RoutingState(layers, state.request_registers, state.request_sample)
 
 
 class StepHistory:

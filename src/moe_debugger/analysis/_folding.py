@@ -356,7 +356,8 @@ def _fold_content(
         fingerprint = np.where(has_token_id, with_token, fingerprint)
         is_told = has_token_id if layer.gate_weights is None else None
     if layer.router_entropy is not None:
-        entropy = layer.router_entropy[valid].astype(np.float16).view(np.uint16)
+        with np.errstate(over="ignore"):
+            entropy = layer.router_entropy[valid].astype(np.float16).view(np.uint16)
         fingerprint = combine(fingerprint, entropy.reshape(-1, 1))
     if is_told is not None:
         fingerprint = fingerprint[is_told]

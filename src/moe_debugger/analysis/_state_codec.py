@@ -1,13 +1,15 @@
 """`RoutingState` as bytes and back.
 
 Layout, little-endian: ``b"MoRS"``, u8 major, u8 minor, u16 zero, u32 CRC-32 of all that follows, then the body: request
-registers, u32 number of layers, layers. Integer arrays are written in the narrowest unsigned width that holds their
-maximum (one byte says which), so that a window's blocks cost one byte a cell. Kinds of tokens (phases, token classes,
-workloads) stand behind a byte that is 0 where they are those of the layer before, as they mostly are.
+registers, u32 number of sampled requests, their hashes, u32 number of layers, layers. Integer arrays are written in the
+narrowest unsigned width that holds their maximum (one byte says which), so that a window's blocks cost one byte a cell.
+Kinds of tokens (phases, token classes, workloads) stand behind a byte that is 0 where they are those of the layer
+before, as they mostly are.
 
-Major 6 keeps means by groups of requests; older sums are read as those of unknown requests, and dropped slots as of no
-group. Major 5 gives each layer its kinds of tokens. Up to major 4 one table of phases and of token classes stood for
-all layers, and is read as that of each; workloads were counted without their requests, and are read as none.
+Major 6 keeps a sample of requests, so that their number is exact below 256, and means by groups of requests. Older sums
+are read as those of unknown requests, and dropped slots as of no group. Major 5 gives each layer its kinds of tokens.
+Up to major 4 one table of phases and of token classes stood for all layers, and is read as that of each; workloads were
+counted without their requests, and are read as none.
 Major 4 adds the sum of squares of the tokens' routed slots, and keeps means in multiples of 2**-40 instead of 2**-20;
 older states get the sum of squares of equal tokens. Major 3 added blocks of positions, workloads, and the history: the
 series over steps and the samples of steps and tokens, each layer's behind a byte that says whether it is there. Major 2
@@ -28,6 +30,7 @@ from moe_debugger.analysis.sketch import NUM_REGISTERS
 from moe_debugger.analysis.state import (
     NUM_PHASES,
     NUM_TOKEN_CLASSES,
+    REQUEST_SAMPLE,
     LayerShape,
     LayerState,
     RoutingState,
@@ -62,7 +65,9 @@ _NUM_WORKLOAD_CLASSES = 64
 
 def encode_state(state: RoutingState) -> bytes:
     """Return `state` in the layout of this module."""
-    parts = [state.request_registers.tobytes(), struct.pack("<I", len(state.layers))]
+    sample = state.request_sample
+    parts = [state.request_registers.tobytes(), struct.pack("<I", len(sample)), _pack(sample)]
+    parts.append(struct.pack("<I", len(state.layers)))
     before = b""
     for layer in state.layers.values():
         kinds = _encode_kinds(layer)
@@ -219,6 +224,9 @@ def decode_state(data: bytes) -> RoutingState:
         raise WireFormatError(f"routing state: checksum {zlib.crc32(body):#010x}, expected {crc:#010x}")
     reader = _Reader(body)
     requests = reader.registers("the request counter")
+    sample = None
+    if major >= 6:
+        sample = reader.unsigned(reader.count(REQUEST_SAMPLE, "sampled requests"), "sampled requests")
     kinds = None
     if major < 5:
         kinds = _Kinds.read(reader, with_workloads=False)
@@ -240,7 +248,7 @@ def decode_state(data: bytes) -> RoutingState:
     by_index = {layer.shape.layer_index: layer for layer in layers}
     if len(by_index) != num_layers:
         raise WireFormatError("routing state describes a layer twice")
-    return RoutingState(by_index, requests)
+    return RoutingState(by_index, requests, sample)
 
 
 @dataclass(frozen=True, slots=True)

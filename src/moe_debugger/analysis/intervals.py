@@ -69,6 +69,8 @@ def student_quantile(degrees: float) -> float:
 def student_upper_tail(t: _Floats, degrees: float) -> _Floats:
     """Return P(T > t) for Student's t, by Wallace's normal approximation (Wallace 1959, within 1 % of the tail)."""
     v = max(degrees, 1.0)
+    # Without any variance t is as large as numbers are; its square must be one, too.
+    t = np.clip(t, -1e100, 1e100)
     z = np.sign(t) * np.sqrt(v * np.log1p(np.square(t) / v)) * (8 * v + 1) / (8 * v + 3)
     return np.array([0.5 * math.erfc(x / math.sqrt(2)) for x in z.ravel().tolist()]).reshape(z.shape)
 

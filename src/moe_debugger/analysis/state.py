@@ -59,6 +59,7 @@ __all__ = [
     "NUM_PHASES",
     "NUM_TOKEN_CLASSES",
     "POSITIONS_PER_BLOCK",
+    "REQUEST_SAMPLE",
     "LayerShape",
     "LayerState",
     "RoutingState",
@@ -69,6 +70,9 @@ __all__ = [
 # Bit of the last request register that says that rows named no request; ranks are at most 53. The maximum keeps it.
 _UNNAMED = np.uint8(64)
 
+# Requests up to which their number is exact.
+REQUEST_SAMPLE = 256
+
 _U64 = npt.NDArray[np.uint64]
 
 
@@ -78,17 +82,20 @@ class RoutingState:
     Attributes:
         layers: `LayerState` by layer index.
         request_registers: [256] uint8, distinct counter over requests; the last one has 64 more where rows named none.
+        request_sample: [up to 256] uint64 ascending, the smallest hashes of requests; older versions kept none.
     """
 
-    __slots__ = ("layers", "request_registers")
+    __slots__ = ("layers", "request_registers", "request_sample")
 
     def __init__(
         self,
         layers: dict[int, LayerState],
         request_registers: npt.NDArray[np.uint8] | None = None,
+        request_sample: _U64 | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.request_registers = np.zeros(NUM_REGISTERS, np.uint8) if request_registers is None else request_registers
+        self.request_sample = np.zeros(0, np.uint64) if request_sample is None else request_sample
 
     @classmethod
     def empty(cls, shapes: Iterable[LayerShape], *, with_history: bool = True) -> "RoutingState":
@@ -111,8 +118,15 @@ class RoutingState:
 
     @property
     def num_requests(self) -> int:
-        """About how many different requests (in training: sequences) were seen; right to a few per cent."""
-        return distinct_estimate(self.request_registers % _UNNAMED)
+        """How many different requests (in training: sequences) were seen: exactly below 256, else to 6.5 %."""
+        seen = self.request_registers % _UNNAMED
+        if len(self.request_sample) < REQUEST_SAMPLE:
+            # A sample without those of an older version leaves registers that none of its hashes has set.
+            of_sample = np.zeros(NUM_REGISTERS, np.uint8)
+            observe(of_sample, self.request_sample)
+            if np.array_equal(of_sample, seen):
+                return len(self.request_sample)
+        return distinct_estimate(seen)
 
     @property
     def names_requests(self) -> bool:
@@ -155,7 +169,7 @@ class RoutingState:
     def without_history(self) -> "RoutingState":
         """Return a copy without the layers' history; what it is merged with has none either."""
         layers = {index: layer.without_history() for index, layer in self.layers.items()}
-        return RoutingState(layers, self.request_registers.copy())
+        return RoutingState(layers, self.request_registers.copy(), self.request_sample)
 
     def fold(self, columns: RoutingColumns, *, step_source: int = 0, workloads: _U64 | None = None) -> None:
         """Add the rows of one batch, in place.
@@ -173,7 +187,9 @@ class RoutingState:
             check_rows(self.layers, layer, columns.num_tokens)
         hashes, known = row_blocks(columns)
         valid = ~columns.is_padding
-        observe(self.request_registers, distinct(hashes[valid & known]))
+        requests = distinct(hashes[valid & known])
+        observe(self.request_registers, requests)
+        self.request_sample = _smallest(self.request_sample, requests)
         batch = Batch.of(columns, hashes, known, step_source, workloads)
         for layer in columns.layers:
             fold_layer(self.layers[layer.layer_index], layer, batch)
@@ -205,7 +221,8 @@ class RoutingState:
             # A copy: folding into the result must not change its parts.
             alone = layers[index]
             layers[index] = alone.merge(LayerState.empty(alone.shape))
-        return RoutingState(layers, np.maximum(self.request_registers, other.request_registers))
+        registers = np.maximum(self.request_registers, other.request_registers)
+        return RoutingState(layers, registers, _smallest(self.request_sample, other.request_sample))
 
     def copy(self) -> "RoutingState":
         """Return an independent copy."""
@@ -236,6 +253,11 @@ class RoutingState:
 
     def __repr__(self) -> str:
         return f"RoutingState({len(self.layers)} layers, {self.num_tokens} tokens, ~{self.num_requests} requests)"
+
+
+def _smallest(a: _U64, b: _U64) -> _U64:
+    """Return the smallest different hashes of both."""
+    return np.union1d(a, b)[:REQUEST_SAMPLE]
 
 
 def _highest(tables: list[_U64], size: int) -> _U64:

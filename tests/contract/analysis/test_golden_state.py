@@ -39,6 +39,7 @@ def test_a_state_of_a_later_major_reads_and_goes_on(major: int) -> None:
     # Up to major 4 one table stood for all layers, and workloads had no requests.
     assert (state.phase_tokens.sum(), state.token_classes.sum()) == (2, 2)
     assert layer.workloads.num_tokens.tolist() == ([2] if major >= 5 else [])
+    assert (state.num_requests, len(state.request_sample)) == (1, 1 if major >= 6 else 0)
     # Up to major 5 sums stood for all requests at once.
     assert layer.router_entropy.by_group()[0].tolist() == ([1.5] if major >= 6 else [])
     assert layer.dropped.num_values == (2 if major >= 6 else 0)

@@ -40,6 +40,25 @@ def planted(simulate: Simulate, seed: int = 0, **options: Any) -> dict[str, Any]
     return simulate(np.random.default_rng(seed), num_tokens=TOKENS, **options)
 
 
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (6, 2), (8, 4), (8, 2)])
+def test_in_a_small_layer_the_expert_of_nearly_every_token_is_hot(
+    simulate: Simulate, num_experts: int, top_k: int
+) -> None:
+    rows = planted(simulate, num_experts=num_experts, top_k=top_k, num_layers=1, skew=0.3)
+    assert loud(analyze(rows, num_experts=num_experts, top_k=top_k)) == []
+    others = np.random.default_rng(0).random((TOKENS, num_experts - 1)).argsort(axis=1)[:, : top_k - 1]
+    rows["expert_ids"] = np.column_stack([others, np.full(TOKENS, num_experts - 1)])
+    assert loud(analyze(rows, num_experts=num_experts, top_k=top_k)) == [("hot_expert", 0, num_experts - 1)]
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 3), (2, 2), (4, 4)])
+def test_where_tokens_use_most_experts_none_is_hot(simulate: Simulate, num_experts: int, top_k: int) -> None:
+    rows = planted(simulate, num_experts=num_experts, top_k=top_k, num_layers=1)
+    rows["expert_ids"] = np.column_stack([np.full(TOKENS, top_k - 1), *([e] * TOKENS for e in range(top_k - 1))])
+    found = analyze(rows, num_experts=num_experts, top_k=top_k)
+    assert not [f for f in found.findings if f.kind is FindingKind.HOT_EXPERT and f.severity is not Severity.INFO]
+
+
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 8), (256, 8)])
 @pytest.mark.parametrize("num_tokens", [16, 256, 4096])
 @pytest.mark.parametrize("topic_strength", [0.0, 0.7, 1.5])

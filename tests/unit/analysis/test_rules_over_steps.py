@@ -98,6 +98,23 @@ def test_a_training_that_collapses_at_its_end_is_collapse_since_then() -> None:
     assert not [f for f in analyze(rows, num_experts=8, top_k=2).findings if f.kind is FindingKind.ROUTER_COLLAPSE]
 
 
+@pytest.mark.parametrize("healthy", [5, 20, 40, 60, 100])
+@pytest.mark.parametrize("phase", [0, 3])
+def test_a_training_that_collapses_early_is_collapse(healthy: int, phase: int) -> None:
+    step = np.repeat(np.arange(200), 64)
+    slope = np.clip((step - healthy) / 4, 0, 10)[:, None] * np.isin(np.arange(8), [2, 5])
+    rows = {
+        "layer_index": np.zeros(len(step), int),
+        "expert_ids": choose(np.random.default_rng(healthy), slope.astype(float), 2),
+        "step": step,
+        "request_id": np.array([f"row {index}" for index in range(4)])[np.arange(len(step)) // 16 % 4],
+        "phase": np.full(len(step), phase),
+    }
+    kinds = {kind for kind, _, _ in loud(analyze(rows, num_experts=8, top_k=2))}
+    assert "router_collapse" in kinds
+    assert kinds <= {"router_collapse", "collapse_warning"}
+
+
 def tokens_with_ids(seed: int, num_experts: int = 8) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     num = 4096
@@ -116,6 +133,28 @@ def test_the_same_tokens_with_experts_permuted_are_drift_though_loads_are_equal(
     assert loud(found) == [("drift", 0, None)]
     assert found.findings[0].code == "drift_tokens"
     assert analyze(rows, num_experts=8, top_k=2, baseline=rows).findings == ()
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (16, 2), (64, 8), (256, 8)])
+@pytest.mark.parametrize("columns", [("request_id", "position"), (), ("request_id", "token_id")])
+def test_two_experts_that_changed_places_are_drift(num_experts: int, top_k: int, columns: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(num_experts)
+    rows = tokens_with_ids(4)
+    rows["token_id"] = rng.integers(0, 5000, 4096)
+    topic = rng.normal(0, 0.5, (64, num_experts))[np.arange(4096) // 64]
+    rows["expert_ids"] = choose(rng, topic, top_k)
+    rows = {name: rows[name] for name in ("layer_index", "expert_ids", *columns)}
+    swapped = np.arange(num_experts)
+    swapped[[2, 5]] = [5, 2]
+    sizes: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k}
+    found = analyze(dict(rows, expert_ids=swapped[rows["expert_ids"]]), baseline=rows, **sizes)
+    assert loud(found) == [("drift", 0, None)]
+    finding = next(f for f in found.findings if f.code == "drift_experts")
+    assert finding.args["lost"] == "2, 5"
+    # Half of the near ties that fall the other way are none.
+    wobble = rng.random(4096) < 0.1
+    ids = np.where(wobble[:, None], choose(rng, topic, top_k), rows["expert_ids"])
+    assert loud(analyze(dict(rows, expert_ids=ids), baseline=rows, **sizes)) == []
 
 
 @pytest.mark.parametrize("columns", [("request_id",), ("request_id", "position"), (), ("request_id", "token_id")])

@@ -429,7 +429,29 @@ def test_a_name_that_comes_again_in_training_is_another_sequence_and_in_generati
                     layers=[LayerColumns(0, 2, np.zeros((2, 1), np.int32))],
                 )
             )
-        assert state.num_requests == pytest.approx(expected, abs=2)
+        assert state.num_requests == expected
+
+
+def test_requests_are_counted_exactly_where_there_are_few() -> None:
+    def state_of(names: list[str]) -> RoutingState:
+        columns = {
+            "layer_index": np.zeros(len(names), int),
+            "expert_ids": np.zeros((len(names), 1), int),
+            "request_id": names,
+        }
+        return fold_decisions(columns, num_experts=2, top_k=1)
+
+    names = [f"request {index}" for index in range(400)]
+    for number in (1, 19, 20, 21, 100, 255):
+        assert state_of(names[:number] * 2).num_requests == number
+        merged = state_of(names[: number // 2 + 1]).merge(state_of(names[number // 3 : number]))
+        assert merged.num_requests == number
+        assert merged.request_sample.tolist() == state_of(names[:number]).request_sample.tolist()
+    many = state_of(names)
+    assert many.num_requests == pytest.approx(400, rel=0.1)
+    # What an older version has seen is in the registers alone.
+    older = RoutingState(state_of(names[:30]).layers, state_of(names[:30]).request_registers)
+    assert older.merge(state_of(names[20:50])).num_requests == pytest.approx(50, abs=6)
 
 
 def sums(layer_index: int, counts: list[int], num_tokens: int, **values: Any) -> LayerCountColumns:

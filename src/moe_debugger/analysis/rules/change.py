@@ -14,12 +14,27 @@ from moe_debugger.analysis.intervals import MIN_BLOCKS, Blocks, student_quantile
 from moe_debugger.analysis.rules.look import Look, formatted
 from moe_debugger.analysis.token_sample import TokenSample
 
-__all__ = ["LoadChange", "TokenOverlap", "drift", "load_change", "relabelled_agreement", "token_overlap"]
+__all__ = [
+    "LoadChange",
+    "LostExperts",
+    "TokenOverlap",
+    "drift",
+    "load_change",
+    "lost_experts",
+    "relabelled_agreement",
+    "token_overlap",
+]
 
 # Tokens that both sides must have for a word about tokens, and the part of the smaller sample that they must be: other
 # text under the same names has a few tokens in common with it, at most a third where most of them are spaces.
 _MIN_SHARED_TOKENS = 200
 _MIN_SHARED_PART = 0.5
+# An expert has changed places where it is proved to keep less than this part of its tokens, at this level over all
+# experts of all layers.
+_MIN_KEPT = 0.5
+_LEVEL = 0.01
+# Experts that a finding names; of more it says how many.
+_MAX_NAMED = 12
 # Agreement beyond chance from which on experts are taken for renumbered: 1 on the same tokens, about 0 on other text.
 _MIN_RELABELLED = 0.7
 # The table of pairs of experts takes 32 MB for so many.
@@ -60,6 +75,22 @@ class TokenOverlap:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class LostExperts:
+    """Experts that take other tokens than before.
+
+    Attributes:
+        experts: their ids before, ascending.
+        worst: the one of them that kept least of its tokens.
+        kept: the part that it kept, 0..1; num_tokens: its sampled tokens before.
+    """
+
+    experts: tuple[int, ...]
+    worst: int
+    kept: float
+    num_tokens: int
+
+
 def load_change(now: Blocks, before: Blocks) -> LoadChange | None:
     """Return the divergence of two sets of blocks; None where either has too few.
 
@@ -96,6 +127,39 @@ def token_overlap(now: TokenSample, before: TokenSample, design_effect: float) -
     effect = 1.0 if math.isnan(design_effect) else max(design_effect, 1.0)
     error = float(overlap.std()) * math.sqrt(effect / len(overlap))
     return TokenOverlap(float(overlap.mean()), float(overlap.mean()) + 2 * error, len(overlap))
+
+
+def lost_experts(
+    now: TokenSample, before: TokenSample, *, design_effect: float, part: float, num_tests: int
+) -> LostExperts | None:
+    """Return the experts that are proved to keep less than half of their tokens, None where there is none.
+
+    The proof is Chernoff's bound on the binomial tail, exp(-n KL(kept, 1/2)). Sampled tokens stand further apart than a
+    request's tokens do: of the design effect's excess over 1, the sampled part of the tokens is left.
+
+    Args:
+        design_effect: of all tokens of the layer, NaN where not known.
+        part: sampled tokens of all tokens, 0..1.
+        num_tests: experts of all layers.
+    """
+    a, b, _ = _shared(now, before)
+    effect = 1.0 if math.isnan(design_effect) else 1.0 + max(design_effect - 1, 0.0) * part
+    is_used = b >= 0
+    is_kept = ((b[:, :, None] == a[:, None, :]) & is_used[:, :, None]).any(axis=2)
+    num = np.bincount(b[is_used])
+    kept = np.bincount(b[is_kept], minlength=len(num)) / np.maximum(num, 1)
+    # Relative entropy of the part that was kept to a half.
+    entropy = np.array([_binary_entropy(p) for p in kept.tolist()])
+    is_lost = (kept < _MIN_KEPT) & (num / effect * (math.log(2) - entropy) > math.log(num_tests / _LEVEL))
+    experts = np.flatnonzero(is_lost)
+    if not len(experts):
+        return None
+    worst = int(experts[np.lexsort((-num[experts], kept[experts]))[0]])
+    return LostExperts(tuple(experts.tolist()), worst, float(kept[worst]), int(num[worst]))
+
+
+def _binary_entropy(p: float) -> float:
+    return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
 
 
 def _shared(now: TokenSample, before: TokenSample) -> tuple[_Ids, _Ids, float]:
@@ -149,8 +213,10 @@ def _pairs(a: _Ids, in_a: _Bools, b: _Ids, in_b: _Bools, size: int) -> npt.NDArr
     return np.bincount(cells, minlength=size * size).reshape(size, size)
 
 
-def _rerouted(look: Look, layer_index: int) -> TokenOverlap | None:
+def _rerouted(look: Look, layer_index: int) -> tuple[TokenOverlap, LostExperts | None] | None:
     """Return the overlap of the same tokens, where these use other experts; None where they do not, or may be others.
+
+    A few experts that changed places hardly show in the overlap of all tokens: they come with it, where there are any.
 
     With token ids in both samples a common token is the same one. By request and position alone it may be another text
     under the same names: then only a renumbering of the experts that fits the tokens shows that they are the same.
@@ -162,11 +228,20 @@ def _rerouted(look: Look, layer_index: int) -> TokenOverlap | None:
     if now is None or before is None:
         return None
     overlap = token_overlap(now, before, look.metrics[layer_index].design_effect)
-    if overlap is None or not overlap.upper < look.thresholds.drift_overlap:
+    if overlap is None:
+        return None
+    lost = lost_experts(
+        now,
+        before,
+        design_effect=look.metrics[layer_index].design_effect,
+        part=len(now.keys) / max(layers[0].num_tokens, 1),
+        num_tests=sum(shape.num_experts for shape in look.state.shapes),
+    )
+    if lost is None and not overlap.upper < look.thresholds.drift_overlap:
         return None
     # Where every row has its token id, it is part of the key.
     is_same = all(int(layer.token_classes.sum()) == layer.num_tokens for layer in layers)
-    return overlap if is_same or relabelled_agreement(now, before) >= _MIN_RELABELLED else None
+    return (overlap, lost) if is_same or relabelled_agreement(now, before) >= _MIN_RELABELLED else None
 
 
 def drift(look: Look, layer_index: int) -> Iterator[Finding]:
@@ -175,8 +250,10 @@ def drift(look: Look, layer_index: int) -> Iterator[Finding]:
     if before is None or layer_index not in look.baseline or look.shortage(layer_index):
         return
     change = load_change(look.blocks[layer_index], look.baseline_blocks[layer_index])
-    overlap = _rerouted(look, layer_index)
+    found = _rerouted(look, layer_index)
+    overlap, lost = (None, None) if found is None else found
     moved, rerouted = change is not None and change.lower > limits.drift_bits, overlap is not None
+    of_few = lost is not None and overlap is not None and not overlap.upper < limits.drift_overlap
     if not moved and not rerouted:
         return
     # Loads of stretches move with the topic; the same tokens on other experts do not.
@@ -194,12 +271,17 @@ def drift(look: Look, layer_index: int) -> Iterator[Finding]:
             EvidenceRow("token_overlap", overlap.mean, "", 1.0, overlap.num_tokens, "of a token's experts"),
             EvidenceRow("token_overlap_upper", overlap.upper, f"< {limits.drift_overlap:g}", None, overlap.num_tokens),
         ]
+    if lost is not None:
+        evidence.append(
+            EvidenceRow("expert_overlap", lost.kept, f"< {_MIN_KEPT:g} proved", 1.0, lost.num_tokens, "of its tokens")
+        )
     yield Finding(
         FindingKind.DRIFT,
         # A router that is trained is meant to change.
         Severity.WARNING if is_sure and not look.is_training else Severity.INFO,
-        "drift" if moved and not rerouted else ("drift_tokens" if not moved else "drift_both"),
+        _code(moved=moved, rerouted=rerouted, of_few=of_few),
         layer_index,
+        lost.worst if of_few and lost is not None and len(lost.experts) == 1 else None,
         since_step=layer.first_step,
         args={
             "layer": str(layer_index),
@@ -207,7 +289,26 @@ def drift(look: Look, layer_index: int) -> Iterator[Finding]:
             "overlap": "unknown" if overlap is None else formatted(100 * overlap.mean),
             "chance": formatted(100 * layer.shape.top_k / layer.shape.num_experts),
             "tokens": "0" if overlap is None else str(overlap.num_tokens),
+            **({} if lost is None else _lost_args(lost)),
         },
         evidence=tuple(evidence),
         statistic=overlap.upper if rerouted and overlap is not None else change.lower if change is not None else 0.0,
     )
+
+
+def _code(*, moved: bool, rerouted: bool, of_few: bool) -> str:
+    if not rerouted:
+        return "drift"
+    if of_few:
+        return "drift_experts"
+    return "drift_both" if moved else "drift_tokens"
+
+
+def _lost_args(lost: LostExperts) -> dict[str, str]:
+    shown = ", ".join(map(str, lost.experts[:_MAX_NAMED]))
+    return {
+        "lost": shown + (f" and {len(lost.experts) - _MAX_NAMED} more" if len(lost.experts) > _MAX_NAMED else ""),
+        "worst": str(lost.worst),
+        "kept": formatted(100 * lost.kept),
+        "sampled": str(lost.num_tokens),
+    }

@@ -18,6 +18,7 @@ __all__ = [
     "collapse_limit",
     "dead_experts",
     "hot_and_cold_experts",
+    "hot_floor",
     "is_explained_by_hot_experts",
     "load_imbalance",
     "since",
@@ -25,6 +26,9 @@ __all__ = [
 
 # Simultaneous level of the dead-expert bound over all layers and experts (research: a = 1 %).
 _DEAD_LEVEL = 0.01
+# In small layers the part of all tokens that a hot expert takes, and the least multiple of the fair share that it has.
+_HOT_PART = 0.9
+_LEAST_HOT = 1.25
 # A layer that had this part of today's effective experts or less in the baseline has not changed.
 _UNCHANGED = 0.8
 
@@ -270,6 +274,16 @@ def _tokens_to_be_dead(look: Look, shape: LayerShape) -> float:
     return math.log(level) / math.log1p(-limit) if limit < 1 else 0.0
 
 
+def hot_floor(look: Look, shape: LayerShape) -> float:
+    """Return the multiple of the fair share above which an expert is hot.
+
+    An expert that takes every token has E/k times the fair share: in small layers that is less than the threshold, and
+    hot is what takes 0.9 of the tokens at least. Where tokens use most experts, none can be hot.
+    """
+    most = _HOT_PART * shape.num_experts / shape.top_k
+    return min(look.thresholds.hot_expert, most) if most > _LEAST_HOT else look.thresholds.hot_expert
+
+
 def hot_and_cold_experts(look: Look, layers: list[int], dead: set[tuple[int | None, int | None]]) -> Iterator[Finding]:
     """Find experts whose long-run share lies beyond the floors."""
     limits = look.thresholds
@@ -277,8 +291,9 @@ def hot_and_cold_experts(look: Look, layers: list[int], dead: set[tuple[int | No
     for index in layers:
         if look.shortage(index):
             continue
-        per_token = look.state.layers[index].routed_per_token
-        tests = share_tests(look.blocks[index], per_token, hot=limits.hot_expert, cold=limits.cold_expert)
+        layer = look.state.layers[index]
+        hot = hot_floor(look, layer.shape)
+        tests = share_tests(look.blocks[index], layer.routed_per_token, hot=hot, cold=limits.cold_expert)
         if tests is not None:
             tested.append((index, tests))
     if not tested:
@@ -299,7 +314,7 @@ def hot_and_cold_experts(look: Look, layers: list[int], dead: set[tuple[int | No
 def _skewed(look: Look, index: int, expert: int, kind: FindingKind, p_value: float) -> Finding:
     layer, metrics, before = look.state.layers[index], look.metrics[index], look.baseline.get(index)
     is_hot = kind is FindingKind.HOT_EXPERT
-    floor = look.thresholds.hot_expert if is_hot else look.thresholds.cold_expert
+    floor = hot_floor(look, layer.shape) if is_hot else look.thresholds.cold_expert
     ratio = metrics.share[expert] * metrics.num_experts
     baseline = before.share[expert] * before.num_experts if before else None
     is_new = baseline is not None and (baseline < floor if is_hot else baseline > floor)

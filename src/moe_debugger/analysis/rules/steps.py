@@ -17,6 +17,7 @@ from moe_debugger.analysis.intervals import (
     student_quantile,
 )
 from moe_debugger.analysis.metrics import effective_experts
+from moe_debugger.analysis.rules.load import collapse_limit
 from moe_debugger.analysis.rules.look import Look, formatted
 from moe_debugger.analysis.step_loads import LoadSeries
 
@@ -101,6 +102,8 @@ def _expected_max_over_mean(table: _Floats, counts: _Floats) -> float:
 def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
     """Find a router that in the newest steps of a training uses less than half of what it did in the run's first steps.
 
+    Or less than the limit without a baseline: a run that collapsed early has no healthy first steps to compare with.
+
     Only where steps may be those of a training: in serving, other requests use other experts.
     """
     layer, limits = look.state.layers[layer_index], look.thresholds
@@ -112,7 +115,7 @@ def collapse_over_steps(look: Look, layer_index: int) -> list[Finding]:
         return []
     levels = np.exp(row_entropies(np.maximum(series.counts.astype(np.float64), np.finfo(np.float64).tiny)))
     baseline = float(max(np.median(levels[:num_learnt]), np.median(levels)))
-    limit = limits.collapse_baseline_ratio * baseline
+    limit = max(limits.collapse_baseline_ratio * baseline, collapse_limit(look, layer_index))
     recent = _recent(series, num_learnt, limits.min_tokens)
     if recent is None:
         return []
