@@ -8,6 +8,7 @@ nothing.
 """
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ __all__ = ["copies_by_load", "eplb_placement", "greedy_placement", "hierarchical
 def pack_evenly(weights: Sequence[float] | Floats, num_packs: int, labels: Sequence[int] | None = None) -> list[Ints]:
     """Deal items into packs of the same size, heaviest first, each to the lightest pack that has room.
 
-    This is longest-processing-time scheduling under a limit on the number of items. O(n log n + n * packs).
+    This is longest-processing-time scheduling under a limit on the number of items. O(n log n) where
+    the items of a label are alike.
 
     Args:
         weights: [n], 0 or more; n is a multiple of `num_packs`.
@@ -41,15 +43,24 @@ def pack_evenly(weights: Sequence[float] | Floats, num_packs: int, labels: Seque
     names = list(range(len(values))) if labels is None else list(labels)
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     held: list[set[int]] = [set() for _ in range(num_packs)]
-    totals = [0.0] * num_packs
+    # Among equally light packs the emptiest: experts without load would otherwise fill one rank.
+    with_room = [(0.0, 0, pack) for pack in range(num_packs if size else 0)]
+    # Heap of those with room that hold the label of the last item.
+    aside: list[tuple[float, int, int]] = []
+    last = None
     for item in np.argsort(-values, kind="stable").tolist():
-        with_room = [pack for pack in range(num_packs) if len(packs[pack]) < size]
-        without_label = [pack for pack in with_room if names[item] not in held[pack]]
-        # Among equally light packs the emptiest: experts without load would otherwise fill one rank.
-        best = min(without_label or with_room, key=lambda pack: (totals[pack], len(packs[pack]), pack))
+        label = names[item]
+        if label != last:
+            for pack in aside:
+                heappush(with_room, pack)
+            last, aside = label, []
+        while with_room and label in held[with_room[0][2]]:
+            heappush(aside, heappop(with_room))
+        total, number, best = heappop(with_room or aside)
         packs[best].append(item)
-        held[best].add(names[item])
-        totals[best] += float(values[item])
+        held[best].add(label)
+        if number + 1 < size:
+            heappush(aside, (total + float(values[item]), number + 1, best))
     return [np.array(pack, np.int64) for pack in packs]
 
 
@@ -69,10 +80,15 @@ def copies_by_load(weights: Sequence[float] | Floats, num_slots: int, max_copies
             f"{len(values) * max_copies}"
         )
     copies = np.ones(len(values), np.int64)
+    may_grow = [(-value, 1, expert) for expert, value in enumerate(values.tolist())] if max_copies > 1 else []
+    heapify(may_grow)
     for _ in range(num_slots - len(values)):
-        may_grow = np.flatnonzero(copies < max_copies)
-        order = np.lexsort((may_grow, copies[may_grow], -values[may_grow] / copies[may_grow]))
-        copies[may_grow[order[0]]] += 1
+        _, number, expert = may_grow[0]
+        copies[expert] = number + 1
+        if number + 1 < max_copies:
+            heapreplace(may_grow, (-float(values[expert]) / (number + 1), number + 1, expert))
+        else:
+            heappop(may_grow)
     return copies
 
 

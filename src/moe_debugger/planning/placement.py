@@ -24,6 +24,9 @@ __all__ = ["Placement", "contiguous_placement"]
 
 Ints = npt.NDArray[np.int64]
 
+# Beyond any engine's; tables of ranks by ranks, and of slots by layers, stay within memory.
+MAX_RANKS, MAX_SLOTS = 4096, 65_536
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
@@ -37,8 +40,8 @@ class Placement:
         num_nodes: ranks stand in nodes of R / num_nodes.
 
     Raises:
-        InvalidInputError: an expert has no slot, an id is out of range, ranks have unequal slots, or nodes unequal
-            ranks.
+        InvalidInputError: an expert has no slot, an id is out of range, ranks have unequal slots, nodes unequal
+            ranks, or there are more than 4,096 ranks or 65,536 slots.
     """
 
     strategy: str
@@ -194,10 +197,13 @@ def check_ranks(num_slots: int, num_experts: int, num_ranks: int, num_nodes: int
     """Check that slots can be dealt to ranks, and ranks to nodes.
 
     Raises:
-        InvalidInputError: they can not.
+        InvalidInputError: they can not, or there are more than `MAX_RANKS` or `MAX_SLOTS`.
     """
     for name, value in (("num_experts", num_experts), ("num_ranks", num_ranks), ("num_nodes", num_nodes)):
         check_whole(name, value, 1)
+    for name, number, most in (("ranks", num_ranks, MAX_RANKS), ("slots of all ranks", num_slots, MAX_SLOTS)):
+        if number > most:
+            raise InvalidInputError(f"{number:,} {name}: expected {most:,} at most")
     if num_ranks % num_nodes:
         raise InvalidInputError(f"{num_ranks} ranks on {num_nodes} nodes: expected the same number on each node")
     if num_slots < num_experts:

@@ -174,7 +174,8 @@ def plan_placement(
         loads: [num_steps, num_layers, num_experts] in the order of the steps, or `loads_from_decisions(...)`.
         top_k: experts per token.
         num_groups: groups of experts of group-limited routing, for the hierarchical placement.
-        num_redundant: spare slots over all ranks, per layer, for copies; without it as many as `current` has.
+        num_redundant: spare slots over all ranks, per layer, for copies; at most a copy of every expert on every rank;
+            without it as many as `current` has.
         current: what runs now; without it the contiguous placement, in as many slots as there are experts where ranks
             divide them, else in all slots.
         other_workloads: by name, loads in the same form, on which the placements are judged too.
@@ -201,6 +202,11 @@ def plan_placement(
         if rate is not None and not (isinstance(rate, int | float | np.number) and 0 < rate < math.inf):
             raise InvalidInputError(f"{name} {rate!r}: expected a number, more than 0")
     num_slots = experts + num_redundant
+    if num_slots > experts * num_ranks:
+        raise InvalidInputError(
+            f"num_redundant {num_redundant:,}: with {experts * (num_ranks - 1):,} each of the {num_ranks:,} ranks "
+            f"holds all {experts:,} experts, and more copies change nothing; give fewer"
+        )
     if current is None:
         own_slots = experts if experts % num_ranks == 0 else num_slots
         current = contiguous_placement(layers, experts, num_ranks, num_slots=own_slots, num_nodes=num_nodes)

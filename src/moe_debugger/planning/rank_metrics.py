@@ -137,9 +137,13 @@ def active_experts(loads: Any, placement: Placement) -> Ints:
     """
     counts = _matching(loads, placement)
     table = placement.physical_to_logical
-    earlier = np.zeros_like(table)
-    for slot in range(1, placement.num_slots):
-        earlier[:, slot] = (table[:, :slot] == table[:, slot : slot + 1]).sum(axis=1)
+    copies = placement.num_copies
+    order = np.argsort(table, axis=1, kind="stable")
+    first = np.cumsum(copies, axis=1) - copies
+    earlier = np.empty_like(table)
+    np.put_along_axis(
+        earlier, order, np.arange(table.shape[1]) - np.repeat(first.ravel(), copies.ravel()).reshape(table.shape), 1
+    )
     is_active = counts[:, np.arange(placement.num_layers)[:, None], table] > earlier
     shape = (len(counts), placement.num_layers, placement.num_ranks, placement.slots_per_rank)
     active: Ints = is_active.reshape(shape).sum(axis=3)

@@ -65,6 +65,27 @@ def test_greedy_packs_are_within_the_bound_of_the_best(weights: list[int], num_p
     assert heaviest == best if num_packs == 3 else heaviest <= best * (4 / 3 - 1 / 6) + 1e-9
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    items=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=12, max_size=12),
+    num_packs=st.sampled_from([1, 2, 3, 4, 6]),
+)
+def test_items_go_to_the_lightest_pack_with_room_and_without_their_label(
+    items: list[tuple[int, int]], num_packs: int
+) -> None:
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+
+    def place(pack: int, item: int) -> tuple[bool, int, int, int]:
+        own = [items[i] for i in packs[pack]]
+        return items[item][1] in {label for _, label in own}, sum(weight for weight, _ in own), len(own), pack
+
+    for item in sorted(range(12), key=lambda item: -items[item][0]):
+        with_room = [pack for pack in range(num_packs) if len(packs[pack]) < 12 // num_packs]
+        packs[min(with_room, key=lambda pack: place(pack, item))].append(item)
+    found = pack_evenly([weight for weight, _ in items], num_packs, [label for _, label in items])
+    assert [pack.tolist() for pack in found] == packs
+
+
 def test_greedy_is_not_always_the_best() -> None:
     # 3 + 2 + 2 against 3 + 3 + 0: the bound 7/6 is reached.
     assert max(sum([3, 3, 2, 2, 2, 0][i] for i in pack) for pack in pack_evenly([3, 3, 2, 2, 2, 0], 2)) == 7
@@ -224,5 +245,7 @@ def test_what_does_not_divide_is_refused() -> None:
         greedy_placement([[1, -1]], 2)
     with pytest.raises(InvalidInputError, match="5 items in 2 packs"):
         pack_evenly([1, 2, 3, 4, 5], 2)
+    with pytest.raises(InvalidInputError, match="65,540 slots of all ranks: expected 65,536 at most"):
+        eplb_placement(PUBLISHED, 20, num_slots=65_540)
     with pytest.raises(InvalidInputError, match="not a placement"):
         Placement.from_dict({"strategy": "x"})
