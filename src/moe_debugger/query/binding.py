@@ -1,10 +1,11 @@
 """From parsed form to plan: names by the allow list, values by the columns' units, and what must be read for it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TypeVar
 
+from moe_debugger.analysis import RoutingState
 from moe_debugger.errors import QueryError
 from moe_debugger.query import form
 from moe_debugger.query.columns import SUBJECTS, ColumnSpec, Kind, Place, Subject
@@ -29,6 +30,8 @@ __all__ = ["AggregateSpec", "Capabilities", "Plan", "Scope", "SortKey", "bind"]
 _NUMERIC = (Kind.INTEGER, Kind.NUMBER)
 _LISTS = (Kind.INTEGERS, Kind.NUMBERS)
 _T = TypeVar("_T")
+# A wider range is a bound and names nothing.
+_MAX_NAMED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,14 @@ class Capabilities:
         name: of the source, for messages: "this recording", "a live session of the fleet".
         absent: why a column of a subject, or all of it ("*"), is not there: {"tokens": {"step": "..."}}.
         vocabulary: None where token texts are not known.
+        probabilities: reads the router's probabilities of all rows, summed, which the rows themselves do not hold;
+            None where rows have no such sums beside them.
     """
 
     name: str
     absent: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
+    probabilities: Callable[[], RoutingState] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,10 @@ class Plan:
     def is_grouped(self) -> bool:
         """Whether the result has groups instead of rows."""
         return bool(self.by or self.aggregates)
+
+    def asked(self, name: str) -> frozenset[int]:
+        """Return the values of a column of whole numbers that the conditions joined by `and` ask for by name."""
+        return _named(name, [part for part in (self.row_condition, self.condition) if part is not None])
 
     @property
     def row_columns(self) -> frozenset[str]:
@@ -469,7 +479,7 @@ def _scope(parts: Sequence[Bound]) -> Scope:
                 layers = _both(layers, _whole([value]))
             case OneOf("layer", values):
                 layers = _both(layers, _whole(values))
-            case Within("layer", int(low), int(high)) if high - low < 10_000:
+            case Within("layer", int(low), int(high)) if high - low < _MAX_NAMED:
                 layers = _both(layers, frozenset(range(low, high + 1)))
             case Compare("request", "=", str(value)):
                 requests = _both(requests, frozenset((value,)))
@@ -486,6 +496,23 @@ def _scope(parts: Sequence[Bound]) -> Scope:
             case _:
                 pass
     return Scope(layers, requests, first, last)
+
+
+def _named(name: str, parts: Sequence[Bound]) -> frozenset[int]:
+    found: frozenset[int] = frozenset()
+    for part in parts:
+        match part:
+            case All(inner):
+                found |= _named(name, inner)
+            case Compare(column, "=", value) if column == name:
+                found |= _whole([value])
+            case OneOf(column, values) if column == name:
+                found |= _whole(values)
+            case Within(column, int(low), int(high)) if column == name and high - low < _MAX_NAMED:
+                found |= frozenset(range(low, high + 1))
+            case _:
+                pass
+    return found
 
 
 def _whole(values: Iterable[Scalar]) -> frozenset[int]:

@@ -44,8 +44,12 @@ class Derived(Protocol):
         """Count the rows of a batch with the indexes `rows`."""
         ...
 
-    def table(self) -> Table:
-        """Return the table of what was counted."""
+    def table(self, probabilities: RoutingState | None = None) -> Table:
+        """Return the table of what was counted.
+
+        Args:
+            probabilities: sums of the router's probabilities of the counted rows; None = not known.
+        """
         ...
 
 
@@ -116,14 +120,16 @@ class _Experts:
             weights = _flat(batch.raw["gate_weights"][_whole_or(rows, batch)], is_load)
             self._weights += np.bincount(cells, weights, minlength=len(self._counts))
 
-    def table(self) -> Table:
+    def table(self, probabilities: RoutingState | None = None) -> Table:
         counts, weights = {}, {}
         for layer in self._layers:
             place = slice(self._shapes.first[layer.layer_index], self._shapes.first[layer.layer_index + 1])
             counts[layer.layer_index] = self._counts[place]
             if self._weights is not None:
                 weights[layer.layer_index] = self._weights[place]
-        return expert_table(self._layers, counts, weight_sums=weights)
+        known = {} if probabilities is None else probabilities.layers
+        means = {index: layer.mean_probability for index, layer in known.items()}
+        return expert_table(self._layers, counts, weight_sums=weights, mean_probability=means)
 
 
 # What the metrics of a layer need; requests, positions and steps are for intervals and histories.
@@ -159,8 +165,13 @@ class _Layers:
         part = fold_decisions(columns, **self._sizes)
         self._state = merge_all([self._state, part]) if self._state.layers else part
 
-    def table(self) -> Table:
-        return layer_table(self._layers, self._state)
+    def table(self, probabilities: RoutingState | None = None) -> Table:
+        state = self._state
+        if probabilities is not None:
+            # Of the layers that were counted alone: a condition on layers may have left the others unread.
+            known = {index: layer for index, layer in probabilities.layers.items() if index in state.layers}
+            state = merge_all([state, RoutingState(known)])
+        return layer_table(self._layers, state)
 
 
 class _Steps:
@@ -195,7 +206,7 @@ class _Steps:
         if len(self._counts) > self._max_groups:
             raise TooManyGroupsError("steps x layers", len(self._counts))
 
-    def table(self) -> Table:
+    def table(self, probabilities: RoutingState | None = None) -> Table:
         keys = sorted(self._counts)
         counts = np.array([self._counts[key] for key in keys], np.int64).reshape(len(keys), self._width)
         layer = np.array([key[1] for key in keys], np.int64)
@@ -306,7 +317,7 @@ class _Requests:
     def _place(self, request_id: str) -> int:
         return self._places.setdefault(request_id, len(self._places))
 
-    def table(self) -> Table:
+    def table(self, probabilities: RoutingState | None = None) -> Table:
         by_layer: list[dict[int, Array]] = [{} for _ in self._places]
         for (place, layer), tokens in self._tokens.items():
             by_layer[place][layer] = tokens

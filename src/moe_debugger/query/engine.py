@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moe_debugger.analysis import RoutingState
 from moe_debugger.errors import QueryCostError
 from moe_debugger.query.binding import Capabilities, Plan, Scope, bind
 from moe_debugger.query.columns import Place
@@ -21,6 +22,10 @@ from moe_debugger.query.tables import Table
 from moe_debugger.query.vocabulary import TokenTexts
 
 __all__ = ["QuerySource", "execute", "run_query"]
+
+
+# Columns that need the router's probabilities, which are kept as sums over all tokens and never of single rows.
+_OF_PROBABILITIES = frozenset({"mean_probability", "balancing_loss"})
 
 
 class QuerySource(Protocol):
@@ -103,7 +108,7 @@ class _Run:
             if table is None:
                 sums = derived(plan.subject.name, source.layers, frozenset(plan.columns), self._limits.max_groups)
                 self._scan_into(sums)
-                table = sums.table()
+                table = sums.table(self._probabilities())
             else:
                 self._progress.num_read += table.num_rows
                 self._check_rows(table.num_rows, 0)
@@ -118,8 +123,15 @@ class _Run:
             is_truncated=self._ended_early or num_shown < gathered.num_matched,
             num_rows_scanned=self._progress.num_read,
             elapsed_s=time.monotonic() - self._progress.started,
-            notes=(*_layers_that_are_not(plan, source.layers), *source.notes(plan)),
+            notes=(*_what_is_not(plan, source.layers), *_not_of_rows(plan), *source.notes(plan)),
         )
+
+    def _probabilities(self) -> RoutingState | None:
+        """Return the sums of the router's probabilities, where a column needs them and all rows are counted."""
+        plan, read = self._plan, self._source.capabilities.probabilities
+        if read is None or plan.row_condition is not None or not _OF_PROBABILITIES & set(plan.columns):
+            return None
+        return read()
 
     def _take(self, table: Table) -> None:
         columns = table.columns.__getitem__
@@ -210,10 +222,35 @@ def _advice(plan: Plan) -> str:
     return "narrow it further, or record the session and query the recording where it lies"
 
 
-def _layers_that_are_not(plan: Plan, layers: Sequence[LayerFacts]) -> list[str]:
-    """Say which layers were asked for and are none: else no rows look as if they were quiet ones."""
-    known = sorted(layer.layer_index for layer in layers)
-    asked = sorted((plan.scope.layers or frozenset()) - set(known))
-    if not asked or not known:
+def _what_is_not(plan: Plan, layers: Sequence[LayerFacts]) -> list[str]:
+    """Say which layers and experts were asked for and are none: else no rows look as if they were quiet ones."""
+    if not layers:
         return []
-    return [f"there is no layer {', '.join(map(str, asked[:8]))}: the layers are {known[0]} to {known[-1]}"]
+    known = sorted(layer.layer_index for layer in layers)
+    asked = plan.asked("layer")
+    # Slots may hold identity experts, whose ids come after those of the routed ones.
+    sizes = [
+        layer.num_experts + (layer.num_identity_experts if plan.subject.name in ("tokens", "requests") else 0)
+        for layer in layers
+        if not asked & set(known) or layer.layer_index in asked
+    ]
+    notes = []
+    if none := sorted(asked - set(known)):
+        notes.append(f"there is no layer {_some(none)}: the layers are {known[0]} to {known[-1]}")
+    if none := sorted(expert for expert in plan.asked("expert") if not 0 <= expert < max(sizes)):
+        notes.append(f"there is no expert {_some(none)}: the experts are 0 to {max(sizes) - 1}")
+    return notes
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8]))
+
+
+def _not_of_rows(plan: Plan) -> list[str]:
+    """Say which columns are missing because the query chooses tokens."""
+    if plan.row_condition is None:
+        return []
+    return [
+        f"`{name}` is missing: the router's probabilities are kept as sums over all tokens, and `where` chooses some"
+        for name in sorted(_OF_PROBABILITIES & set(plan.columns))
+    ]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger.analysis import Analysis, findings_to_proto
+from moe_debugger._counted import layer_shape
+from moe_debugger.analysis import Analysis, RoutingState, findings_to_proto
 from moe_debugger.query.binding import Capabilities, Plan, Scope
 from moe_debugger.query.columnar import read_columns
 from moe_debugger.query.rows import LayerFacts, RowBatch
@@ -176,7 +177,7 @@ class RecordingSource:
         self._is_joined = hasattr(recording, "members")
         manifest = recording.manifest
         self._parts = recording.whole_parts("rows")
-        self.layers: Sequence[LayerFacts] = _facts(recording.layers())
+        self.layers: Sequence[LayerFacts] = _facts(recording.layers(), recording.expert_owners())
         self._has_rows = manifest.level != "counts"
         vocabulary = vocabulary_of(tokenizer, manifest.model.name)
         absent = token_absences(
@@ -190,8 +191,12 @@ class RecordingSource:
         absent["series"] = dict.fromkeys(("rank", "source"), _NOT_FLEET)
         if not self._has_rows:
             absent["experts"] = {**absent["experts"], "mean_gate_weight": 'sums at level "counts" hold no weights'}
-        absent.setdefault("experts", {})["rank"] = "the reader of recordings does not give it"
-        self.capabilities = Capabilities("this recording", absent, vocabulary)
+        self.capabilities = Capabilities("this recording", absent, vocabulary, self._probabilities)
+
+    def _probabilities(self) -> RoutingState:
+        state = RoutingState.empty(layer_shape(info) for info in self._recording.layers())
+        self._recording._add_probabilities(state)
+        return state
 
     def num_rows(self, scope: Scope) -> int:
         """Return the rows of the parts that have steps of the scope, by the manifest."""

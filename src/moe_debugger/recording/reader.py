@@ -218,12 +218,16 @@ class Recording:
         for rows in self.iter_decisions(_FOLD_ROWS):
             for columns_of_stack in _by_stack(rows):
                 state = state.merge(fold_decisions(columns_of_stack, **sizes))
+        self._add_probabilities(state)
+        return state
+
+    def _add_probabilities(self, state: RoutingState) -> None:
+        """Add the router's probabilities of the parts whose rows are whole."""
         for probabilities in self._probabilities():
             try:
                 probabilities.add_to(state)
             except ValueError as error:
                 raise RecordingError(f"the rows do not fit the layers: {error}", part="rows") from error
-        return state
 
     def series(self) -> SeriesTable:
         """Return the training series, up to the last that was written; empty where there are none.

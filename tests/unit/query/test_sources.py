@@ -1,5 +1,6 @@
 """Queries of real sessions and recordings: against the session's own answers, and against reading every row."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorded_rows import record, write
+from recorded_rows import INFOS, begin, record, write
 from routing_rows import forward
 from zoo.build import ALL
 
@@ -16,6 +17,7 @@ from moe_debugger.errors import QueryCostError, QueryError
 from moe_debugger.query import LOCAL_LIMITS, QueryResult, run_query
 from moe_debugger.query.local import RecordingSource, SessionSource
 from moe_debugger.query.messages import result_from_proto, result_to_proto
+from moe_debugger.recording.writer import Ending, Limits, RecordingWriter, make_folder
 
 _BOTH = [
     "experts show layer, expert, assignments, share, load, mean_gate_weight order by layer, expert",
@@ -25,6 +27,9 @@ _BOTH = [
     "tokens by layer, expert show count, mean(margin)",
     "requests show request, tokens, prefill_tokens, decode_tokens order by request",
     "steps show step, layer, tokens, effective_experts, used_experts",
+    "experts where mean_probability > 0 show layer, expert, mean_probability, load",
+    "experts where layer = 1 show expert, mean_probability",
+    "layers show layer, balancing_loss, effective_experts",
     "findings show kind, layer, expert, severity",
 ]
 
@@ -67,6 +72,40 @@ def test_experts_and_layers_are_those_of_the_session(recorded: Any) -> None:
         assert row[2] == pytest.approx(stats.effective_experts)
         assert row[3] == pytest.approx(stats.mean_top1_probability)
         assert row[4] == len(stats.unused_experts)
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (
+            "experts where phase = decode show expert, mean_probability",
+            "`mean_probability` is missing: .* sums over all",
+        ),
+        ("layers where phase = decode show layer, balancing_loss", "`balancing_loss` is missing: .* sums over all"),
+        ("experts where expert = 99", "there is no expert 99: the experts are 0 to 7"),
+        ("tokens where layer = 1 and expert in (3, 98, 99)", "there is no expert 98, 99: the experts are 0 to 7"),
+        ("layers where layer = 99", "there is no layer 99: the layers are 0 to"),
+        ("requests where layer between 98 and 99", "there is no layer 98, 99: the layers are 0 to"),
+        ("experts where phase = decode show expert, load", None),
+        ("experts where expert = 7 or expert = 99", None),
+        ("experts", None),
+    ],
+)
+def test_what_an_answer_cannot_have_is_noted(recorded: Any, text: str, note: str | None) -> None:
+    for source in recorded:
+        notes = source.query(text).notes
+        assert len(notes) == (note is not None)
+        assert note is None or re.search(note, notes[0])
+
+
+def test_ranks_of_experts_are_those_of_the_manifest(tmp_path: Path) -> None:
+    owners = {0: (0, 0, 0, 0, 1, 1, 1, 1)}
+    writer = RecordingWriter(make_folder(tmp_path / "rec"), begin(), Limits(), lambda: INFOS, owners)
+    writer.add([forward(0)])
+    writer.finish(Ending())
+    found = open_recording(tmp_path / "rec").query("experts show layer, rank")
+    assert [rank for layer, rank in found if layer == 0] == list(owners[0])
+    assert {rank for layer, rank in found if layer == 1} == {None}
 
 
 def test_tokens_by_expert_and_experts_by_token_agree_with_the_rows(recorded: Any) -> None:
