@@ -90,7 +90,8 @@ def _peak(wanted: str, model: Any) -> "Peak | None":
         return Peak(gflops, gbps)
     except ValueError as error:
         raise InvalidInputError(
-            f"--peak {wanted!r}: expected `measure`, `none`, or two numbers above 0 such as 180,38 (GFLOP/s,GB/s)"
+            f"--peak {wanted!r}: expected `measure`, `none`, or two finite numbers above 0 such as 180,38 "
+            "(GFLOP/s,GB/s)"
         ) from error
 
 

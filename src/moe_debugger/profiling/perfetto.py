@@ -67,8 +67,11 @@ def trace_events(profile: "LayerProfile", *, max_forwards: int | None = None) ->
             "dur": int(spans.duration[index]) / 1e3,
             "pid": _PROCESS,
             "tid": record.lane + 1,
-            "args": {"step": record.step, "forward_index": record.forward_index, "rows": int(spans.rows[index])},
+            "args": {"step": record.step, "forward_index": record.forward_index},
         }
+        # 0 is also what is noted where rows are not seen, as of a whole forward.
+        if spans.rows[index] > 0:
+            event["args"]["rows"] = int(spans.rows[index])
         if layer >= 0:
             event["args"]["layer_index"] = summaries[layer].times.layer_index
         if part is Part.EXPERTS and layer >= 0:

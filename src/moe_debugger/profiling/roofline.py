@@ -1,5 +1,6 @@
 """The roofline of expert weights: how many bytes of them a step touches, how much it computes with them. Pure numpy."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class Peak:
         source: how it was found, in words.
 
     Raises:
-        InvalidInputError: a value is not above 0.
+        InvalidInputError: a value is not finite and above 0.
     """
 
     gflops: float
@@ -31,9 +32,9 @@ class Peak:
     source: str = "given"
 
     def __post_init__(self) -> None:
-        if not (self.gflops > 0 and self.gbps > 0):
+        if not (0 < self.gflops < math.inf and 0 < self.gbps < math.inf):
             raise InvalidInputError(
-                f"peak of {self.gflops} GFLOP/s and {self.gbps} GB/s: expected numbers above 0 for both"
+                f"peak of {self.gflops} GFLOP/s and {self.gbps} GB/s: expected finite numbers above 0 for both"
             )
 
     @property

@@ -42,7 +42,7 @@ class ProfileTable(ColumnTable):
             there on; -1 for what is no stretch of time of its own (rest, estimates).
         duration_ns: [n] int64.
         num_tokens: [n] int64, rows that the part was given, padding included; for an expert those routed to it, for
-            experts the sum of those; 0 where it is not known.
+            experts the sum of those; 0 where it is none or not known, as for a whole forward.
         is_estimated: [n] bool; True where no clock saw it and the cost model says it.
         num_forwards_dropped: forwards that were timed and made room for newer ones, or were given up.
         num_estimates_left_out: estimated rows of older forwards that are not in the table.
@@ -101,7 +101,7 @@ class ProfileTable(ColumnTable):
                 str(self.part[row]) + (" (estimated)" if self.is_estimated[row] else ""),
                 "" if self.expert_id[row] < 0 else str(int(self.expert_id[row])),
                 float(self.duration_ns[row]) / 1e3,
-                int(self.num_tokens[row]),
+                int(self.num_tokens[row]) or float("nan"),
             ]
             for row in range(min(len(self), _NUM_SHOWN))
         ]

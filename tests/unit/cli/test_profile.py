@@ -46,7 +46,7 @@ def test_json_has_the_whole_summary(run: Run) -> None:
     assert answer["bottlenecks"] == []
 
 
-@pytest.mark.parametrize("peak", ["fast", "1,2,3", "0,5", "-1,2"])
+@pytest.mark.parametrize("peak", ["fast", "1,2,3", "0,5", "-1,2", "inf,1"])
 def test_a_wrong_peak_is_refused_with_words(run: Run, peak: str) -> None:
     text = run("--prompt", "x", f"--peak={peak}", code=1)
     assert "GFLOP/s" in text

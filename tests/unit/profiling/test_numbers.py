@@ -187,9 +187,9 @@ def test_a_roofline_by_hand() -> None:
     assert math.isnan(Roofline(0, points).attained_share)
 
 
-@pytest.mark.parametrize(("gflops", "gbps"), [(0, 1), (1, -1), (math.nan, 1)])
-def test_a_peak_is_above_zero(gflops: float, gbps: float) -> None:
-    with pytest.raises(InvalidInputError, match="above 0"):
+@pytest.mark.parametrize(("gflops", "gbps"), [(0, 1), (1, -1), (math.nan, 1), (math.inf, 1), (1, math.inf)])
+def test_a_peak_is_finite_and_above_zero(gflops: float, gbps: float) -> None:
+    with pytest.raises(InvalidInputError, match="finite numbers above 0"):
         Peak(gflops, gbps)
 
 

@@ -107,7 +107,13 @@ def test_a_trace_follows_the_format_and_has_every_span(build: Any, tmp_path: Pat
     for part in ("dispatch", "combine", "rest"):
         shown_us = sum(event["dur"] for event in complete if event["cat"] == part)
         assert shown_us == pytest.approx(sum(np.nansum(getattr(s.calls, part)) for s in profile.summaries) / 1e3)
-    assert sum(event["name"] == "forward" for event in complete) == 24
+    forwards = [event for event in complete if event["name"] == "forward"]
+    assert len(forwards) == 24
+    # How many rows a whole forward was given is not seen, and is no 0.
+    assert not any("rows" in event["args"] for event in forwards)
+    assert sum(event["args"]["rows"] for event in complete if event["cat"] == "block") == sum(
+        int(summary.calls.rows.sum()) for summary in profile.summaries
+    )
     total_us = sum(event["dur"] for event in complete if event["cat"] == "block")
     assert total_us == pytest.approx(sum(s.calls.block.sum() for s in profile.summaries) / 1e3)
     counters = [event for event in events if event["ph"] == "C" and event["name"] == "distinct experts"]

@@ -105,6 +105,7 @@ def test_the_table_has_every_time_with_its_place(fake_time: FakeTime) -> None:
     assert set(table.layer_index[table.part != "forward"].tolist()) == {5}
     experts = table.select("expert")
     assert int(experts.num_tokens.sum()) == 12
+    assert str(table.select("forward")).endswith("–")
     assert experts.duration_ns.tolist() == [500 + 10 * int(n) for n in experts.num_tokens]
     assert not table.is_estimated.any()
     block = table.select("block", layer_index=5)
