@@ -119,10 +119,7 @@ def _loads(source: "Recording", num_experts: int, phase: Phase | None) -> "StepL
 
     rows: Any = source.decisions()
     if not len(rows["layer_index"]):
-        raise InvalidInputError(
-            f"{source.manifest.session_name!r} has no rows (it was captured at level {source.manifest.level!r}): a "
-            "plan needs the loads of single forwards, so record at level `routes` or above"
-        )
+        raise InvalidInputError(f"{source.manifest.session_name!r} has no rows: {_why_no_rows(source)}")
     loads = loads_from_decisions(rows, num_experts=num_experts, phase=None if phase is None else phase.value)
     if phase is not None and not len(loads.steps):
         present = {each.value for each in Phase if (rows["phase"] == _PHASES[each]).any()}
@@ -131,6 +128,18 @@ def _loads(source: "Recording", num_experts: int, phase: Phase | None) -> "StepL
             f"{', '.join(sorted(present)) or 'no known phase'}"
         )
     return loads
+
+
+def _why_no_rows(source: "Recording") -> str:
+    manifest = source.manifest
+    if manifest.level == "counts":
+        return (
+            "it was captured at level 'counts', and a plan needs the loads of single forwards, so record at level "
+            "`routes` or above"
+        )
+    if manifest.num_rows or manifest.num_rows_not_written:
+        return "those that it had are lost; record again"
+    return "nothing ran while it was recorded; run the model while it is recorded"
 
 
 def _placement(path: Path) -> "Placement":

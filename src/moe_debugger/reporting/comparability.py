@@ -50,30 +50,17 @@ def common_layers(a: Material, b: Material) -> list[int]:
 
 
 def _shapes(material: Material) -> dict[int, LayerShape]:
-    return (
-        {}
-        if material.state is None
-        else {i: layer.shape for i, layer in material.state.layers.items() if layer.counts.any()}
-    )
+    if material.state is None:
+        return {}
+    # Where nothing ran, the layers are still known.
+    every = material.is_empty
+    return {i: layer.shape for i, layer in material.state.layers.items() if every or layer.counts.any()}
 
 
 def points(a: Material, b: Material, *, same_model: bool) -> list[Point]:
     """Return everything but the requests and the text, which are known when tokens were matched."""
     found = [_model(a, b, same_model), _layers(a, b), _level(a, b), _sampling(a, b), _topology(a, b), _phases(a, b)]
-    found += [_whole(a, b), _versions(a, b)]
-    if a.num_rows_read < a.num_rows or b.num_rows_read < b.num_rows:
-        args = {"a": a.num_rows_read, "a_all": a.num_rows, "b": b.num_rows_read, "b_all": b.num_rows}
-        if a.rows is not None and b.rows is not None:
-            found.append(
-                _point(
-                    "rows",
-                    show(a.num_rows_read),
-                    show(b.num_rows_read),
-                    say("cmp.rows", **args),
-                    "do.rows",
-                    status="differs",
-                )
-            )
+    found += [_whole(a, b), _versions(a, b), _rows(a, b)]
     return [point for point in found if point is not None]
 
 
@@ -135,10 +122,29 @@ def _layers(a: Material, b: Material) -> Point:
 
 
 def _level(a: Material, b: Material) -> Point:
-    if a.rows is None or b.rows is None:
-        status: Literal["same", "differs"] = "differs"
-        return _point("level", a.level, b.level, say("cmp.counts"), "do.counts", status=status, blocks="tests")
+    if "counts" in (a.level, b.level):
+        return _point("level", a.level, b.level, say("cmp.counts"), "do.counts", status="differs", blocks="tests")
     return _point("level", a.level, b.level, say("cmp.same"))
+
+
+def _rows(a: Material, b: Material) -> Point | None:
+    shown = show(a.num_rows_read), show(b.num_rows_read)
+    if a.is_empty or b.is_empty:
+        which = _which(a.is_empty, b.is_empty)
+        return _point("rows", *shown, say("cmp.empty", which=which), "do.empty", status="differs", blocks="tests")
+    if "counts" in (a.level, b.level):
+        return None
+    if a.rows is None or b.rows is None:
+        which = _which(a.rows is None, b.rows is None)
+        return _point("rows", *shown, say("cmp.unread", which=which), "do.rows", status="differs", blocks="tests")
+    if a.num_rows_read == a.num_rows and b.num_rows_read == b.num_rows:
+        return None
+    args = {"a": a.num_rows_read, "a_all": a.num_rows, "b": b.num_rows_read, "b_all": b.num_rows}
+    return _point("rows", *shown, say("cmp.rows", **args), "do.rows", status="differs")
+
+
+def _which(is_first: bool, is_second: bool) -> str:
+    return "both" if is_first and is_second else "the first" if is_first else "the second"
 
 
 def _sampling(a: Material, b: Material) -> Point | None:
@@ -164,7 +170,7 @@ def _topology(a: Material, b: Material) -> Point | None:
 
 
 def _phases(a: Material, b: Material) -> Point | None:
-    if a.state is None or b.state is None:
+    if a.state is None or b.state is None or a.is_empty or b.is_empty:
         return None
     mixes = []
     for each in (a.state, b.state):

@@ -61,6 +61,8 @@ def notices(material: Material) -> list[Notice]:
         add("info", say("notice.sampled", percent=100 * manifest.sampling_rate))
     if manifest is not None and manifest.level == "counts":
         add("info", say("notice.counts"))
+    if material.is_empty and material.source != "analysis":
+        add("warning", say("notice.empty"))
     if material.rows is not None and material.num_rows_read < material.num_rows:
         add("info", say("notice.first_rows", read=material.num_rows_read, num=material.num_rows))
     if manifest is not None and not any(each.tone in ("critical", "warning") for each in found):

@@ -75,6 +75,14 @@ class Material:
         """Rows in `rows`."""
         return 0 if self.rows is None else len(self.rows["layer_index"])
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was routed while it was captured; False where some were and are lost."""
+        manifest = self.manifest
+        if manifest is not None and (manifest.num_rows or manifest.num_rows_not_written):
+            return False
+        return not any(metrics.num_tokens for metrics in self.analysis.metrics.values())
+
     def sizes(self) -> RowSizes:
         """Return E, k and Z per layer index, as the functions over rows take them."""
         return row_sizes(self.layers)

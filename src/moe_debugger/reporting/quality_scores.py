@@ -28,7 +28,9 @@ def router_confidence(material: Material) -> Scored:
         value = _confidence(metrics.mean_token_entropy, choices)
         interval = metrics.mean_token_entropy_interval
         missing: Text | None
-        if not metrics.num_token_entropy:
+        if not metrics.num_tokens:
+            missing = shortage(material, metrics)
+        elif not metrics.num_token_entropy:
             cause = info.unavailable_reason if info is not None else ""
             missing = say("shortage.no_entropy", reason=cause or "no router probabilities were captured")
         elif metrics.num_token_entropy < limits.min_tokens:
@@ -77,6 +79,8 @@ def capacity(material: Material) -> Scored:
     """Return the scores of capacity; none where nothing was dropped."""
     scores: dict[int, float | None] = {}
     lines = []
+    if material.is_empty:
+        return dict.fromkeys(material.analysis.metrics), say("shortage.empty"), []
     limit = material.thresholds.capacity_overflow
     points = [(0.0, 100.0), (limit, 75.0), (max(0.2, 2 * limit), 0.0)]
     dropped = any(metrics.dropped_share > 0 for metrics in material.analysis.metrics.values())

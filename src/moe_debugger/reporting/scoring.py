@@ -31,6 +31,8 @@ def interpolate(value: float, points: Points) -> float:
 def shortage(material: Material, metrics: LayerMetrics) -> Text | None:
     """Return what is missing for a score of a layer's load, by the limits of the rules."""
     limits = material.thresholds
+    if material.is_empty:
+        return say("shortage.empty")
     for finding in material.analysis.findings:
         if finding.code == "insufficient_evidence" and finding.layer_index == metrics.layer_index:
             return say("shortage.other", missing=finding.args.get("missing", ""))

@@ -73,5 +73,7 @@ def test_what_cannot_be_planned_is_said(run: Run, tmp_path: Path) -> None:
         in run("plan", folder, "--ranks", 4, "--phase", "train", code=1)[1]
     )
     counted = record(tmp_path / "counts", [], infos(SHAPE), level="counts")
-    assert "has no rows" in run("plan", counted, "--ranks", 4, code=1)[1]
+    assert "at level 'counts'" in run("plan", counted, "--ranks", 4, code=1)[1]
+    empty = record(tmp_path / "empty", [], infos(SHAPE))
+    assert "has no rows: nothing ran while it was recorded" in run("plan", empty, "--ranks", 4, code=1)[1]
     assert "rec" in run("plan", tmp_path / "missing", "--ranks", 4, code=1)[1]

@@ -184,6 +184,26 @@ def test_sums_and_single_requests_are_too_little(first: Recording, tmp_path: Pat
     assert "too few for a test" in found.verdict_text.text
 
 
+def test_a_recording_in_which_nothing_ran_is_said_to_have_no_rows(first: Recording, tmp_path: Path) -> None:
+    empty = _open(tmp_path / "empty", [])
+    for a, b, which in ((empty, first, "the first"), (first, empty, "the second"), (empty, empty, "both")):
+        found = diff(a, b)
+        assert found.verdict == "insufficient_evidence"
+        assert [(p.key, p.follows.text) for p in found.points if p.status != "same"] == [
+            ("rows", f"no rows in {which}: nothing ran while it was recorded")
+        ]
+        assert len(found.layers) == 2
+        assert "nothing ran" in found.to_html()
+
+
+def test_rows_that_were_not_read_are_no_sums(first: Recording, tmp_path: Path) -> None:
+    found = diff(first, first, max_rows=0)
+    assert found.verdict == "insufficient_evidence"
+    assert "no rows of both were read" in found.verdict_text.text
+    sums = diff(first, _open(tmp_path / "counts", [], level="counts"))
+    assert "sums do not say which request" in sums.verdict_text.text
+
+
 @pytest.mark.parametrize(("num", "is_enough"), [(2, False), (3, False), (5, True)])
 def test_few_requests_are_too_little_wherever_no_difference_could_be_found(
     tmp_path: Path, num: int, *, is_enough: bool

@@ -220,6 +220,16 @@ def test_sums_are_reported_without_rows_and_cannot_be_tested(tmp_path: Path) -> 
     assert "level routes or above" in next(p.remedy.text for p in found.points if p.key == "level" and p.remedy)
 
 
+def test_a_recording_in_which_nothing_ran_says_so(tmp_path: Path) -> None:
+    made = report(open_recording(record(tmp_path / "empty", [], infos((8, 2)))), num_ranks=2)
+    assert "notice.empty" in {notice.text.code for notice in made.notices}
+    for key in ("load_balance", "router_confidence", "capacity"):
+        category = next(each for each in made.categories if each.key == key)
+        assert category.score is None
+        assert "no token was routed" in category.why.text
+    _assert_self_contained(made.to_html())
+
+
 def test_the_ranks_of_one_session_are_read_as_one(tmp_path: Path) -> None:
     folders = [
         record(
