@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from moe_debugger._counted import shape_words
 from moe_debugger.analysis import Analysis, CaptureHealth, RoutingState, Thresholds, finish
 from moe_debugger.analysis.explanation import ObservedSettings, PlacementOptions, explain_analysis
 from moe_debugger.errors import InvalidInputError
@@ -142,12 +143,23 @@ def _baseline(baseline: "Recording | RoutingState | None") -> tuple[RoutingState
     return baseline.state(), str(baseline.path.name)
 
 
+def _check_baseline(state: RoutingState, before: RoutingState | None, before_name: str) -> None:
+    for index, layer in ({} if before is None else before.layers).items():
+        own = state.layers.get(index)
+        if own is not None and own.shape != layer.shape:
+            raise InvalidInputError(
+                f"layer {index} of the baseline ({before_name}) has {shape_words(layer.shape)}, and here it has "
+                f"{shape_words(own.shape)}; a baseline must come from the same model"
+            )
+
+
 def _of_recording(
     recording: "Recording", before: RoutingState | None, before_name: str, limits: Thresholds, max_rows: int
 ) -> Material:
     manifest = recording.manifest
     layers = {info.layer_index: info for info in recording.layers()}
     state = recording.state()
+    _check_baseline(state, before, before_name)
     has_rows = manifest.level != "counts" and state.num_tokens > 0
     rows = recording.decisions(max_rows=max_rows) if has_rows and max_rows else None
     health = recording.capture_health()
@@ -205,6 +217,7 @@ def _of_session(
     if rows is not None and not len(rows["layer_index"]):
         rows = None
     state = session.state()
+    _check_baseline(state, before, before_name)
     return Material(
         source="session",
         name=session.name,

@@ -289,7 +289,8 @@ def test_a_baseline_stands_beside_what_is_now(whole: Path, tmp_path: Path) -> No
     assert made.score <= 49
     assert made.baseline_name == "whole"
     other = record(tmp_path / "other", forwards([[sampled(1, 9, (4, 1))]], [4]), infos((4, 1)))
-    with pytest.raises(InvalidInputError, match="same model"):
+    sizes = r"layer 0 of the baseline \(other\) has 4 experts, top-1, and here it has 8 experts, top-2; .*same model"
+    with pytest.raises(InvalidInputError, match=sizes):
         report(open_recording(skewed), baseline=open_recording(other))
 
 
