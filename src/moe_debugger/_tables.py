@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy.typing as npt
 
+from moe_debugger._plain_text import plain_text
 from moe_debugger.errors import DependencyMissingError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _text(value: object) -> str:
         return "–" if value != value else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else plain_text(str(value))
 
 
 def _align(text: str, width: int, is_number: bool) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from moe_debugger._plain_text import plain_text
 from moe_debugger.analysis.findings import EvidenceRow, Finding, FindingKind, Severity, Thresholds, finding_to_proto
 from moe_debugger.analysis.metrics import LayerMetrics
 from moe_debugger.analysis.state import LayerShape, LayerState, RoutingState
@@ -48,8 +49,6 @@ _MAX_FINDINGS, _MAX_PROBLEMS = 1000, 10
 _MAX_EVIDENCE, _MAX_ARGS = 50, 20
 # Letters of a text; whatever is longer is cut. `_MAX_WORD` is for titles, versions and the texts of evidence.
 _MAX_TEXT, _MAX_WORD, _MAX_PROBLEM = 2000, 200, 500
-# What a terminal or a page would obey, and what cannot be sent: controls, line and text direction marks, surrogates.
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Texts of several lines.
 _LONG_ARGS = ("summary", "remedy")
 # An analysis of a live session runs every second or so.
@@ -252,7 +251,7 @@ def _error_text(error: BaseException) -> str:
 def _text(text: str, limit: int, *, keeps_lines: bool = False) -> str:
     """Return `text` without control characters, cut at `limit`."""
     cut = text if len(text) <= limit else f"{text[: limit - 1]}…"
-    return _CONTROLS.sub(lambda found: "\n" if keeps_lines and found[0] == "\n" else " ", cut)
+    return plain_text(cut, "\n" if keeps_lines else "")
 
 
 def _problem(text: str) -> str:

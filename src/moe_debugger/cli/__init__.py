@@ -9,6 +9,7 @@ from typing import Annotated
 import structlog
 import typer
 
+from moe_debugger.cli._output import echo
 from moe_debugger.cli.check_adapter import check_adapter
 from moe_debugger.cli.demo import demo
 from moe_debugger.cli.diff import diff
@@ -124,5 +125,5 @@ def main() -> None:
 
 
 def _fail(error: MoEDebuggerError, code: int) -> None:
-    typer.echo(f"moe-debugger: {error}", err=True)
+    echo(f"moe-debugger: {error}", err=True)
     sys.exit(code)

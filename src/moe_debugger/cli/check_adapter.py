@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe_debugger.cli._output import echo
 from moe_debugger.errors import DependencyMissingError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def check_adapter(
     if is_json:
         sys.stdout.write(json.dumps(_without_nan(result.to_dict()), allow_nan=False) + "\n")
     else:
-        typer.echo(str(result), err=not result.agrees)
+        echo(str(result), err=not result.agrees)
     if not result.agrees:
         raise typer.Exit(_EXIT_REFUSED)
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from moe_debugger.cli._output import PlainConsole
 from moe_debugger.cli._summary import finding_sentence, findings_of, open_findings
 from moe_debugger.cli.up import DEFAULT_DATA_DIR
 from moe_debugger.embedded.endpoints import Endpoints, read_endpoints
@@ -78,7 +79,7 @@ def demo(
         ) from None
     from moe_debugger.demo.scenarios import plan_scenario, run_scenario
 
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     plan = plan_scenario(scenario, steps=steps)
     console.print(f"training a fresh model: {plan.name}, {plan.num_steps} steps", end="")
     console.print(f"; the fault comes at step {plan.fault_step}" if plan.fault_step is not None else "")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from moe_debugger.cli._output import PlainConsole
 from moe_debugger.cli.up import DEFAULT_DATA_DIR
 from moe_debugger.embedded import health
 from moe_debugger.embedded.endpoints import read_endpoints
@@ -73,7 +73,7 @@ def doctor(
     if json_output:
         typer.echo(json.dumps({"can_run": can_run, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = PlainConsole(highlight=False, soft_wrap=True)
         for check in checks:
             console.print(f"{_MARKS[check.state]}  {escape(f'{check.name:<12}')} {escape(check.detail)}")
             if check.remedy:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from moe_debugger.cli._output import PlainConsole
 from moe_debugger.cli.trace import debug_model, run_prompt
 from moe_debugger.config import Config
 from moe_debugger.errors import InvalidInputError, MoEDebuggerError
@@ -122,7 +123,7 @@ class _Loop:
 def run_interactive(config: Config, *, console: Console | None = None) -> None:
     """Load the model that `config` names and run the loop until /quit or the end of the input."""
     with debug_model(config) as (loaded, debugger):
-        _Loop(console or Console(highlight=False), loaded, debugger).run()
+        _Loop(console or PlainConsole(highlight=False), loaded, debugger).run()
 
 
 def _number(text: str, low: int, high: int) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe_debugger.cli._output import echo
 from moe_debugger.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def plan(
         expert_bytes=expert_bytes,
     )
     for problem in (text for each in opened for text in each.problems):
-        typer.echo(problem, err=True)
+        echo(problem, err=True)
     if placement_file is not None:
         _write_recommended(made, placement_file)
     if json_file is None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_debugger import _tables
+from moe_debugger.cli._output import PlainConsole
 from moe_debugger.cli.trace import debug_model, run_prompt
 from moe_debugger.config import Config, load_config
 from moe_debugger.errors import InvalidInputError
@@ -70,7 +71,7 @@ def profile(
             plain = json.loads(json.dumps(answer), parse_constant=lambda _: None)
             sys.stdout.write(json.dumps(plain, allow_nan=False) + "\n")
             return
-        console = Console(no_color=no_color or None, highlight=False)
+        console = PlainConsole(no_color=no_color or None, highlight=False)
         console.print(Text(loaded.name, "bold"))
         show_profile(console, layers)
         if perfetto is not None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe_debugger._plain_text import plain_text
+from moe_debugger.cli._output import echo
 from moe_debugger.errors import FleetError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -77,11 +79,13 @@ def query(
     if is_json:
         sys.stdout.write(json.dumps(result.to_dict(), allow_nan=False) + "\n")
     elif is_csv:
-        sys.stdout.write(result.to_csv())
+        # A file or a pipe has the texts as they are.
+        text = result.to_csv()
+        sys.stdout.write(plain_text(text, "\r\n\t") if sys.stdout.isatty() else text)
         for note in result.notes:
-            typer.echo(f"note: {note}", err=True)
+            echo(f"note: {note}", err=True)
     else:
-        typer.echo(str(result))
+        echo(str(result))
 
 
 def _of_recording(

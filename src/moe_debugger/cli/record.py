@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from moe_debugger.cli._output import PlainConsole
 from moe_debugger.cli._signals import stop_on_signals
 from moe_debugger.cli.up import DEFAULT_DATA_DIR
 from moe_debugger.embedded.endpoints import read_endpoints
@@ -75,7 +76,7 @@ def record(
         raise InvalidInputError("--fetch needs --out DIR, the new folder for the files")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidInputError(f"{out} is there already, and nothing in it is overwritten; give a new folder")
-    console = Console(stderr=is_json, highlight=False, soft_wrap=True)
+    console = PlainConsole(stderr=is_json, highlight=False, soft_wrap=True)
     with FleetRecordings(fleet or read_endpoints(data).grpc) as recordings:
         if is_list:
             _show_list(console, recordings.list(), is_json=is_json)

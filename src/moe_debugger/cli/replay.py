@@ -7,8 +7,8 @@ from threading import Event
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from moe_debugger.cli._output import PlainConsole
 from moe_debugger.cli._signals import stop_on_signals
 from moe_debugger.cli.up import DEFAULT_DATA_DIR
 from moe_debugger.embedded.endpoints import read_endpoints
@@ -43,7 +43,7 @@ def replay(
     from moe_debugger.recording import open_recording
     from moe_debugger.recording.republish import ReplayProgress, replay_to_fleet
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(highlight=False, soft_wrap=True)
     opened = open_recording(recording[0] if len(recording) == 1 else recording, damaged="skip" if damaged else "raise")
     page = ""
     if fleet is None:

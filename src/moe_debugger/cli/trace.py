@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from moe_debugger.cli._output import PlainConsole
 from moe_debugger.config import Config, load_config
 from moe_debugger.errors import InvalidInputError
 
@@ -74,7 +75,7 @@ def trace(
         if is_json:
             sys.stdout.write(json.dumps(_as_json(loaded, debugger, result, layer), allow_nan=False) + "\n")
         else:
-            show_result(Console(no_color=no_color or None, highlight=False), loaded, debugger, result, layer)
+            show_result(PlainConsole(no_color=no_color or None, highlight=False), loaded, debugger, result, layer)
 
 
 @contextmanager

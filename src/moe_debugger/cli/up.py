@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from moe_debugger.cli._output import PlainConsole
 from moe_debugger.cli._signals import stop_on_signals
 from moe_debugger.cli._summary import Summary, SummaryReader
 from moe_debugger.config import Config, load_config
@@ -138,7 +139,7 @@ class _Screen:
 
     def __init__(self, *, is_json: bool) -> None:
         self._is_json = is_json
-        self._console = Console(stderr=is_json, highlight=False, soft_wrap=True)
+        self._console = PlainConsole(stderr=is_json, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._num_looks = 0
         self._last_lines: list[str] = []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ValidationError
 
+from moe_debugger._plain_text import plain_text
 from moe_debugger.analysis import Analysis, RoutingState, Thresholds
 from moe_debugger.errors import InvalidInputError, UnsupportedFormatError
 from moe_debugger.reporting.audit import audit, overall_score
@@ -121,14 +122,13 @@ class Report(Model):
 
         counts = {s: sum(f.severity == s for f in self.findings) for s in ("critical", "warning", "info")}
         overall = "–" if self.score is None else f"{self.score:.0f}"
-        return "\n".join(
-            [
-                f"{self.title}: {overall} of 100. {self.score_why.text}",
-                *(f"! {notice.text.text}" for notice in self.notices if notice.tone in ("critical", "warning")),
-                *(scored(category) for category in self.categories),
-                "findings: " + ", ".join(f"{num} {severity}" for severity, num in counts.items()),
-            ]
-        )
+        lines = [
+            f"{self.title}: {overall} of 100. {self.score_why.text}",
+            *(f"! {notice.text.text}" for notice in self.notices if notice.tone in ("critical", "warning")),
+            *(scored(category) for category in self.categories),
+            "findings: " + ", ".join(f"{num} {severity}" for severity, num in counts.items()),
+        ]
+        return "\n".join(plain_text(line) for line in lines)
 
 
 def report(

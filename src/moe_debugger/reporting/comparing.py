@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ValidationError
 
+from moe_debugger._plain_text import plain_text
 from moe_debugger.analysis import Thresholds
 from moe_debugger.errors import InvalidInputError
 from moe_debugger.reporting.building import check_format
@@ -127,7 +128,8 @@ class Diff(Model):
             if p.status != "same"
         ]
         changed = [f"+ {entry.title}" for entry in self.appeared] + [f"- {entry.title}" for entry in self.disappeared]
-        return "\n".join([self.verdict_text.text, *said, *([text_table(headers, rows)] if rows else []), *changed])
+        lines = [self.verdict_text.text, *said, *([text_table(headers, rows)] if rows else []), *changed]
+        return plain_text("\n".join(lines), "\n")
 
 
 def diff(

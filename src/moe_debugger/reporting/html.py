@@ -6,6 +6,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from moe_debugger._plain_text import plain_text
 from moe_debugger.errors import DependencyMissingError
 from moe_debugger.reporting.content import say, show
 
@@ -44,7 +45,7 @@ def tone_of(score: float | None) -> str:
 def _page(template: str, **values: Any) -> str:
     environment, style = _environment(), _style()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
-    return environment.get_template(template).render(
+    page = environment.get_template(template).render(
         style=style,
         style_hash=digest,
         max_cards=_MAX_CARDS,
@@ -53,6 +54,8 @@ def _page(template: str, **values: Any) -> str:
         max_paste=_MAX_PASTE,
         **values,
     )
+    # Escaping keeps marks of text direction, which would turn round what follows a name.
+    return plain_text(page, "\n\t")
 
 
 @cache

@@ -10,8 +10,11 @@ from typing import Protocol
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
+from moe_debugger._plain_text import plain_text
 from moe_debugger.analysis import Analysis, Finding, FindingKind, Severity, plugins
+from moe_debugger.cli._output import PlainConsole, echo
 from moe_debugger.cli._summary import Summary
 from moe_debugger.cli._trace_view import print_findings
 from moe_debugger.cli.doctor import run_checks
@@ -31,6 +34,29 @@ def run(run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tm
     """Run the command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments, code=0: "".join(run(*arguments, code=code))
+
+
+@pytest.mark.parametrize(
+    "control",
+    ["\0", "\t", "\x1b", "\x7f", "\x9b", "\u061c", "\u200e", "\u200f", "\u2028", "\u202e", "\u2066", "\ud800"],
+)
+def test_texts_of_others_are_printed_without_control_characters(
+    control: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plain_text(f"a{control}b") == "a b"
+    assert plain_text(f"a{control}b", control) == f"a{control}b"
+    console = PlainConsole(highlight=False, width=40)
+    for print_text in (console.print, echo, lambda text: console.print(Text(text))):
+        print_text(f"é{control}[2J\nü")
+        shown = capsys.readouterr().out
+        assert shown.count("\n") >= 1
+        assert control == "\t" or control not in shown
+        assert "ü" in shown
+
+
+def test_a_console_keeps_its_own_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    PlainConsole(force_terminal=True, color_system="standard").print(Text("x\x1b[1m", "red"))
+    assert capsys.readouterr().out == "\x1b[31mx [1m\x1b[0m\n"
 
 
 def test_help_lists_the_commands_with_examples(run: Run) -> None:

@@ -41,6 +41,19 @@ def test_tokens_by_text_with_a_tokenizer(folder: Path) -> None:
     assert done.output.splitlines()[0] == "token"
 
 
+def test_csv_is_as_it_is_in_a_file_and_clean_on_a_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["query", str(folder), "tokens where token_id < 32 show token limit 50", "--model", "demo", "--csv"]
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.argv", ["moe-debugger", *given])
+        monkeypatch.setattr("sys.stdout.isatty", lambda is_terminal=is_terminal: is_terminal)
+        with pytest.raises(SystemExit):
+            main()
+        controls = {c for c in capsys.readouterr().out if c < " "} - set("\r\n\t")
+        assert bool(controls) is not is_terminal
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

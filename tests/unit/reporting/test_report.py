@@ -13,7 +13,7 @@ import pytest
 from reported import forwards, infos, material, name, record, sampled
 
 import moe_debugger
-from moe_debugger import Report, open_recording, report
+from moe_debugger import Report, diff, open_recording, report
 from moe_debugger.analysis import Analysis, EvidenceRow, Finding, FindingKind, Severity, Thresholds
 from moe_debugger.analysis.step_loads import LoadSeries
 from moe_debugger.errors import DependencyMissingError, InvalidInputError, UnsupportedFormatError
@@ -26,6 +26,7 @@ from moe_debugger.reporting.texts import catalogue, sentence
 
 SHAPE = (8, 2)
 EVIL = "<script>alert('x')</script>\"&"
+CONTROLS = "x\u202e\u200f\u2066\x1b[31m\x9b1mred"
 
 
 def _forwards(num: int = 24, tokens: int = 64, preference: Any = 0.0, **options: Any) -> list[Any]:
@@ -171,6 +172,19 @@ def test_everything_of_a_recording_is_escaped(tmp_path: Path) -> None:
         assert "<script" not in text
         page = _assert_self_contained(text)
         assert EVIL in page.text
+
+
+def test_names_neither_turn_the_page_round_nor_reach_the_terminal(tmp_path: Path) -> None:
+    model = ModelIdentity(name=CONTROLS)
+    opened = open_recording(
+        record(tmp_path / "rec", _forwards(3), infos(SHAPE, SHAPE), session_name=CONTROLS, model=model)
+    )
+    made, compared = report(opened), diff(opened, opened)
+    for text in (made.to_html(), str(made), compared.to_html(), str(compared)):
+        assert {c for c in text if not c.isprintable()} <= {"\n"}
+    assert "<h1>x    [31m 1mred" in made.to_html()
+    # Values are data: they stay as they are.
+    assert CONTROLS in json.loads(json.dumps(made.to_dict()))["title"]
 
 
 def test_a_session_is_reported_without_a_recording() -> None:

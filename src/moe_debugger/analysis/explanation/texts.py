@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from moe_debugger._plain_text import plain_text
 from moe_debugger.analysis.explanation.model import Explanation, Onset, Remedy
 from moe_debugger.messages import render
 
@@ -10,7 +11,10 @@ __all__ = ["effect_text", "explanation_text", "onset_text"]
 
 
 def explanation_text(explanation: Explanation, locale: str = "en") -> list[str]:
-    """Return an explanation as lines: since when, how it spread, causes with weights, what is missing, remedies."""
+    """Return an explanation as lines: since when, how it spread, causes with weights, what is missing, remedies.
+
+    A space stands for each control character that names (of series, say) hold.
+    """
     lines = [onset_text(explanation.started_at, explanation.spread, locale)]
     if len(explanation.spread) > 1:
         layers = ", ".join(f"{layer} (step {step})" for layer, step in explanation.spread)
@@ -27,7 +31,7 @@ def explanation_text(explanation: Explanation, locale: str = "en") -> list[str]:
         lines += [f"    {line}" for line in remedy.change.splitlines()]
     if explanation.rows is not None:
         lines.append(f"rows: {explanation.rows.query}")
-    return lines
+    return [plain_text(line) for line in lines]
 
 
 def onset_text(onset: Onset | None, spread: Sequence[tuple[int, int]] = (), locale: str = "en") -> str:

@@ -99,6 +99,14 @@ def test_without_loads_over_steps_nothing_is_claimed_about_the_beginning() -> No
     assert "load history" in [one.name for one in found.missing]
 
 
+def test_names_in_an_explanation_do_not_reach_the_terminal() -> None:
+    found = explain(collapse())
+    named = replace(found, missing=(replace(found.missing[0], name="loss\x1b[2J\u202e"),))
+    lines = explanation_text(named)
+    assert all(line.isprintable() for line in lines)
+    assert "loss [2J" in "".join(lines)
+
+
 def test_a_skew_that_never_changed_has_no_beginning() -> None:
     found = explain(collapse(), histories={0: history(0, 0, length=1)})
     assert found.started_at is None
