@@ -11,7 +11,7 @@ from moe_debugger.analysis import LayerShape, LayerState, RoutingState
 from moe_debugger.capture import LayerInfo
 from moe_debugger.wire.codec import CountsColumns, RoutingColumns
 
-__all__ = ["CountedRoutes", "layer_shape", "shape_words"]
+__all__ = ["CountedRoutes", "layer_shape"]
 
 
 class CountedRoutes:
@@ -87,9 +87,3 @@ def layer_shape(info: LayerInfo) -> LayerShape:
     """Return a layer's shape as the analysis knows it."""
     # k as the experts were called with it: not every config says it.
     return LayerShape(info.layer_index, info.num_experts, max(1, info.top_k), info.num_identity_experts)
-
-
-def shape_words(shape: LayerShape) -> str:
-    """Return a layer's sizes as people read them."""
-    identity = f" and {shape.num_identity_experts} identity experts" if shape.num_identity_experts else ""
-    return f"{shape.num_experts} experts{identity}, top-{shape.top_k}"

@@ -82,6 +82,10 @@ class LayerShape:
         if self.layer_index < 0:
             raise InvalidInputError(f"layer_index is {self.layer_index}, expected 0 or more")
 
+    def __str__(self) -> str:
+        identity = f" and {self.num_identity_experts} identity experts" if self.num_identity_experts else ""
+        return f"{self.num_experts} experts{identity}, top-{self.top_k}"
+
     @property
     def num_ids(self) -> int:
         """E + Z: how many expert ids there are."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moe_debugger._counted import layer_shape, shape_words
+from moe_debugger._counted import layer_shape
 from moe_debugger._decisions import Decisions
 from moe_debugger._layers import Layers
 from moe_debugger._row_blocks import RowBlock, RowSource
@@ -345,8 +345,8 @@ def _joined_layers(members: Sequence[Recording]) -> Layers:
             known = layers.setdefault(info.layer_index, info)
             if layer_shape(known) != layer_shape(info):
                 raise InvalidInputError(
-                    f"{member.path}: layer {info.layer_index} has {shape_words(layer_shape(info))}, in another "
-                    f"recording it has {shape_words(layer_shape(known))}: recordings of different models cannot be "
+                    f"{member.path}: layer {info.layer_index} has {layer_shape(info)}, in another "
+                    f"recording it has {layer_shape(known)}: recordings of different models cannot be "
                     "joined"
                 )
     return Layers(layers[index] for index in sorted(layers))

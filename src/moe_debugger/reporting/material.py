@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from moe_debugger._counted import shape_words
 from moe_debugger.analysis import Analysis, CaptureHealth, RoutingState, Thresholds, finish
 from moe_debugger.analysis.explanation import ObservedSettings, PlacementOptions, explain_analysis
 from moe_debugger.errors import InvalidInputError
@@ -148,8 +147,8 @@ def _check_baseline(state: RoutingState, before: RoutingState | None, before_nam
         own = state.layers.get(index)
         if own is not None and own.shape != layer.shape:
             raise InvalidInputError(
-                f"layer {index} of the baseline ({before_name}) has {shape_words(layer.shape)}, and here it has "
-                f"{shape_words(own.shape)}; a baseline must come from the same model"
+                f"layer {index} of the baseline ({before_name}) has {layer.shape}, and here it has "
+                f"{own.shape}; a baseline must come from the same model"
             )
 
 
