@@ -138,7 +138,8 @@ class QueryResult:
             # The canonical text ends with the limit where there is one.
             hint = "" if " limit " in self.query else "; `limit` gives more"
             shown = f"the first {shown} of {of}{hint}"
-        return f"{shown} ({self.num_rows_scanned:,} rows read in {self.elapsed_s:.2f} s)"
+        read = f"{self.num_rows_scanned:,} row{'' if self.num_rows_scanned == 1 else 's'} read"
+        return f"{shown} ({read} in {self.elapsed_s:.2f} s)"
 
     def _cells(self) -> tuple[list[str], list[list[object]]]:
         units = {"x": "x fair", "s": "Unix s"}

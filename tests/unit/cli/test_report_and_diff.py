@@ -53,7 +53,7 @@ def test_damage_is_an_error_unless_asked_for(run: Run, tmp_path: Path) -> None:
     part = next((folder / "rows").glob("*.parquet"))
     part.write_bytes(part.read_bytes()[:-10])
     assert part.name in run("report", folder, code=1)[1]
-    assert "rows are lost" in run("report", folder, "--damaged")[0]
+    assert "Parts damaged, missing or foreign: 1; rows lost: " in run("report", folder, "--damaged")[0]
     assert part.name in run("diff", folder, folder, code=1)[1]
     assert "is no recording" in run("report", tmp_path, code=1)[1]
     assert "cannot be written" in run("report", folder, "--damaged", "--out", tmp_path / "no" / "a.html", code=1)[1]

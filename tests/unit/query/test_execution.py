@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,8 @@ def test_rows_beyond_the_kept_ones_are_sorted_right() -> None:
     assert result.rows == evaluate(parse(text), token_rows(source))[1]
     assert result.is_truncated
     assert result.num_rows_scanned == 30_000
+    assert "(30,000 rows read in " in result.footer
+    assert "(1 row read in " in replace(result, num_rows_scanned=1).footer
 
 
 def test_reading_ends_with_the_limit() -> None:

@@ -81,7 +81,7 @@ def test_damage_is_reported_on_what_is_whole(tmp_path: Path) -> None:
     part.write_bytes(bytes(content))
     made = report(open_recording(folder, damaged="skip"))
     assert made.notices[0].tone == "critical"
-    assert f"{6 * 64 * 2:,} rows are lost" in made.notices[0].text.text
+    assert f"rows lost: {6 * 64 * 2:,}." in made.notices[0].text.text
     assert all(category.score is None for category in made.categories if category.key == "load_balance")
     capture = next(each for each in made.categories if each.key == "capture_quality")
     assert capture.score == 0
