@@ -362,6 +362,26 @@ def test_merge_refuses_layers_of_different_models() -> None:
         RoutingState.empty([LayerShape(0, 8, 2)]).merge(RoutingState.empty([LayerShape(0, 16, 2)]))
 
 
+def test_rows_without_a_drop_give_one_state_alone_or_beside_dropped_ones() -> None:
+    rng = np.random.default_rng(0)
+    rows = {
+        "layer_index": np.zeros(400, int),
+        "expert_ids": rng.permuted(np.tile(np.arange(8), (400, 1)), axis=1)[:, :2],
+        "request_id": np.repeat([f"request {number}" for number in range(40)], 10),
+        "slot_status": np.ones((400, 2), int),
+    }
+    rows["slot_status"][200:, 1] = np.where(rng.random(200) < 0.3, 2, 1)
+    rows["expert_ids"][rows["slot_status"] == 2] = -1
+    whole, *parts = (
+        fold_decisions({name: values[part] for name, values in rows.items()}, num_experts=8, top_k=2)
+        for part in (slice(None), slice(200), slice(200, None))
+    )
+    assert whole.layers[0].dropped.num_values == 400
+    assert whole.layers[0].dropped.mean == pytest.approx((rows["slot_status"] == 2).sum() / 400)
+    assert parts[0].layers[0].dropped.num_values == 200
+    assert merge_all(parts) == whole
+
+
 def test_bytes_round_trip(make_columns: MakeColumns) -> None:
     state = folded(make_columns(np.random.default_rng(3), num_tokens=500))
     again = RoutingState.from_bytes(state.to_bytes())
